@@ -1,0 +1,149 @@
+"""`SelfSpecConfig`: what a user may write under `--speculative-config`.
+
+One rule: whatever is accepted here and resolved against a model works; whatever is not
+is refused at start-up by an error that names the key, the value and the fix.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from vllm_selfspec.profile import LayerIndex, SkipLayers, describe, read_profile
+from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet
+
+logger = logging.getLogger(__name__)
+
+METHOD = "selfspec"
+DEFAULT_NUM_SPECULATIVE_TOKENS = 4
+# D&V evaluates up to 12. Beyond 32 hardly a draft is accepted whole, while every one
+# reserves that many KV slots per request.
+MAX_NUM_SPECULATIVE_TOKENS = 32
+
+
+class ConfigError(ValueError):
+    """A configuration that selfspec refuses."""
+
+
+# A string is a word or a path, anything else must be a skip set; told apart first, so
+# that an error speaks of the one that was meant.
+SkipLayersOrWord = Annotated[
+    Annotated[str, Tag("path")] | Annotated[SkipLayers, Tag("skip set")],
+    Discriminator(lambda value: "path" if isinstance(value, str) else "skip set"),
+]
+
+
+class SelfSpecConfig(BaseModel):
+    """The keys of `{"method": "selfspec", ...}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["selfspec"] = Field(
+        default="selfspec", description="Chooses self-speculative decoding."
+    )
+    num_speculative_tokens: int = Field(
+        default=DEFAULT_NUM_SPECULATIVE_TOKENS,
+        ge=1,
+        le=MAX_NUM_SPECULATIVE_TOKENS,
+        strict=True,
+        description="Tokens drafted per request and step at most.",
+    )
+    skip_layers: SkipLayersOrWord = Field(
+        default="auto",
+        description="'auto', a skip set "
+        '({"attention": [...], "mlp": [...]}), or the path of a JSON profile.',
+    )
+    exit_layer: LayerIndex | None = Field(
+        default=None,
+        description="Draft with layers 0 to N-1, then the final norm and LM head. "
+        "Excludes skip_layers.",
+    )
+    draft_sample_method: Literal["greedy", "probabilistic"] = Field(
+        default="greedy",
+        description="vLLM's: how draft tokens are drawn. 'probabilistic' samples from "
+        "the draft's distribution, which lets more tokens through when the target "
+        "samples too.",
+    )
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> "SelfSpecConfig":
+        if self.exit_layer is not None and "skip_layers" in self.model_fields_set:
+            raise ValueError(
+                "exit_layer and skip_layers exclude each other: remove one of them"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, keys: Mapping[str, Any]) -> "SelfSpecConfig":
+        """Checks the user's keys.
+
+        Raises:
+            ConfigError: If a key is unknown or its value not allowed.
+        """
+        unknown = [key for key in keys if key not in cls.model_fields]
+        if unknown:
+            raise ConfigError(
+                f"selfspec has no key {unknown[0]!r:.80}: remove it, "
+                f"or use one of {', '.join(cls.model_fields)}"
+            )
+        try:
+            return cls.model_validate(dict(keys))
+        except ValidationError as error:
+            raise ConfigError(f"selfspec configuration: {describe(error)}") from error
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """How a served model drafts: a configuration resolved against its layers."""
+
+    skip_set: SkipSet
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, for the trip to the worker processes."""
+        lists = self.skip_set.to_dict()
+        return {"num_layers": self.skip_set.num_layers, **lists, "source": self.source}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "DraftPlan":
+        """The inverse of `to_dict`."""
+        return cls(SkipSet.from_dict(data["num_layers"], data), data["source"])
+
+
+def resolve_plan(config: SelfSpecConfig, num_layers: int) -> DraftPlan:
+    """Turns the user's words into sublayers of a model with `num_layers` layers.
+
+    Raises:
+        SkipSetError: If the model has no such layer, or everything would be skipped.
+        ProfileError: If a profile is missing, malformed or of another model.
+    """
+    if config.exit_layer is not None:
+        return DraftPlan(
+            SkipSet.early_exit(num_layers, config.exit_layer), "exit_layer"
+        )
+    if isinstance(config.skip_layers, SkipLayers):
+        lists = config.skip_layers.model_dump()
+        return DraftPlan(SkipSet.from_dict(num_layers, lists), "skip_layers")
+    if config.skip_layers == "auto":
+        return DraftPlan(
+            SkipSet.evenly_spread(num_layers),
+            f"auto: no catalogue entry for this model, so {DEFAULT_SKIP_RATIO:.0%} of "
+            "the sublayers, evenly spread, first and last layer kept",
+        )
+    profile = read_profile(Path(config.skip_layers))
+    profile.check_fits(num_layers)
+    lists = profile.skip_layers.model_dump()
+    return DraftPlan(
+        SkipSet.from_dict(num_layers, lists), f"profile {config.skip_layers}"
+    )

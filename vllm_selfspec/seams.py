@@ -1,0 +1,259 @@
+"""Every place where vLLM is changed, as one table.
+
+One rule: no other module rebinds a vLLM name. Each row replaces one function by one of
+a few lines that hands over to vLLM's own unless selfspec was asked for. Rows attach when
+vLLM imports the module they name, so loading the plugin imports nothing.
+
+A row whose target is missing or has another signature is not attached; it is kept in
+`problems`, plain vLLM goes on working, and asking for selfspec raises.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from vllm_selfspec import versions
+
+Function = Callable[..., Any]
+ATTACHED = "__selfspec_seam__"
+
+# Findings that make selfspec unusable in this process: "target: what is wrong".
+problems: list[str] = []
+
+
+class SeamError(RuntimeError):
+    """vLLM is not as the seams expect it."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One rebind.
+
+    Attributes:
+        module: vLLM module that holds the target.
+        target: Attribute path within it.
+        parameters: Names of the target's parameters, as recorded.
+        replace: Makes the replacement from the original function.
+        why: The reason it is needed.
+        remove_when: What upstream must offer for the row to go.
+        is_entry: Whether the user comes in here; installed for any vLLM version, so
+            that an unsupported one is refused in words.
+    """
+
+    module: str
+    target: str
+    parameters: tuple[str, ...]
+    replace: Callable[[Function], Function]
+    why: str
+    remove_when: str
+    is_entry: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}:{self.target}"
+
+
+def _accept_bare_word(original: Function) -> Function:
+    def add_cli_args(parser: Any) -> Any:
+        from vllm_selfspec import vllm_args
+
+        return vllm_args.accept_bare_word(original(parser))
+
+    return add_cli_args
+
+
+def _take_our_keys(original: Function) -> Function:
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        from vllm_selfspec import vllm_args
+
+        if vllm_args.asks_for_selfspec(self):
+            raise_if_unusable()
+            vllm_args.translate(self, target_model_config, target_parallel_config)
+        return original(self, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def _reserve_draft_slots(original: property) -> property:
+    def num_lookahead_tokens(self: Any) -> int:
+        if uses_selfspec(self):
+            return int(self.num_speculative_tokens)
+        return int(original.__get__(self))
+
+    return property(num_lookahead_tokens)
+
+
+def _limit_per_row(original: Function) -> Function:
+    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> Any:
+        if uses_selfspec(self.vllm_config):
+            return common_attn_metadata is not None
+        return original(self, common_attn_metadata)
+
+    return _input_fits_in_drafter
+
+
+def _propose(original: Function) -> Function:
+    def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not uses_selfspec(self.vllm_config):
+            return original(self, *args, **kwargs)
+        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        drafts = self.drafter.propose_for_runner(
+            self,
+            call["scheduler_output"],
+            call["sampled_token_ids"],
+            call["sampling_metadata"],
+        )
+        self._draft_probs, self._draft_prob_req_ids = drafts.probs, drafts.req_ids
+        return drafts.token_ids
+
+    return propose_draft_token_ids
+
+
+_V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        module="vllm.engine.arg_utils",
+        target="EngineArgs.add_cli_args",
+        parameters=("parser",),
+        replace=_accept_bare_word,
+        why="--speculative-config takes JSON only and --spec-method a closed list.",
+        remove_when="vLLM has a registry of speculative methods (RFC 36219).",
+        is_entry=True,
+    ),
+    Seam(
+        module="vllm.engine.arg_utils",
+        target="EngineArgs.create_speculative_config",
+        parameters=("self", "target_model_config", "target_parallel_config"),
+        replace=_take_our_keys,
+        why="SpeculativeConfig forbids unknown keys and its method is a closed Literal.",
+        remove_when="vLLM has a registry of speculative methods (RFC 36219).",
+        is_entry=True,
+    ),
+    Seam(
+        module="vllm.config.vllm",
+        target="VllmConfig.num_lookahead_tokens",
+        parameters=("self",),
+        replace=_reserve_draft_slots,  # type: ignore[arg-type]
+        why="It is 0 for custom_class; draft KV would go to blocks nobody reserved.",
+        remove_when="a custom proposer can name its lookahead.",
+    ),
+    Seam(
+        module=_V1_RUNNER,
+        target="GPUModelRunner._input_fits_in_drafter",
+        parameters=("self", "common_attn_metadata"),
+        replace=_limit_per_row,
+        why="One request near max_model_len stops drafting for the whole batch and "
+        "fills it with token 0; we limit each row by itself.",
+        remove_when="vLLM asks the proposer.",
+    ),
+    Seam(
+        module=_V1_RUNNER,
+        target="GPUModelRunner.propose_draft_token_ids",
+        parameters=(
+            "self",
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+            "aux_hidden_states",
+            "spec_decode_metadata",
+            "common_attn_metadata",
+            "slot_mappings",
+        ),
+        replace=_propose,
+        why="A custom_class proposer is given no block tables, no sampling metadata "
+        "and no way to hand back draft probabilities.",
+        remove_when="custom_class passes the runner or those three.",
+    ),
+)
+
+
+def uses_selfspec(vllm_config: Any) -> bool:
+    """Whether this `VllmConfig` was made by `vllm_args.translate`."""
+    return "selfspec" in vllm_config.additional_config
+
+
+def raise_if_unusable() -> None:
+    """Raises if the installed vLLM is unsupported, or a seam did not fit it.
+
+    Raises:
+        UnsupportedVersionError: For a vLLM version that is not supported.
+        SeamError: If a target is missing or has another signature.
+    """
+    found = versions.vllm_version()
+    if not versions.is_supported(found):
+        raise versions.UnsupportedVersionError(versions.unsupported_message(found))
+    for seam in SEAMS:
+        importlib.import_module(seam.module)  # so that it is attached, or found wanting
+    if problems:
+        raise SeamError(
+            f"selfspec does not fit this vLLM {found}: {'; '.join(problems)}. "
+            "Install the vLLM release it was written for, or a newer vllm-selfspec"
+        )
+
+
+def install() -> None:
+    """Attaches every seam, now or when vLLM imports its module."""
+    is_supported = versions.is_supported(versions.vllm_version())
+    for seam in SEAMS:
+        if is_supported or seam.is_entry:
+            _when_imported(seam)
+
+
+def _when_imported(seam: Seam) -> None:
+    if seam.module in sys.modules:
+        attach(seam, sys.modules[seam.module])
+    else:
+        wrapt.register_post_import_hook(functools.partial(attach, seam), seam.module)
+
+
+def attach(seam: Seam, module: ModuleType) -> None:
+    """Rebinds the target of `seam` in `module`; idle if that was done before."""
+    *path, attribute = seam.target.split(".")
+    try:
+        owner = functools.reduce(getattr, path, module)
+        found = vars(owner)[attribute]
+    except (AttributeError, KeyError):
+        _report(f"{seam.name} does not exist")
+        return
+    function = _function_of(found)
+    if hasattr(function, ATTACHED):
+        return
+    parameters = tuple(inspect.signature(function).parameters)
+    if parameters != seam.parameters:
+        _report(f"{seam.name} has parameters {parameters}, not {seam.parameters}")
+        return
+    setattr(owner, attribute, _rebuilt(seam, found, function))
+
+
+def _report(problem: str) -> None:
+    if problem not in problems:
+        problems.append(problem)
+
+
+def _function_of(found: Any) -> Any:
+    if isinstance(found, property):
+        return found.fget
+    return found.__func__ if isinstance(found, staticmethod) else found
+
+
+def _rebuilt(seam: Seam, found: Any, function: Function) -> Any:
+    """The replacement, of the same kind as what was found: property, static or plain."""
+    if isinstance(found, property):
+        new = seam.replace(found)  # type: ignore[arg-type]
+        setattr(new.fget, ATTACHED, seam)  # type: ignore[attr-defined]
+        return new
+    replacement = functools.wraps(function)(seam.replace(function))
+    setattr(replacement, ATTACHED, seam)
+    return staticmethod(replacement) if isinstance(found, staticmethod) else replacement

@@ -1,0 +1,95 @@
+"""Which models and deployments can be drafted for.
+
+One rule: what is not known to work is refused here, before any weights are loaded, with
+the reason and what to do instead.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class UnsupportedModelError(ValueError):
+    """A model, or a way to deploy it, that selfspec does not support."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the sublayers of a decoder layer are.
+
+    Both must add their output to the residual stream and nothing else, so that an
+    output of zero is the same as leaving the sublayer out.
+
+    Attributes:
+        attention: Name of the attention sublayer within a decoder layer.
+        mlp: Name of the MLP sublayer.
+    """
+
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+
+
+# By vLLM's architecture name. To add one: check that its layers fit `Family`, add it to
+# the models of `tests/conftest.py`, and run the identity tests.
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(),
+    "Qwen2ForCausalLM": Family(),
+    "Qwen3ForCausalLM": Family(),
+}
+
+
+def family_of(architecture: str) -> Family:
+    """The family of a vLLM architecture.
+
+    Raises:
+        UnsupportedModelError: If it is none of `FAMILIES`.
+    """
+    if architecture not in FAMILIES:
+        raise UnsupportedModelError(
+            f"selfspec must know where a model's sublayers are, and does for "
+            f"{', '.join(FAMILIES)}, but this model is a {architecture}: "
+            "serve it without --speculative-config selfspec"
+        )
+    return FAMILIES[architecture]
+
+
+def raise_if_unsupported(
+    model_config: Any, parallel_config: Any, engine_args: Any
+) -> None:
+    """Refuses what a draft cannot run on.
+
+    Args:
+        model_config: vLLM's `ModelConfig` of the target.
+        parallel_config: vLLM's `ParallelConfig`.
+        engine_args: vLLM's `EngineArgs`.
+
+    Raises:
+        UnsupportedModelError: With the first reason found.
+    """
+    reasons = {
+        "a pipeline stage holds only some layers, but a draft needs all of them in one "
+        f"process, and pipeline_parallel_size is "
+        f"{parallel_config.pipeline_parallel_size}: use tensor parallelism": (
+            parallel_config.pipeline_parallel_size > 1
+        ),
+        "an encoder-decoder model's cross-attention is not part of a skip set: serve "
+        "it without selfspec": model_config.is_encoder_decoder,
+        "recurrent layers change their state on every forward and cannot take a "
+        "rejected draft back, and this model has some: serve it without selfspec": (
+            model_config.is_hybrid or model_config.is_attention_free
+        ),
+        "only text generation can be drafted for, and the model runner is "
+        f"{model_config.runner_type!r}: serve it without selfspec": (
+            model_config.runner_type != "generate"
+        ),
+        "a draft batch has no LoRA token mapping of its own yet: remove --enable-lora, "
+        "or serve without selfspec": bool(engine_args.enable_lora),
+        "a draft's KV slots are not split over context-parallel ranks: use "
+        "decode_context_parallel_size 1": (
+            parallel_config.decode_context_parallel_size > 1
+        ),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModelError(f"selfspec: {reason}")
+    family_of(model_config.architecture)

@@ -1,0 +1,205 @@
+"""`SelfSpecProposer`: drafts for vLLM's V1 model runner.
+
+One rule: it adapts. It turns the runner's batch into rows, runs the draft steps, and
+hands tokens and probabilities back; which sublayers run is the draft view's matter.
+
+What a draft step writes needs no clean-up: it goes to slots at or after the newest
+sampled token, where the target has no KV yet, and the next verification starts at that
+very token and writes the K and V of all layers there before any attention reads them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
+
+from vllm_selfspec.draft_batch import DraftBatch, KVGroup
+from vllm_selfspec.draft_view import DraftView
+from vllm_selfspec.support import family_of
+from vllm_selfspec.vllm_args import plan_of
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What a propose hands back to the V1 runner.
+
+    Attributes:
+        token_ids: Drafted tokens of every running request; `[]` drafts nothing.
+        probs: Draft distributions `[num_rows, num_steps, vocab_size]` of the requests
+            `req_ids`, or None where the drafts are greedy.
+        req_ids: The requests that `probs` has a row for, or None.
+    """
+
+    token_ids: list[list[int]]
+    probs: torch.Tensor | None = None
+    req_ids: list[str] | None = None
+
+
+class SelfSpecProposer:
+    """vLLM's `custom_class` proposer that drafts with the target model itself."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        assert vllm_config.speculative_config is not None
+        self._vllm_config = vllm_config
+        self._plan = plan_of(vllm_config)
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._use_fp64_gumbel = vllm_config.model_config.use_fp64_gumbel
+        self._is_probabilistic = (
+            vllm_config.speculative_config.draft_sample_method == "probabilistic"
+        )
+        self._view: DraftView
+
+    def load_model(self, target: nn.Module) -> None:
+        """Builds the draft view. vLLM calls it once the target is loaded."""
+        family = family_of(self._vllm_config.model_config.architecture)
+        self._view = DraftView(target, self._plan.skip_set, family)
+
+    def propose(self, *args: Any, **kwargs: Any) -> Any:
+        """Never called: `seams` calls `propose_for_runner`, which sees the runner."""
+        raise RuntimeError("selfspec's seams are not installed in this process")
+
+    @torch.inference_mode()
+    def propose_for_runner(
+        self,
+        runner: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Sequence[Sequence[int]],
+        sampling_metadata: SamplingMetadata,
+    ) -> Drafts:
+        """Drafts for every request that can use it.
+
+        A request in partial prefill, at `max_model_len` or without a sampled token
+        drafts nothing.
+
+        Args:
+            runner: vLLM's V1 `GPUModelRunner`, after bookkeeping.
+            scheduler_output: Of this step; it says how far to draft.
+            sampled_token_ids: The tokens this step emitted, by request.
+            sampling_metadata: Of the running batch.
+        """
+        num_drafts = self._num_drafts(
+            runner.input_batch,
+            sampled_token_ids,
+            scheduler_output.num_spec_tokens_to_schedule,
+        )
+        rows = np.flatnonzero(num_drafts)
+        if not len(rows):
+            return Drafts([[] for _ in sampled_token_ids])
+        batch = self._draft_batch(runner, rows, num_drafts[rows])
+        sampling = _for_rows(sampling_metadata, rows)
+        token_ids, probs = self._draft(batch, sampling)
+        return _to_drafts(
+            token_ids, probs, rows, num_drafts, runner.input_batch.req_ids
+        )
+
+    def _num_drafts(
+        self, input_batch: Any, sampled_token_ids: Sequence[Sequence[int]], k: int
+    ) -> np.ndarray:
+        """How many tokens each running request may draft, `[num_reqs]`."""
+        num_reqs = len(sampled_token_ids)
+        has_sampled = np.fromiter(map(bool, sampled_token_ids), bool, num_reqs)
+        # A drafted token must itself still fit into the context.
+        room = self._max_model_len - input_batch.num_tokens_no_spec[:num_reqs]
+        return np.where(has_sampled, np.clip(room, 0, k), 0).astype(np.int64)
+
+    def _draft_batch(
+        self, runner: Any, rows: np.ndarray, num_drafts: np.ndarray
+    ) -> DraftBatch:
+        input_batch = runner.input_batch
+        newest = input_batch.num_tokens_no_spec[rows].astype(np.int64) - 1
+        return DraftBatch(
+            rows=rows,
+            token_ids=input_batch.token_ids_cpu[rows, newest],
+            first_positions=newest,
+            num_drafts=num_drafts,
+            kv_groups=self._kv_groups(runner),
+            device=runner.device,
+        )
+
+    def _kv_groups(self, runner: Any) -> list[KVGroup]:
+        """The target's KV cache groups that hold a layer the draft runs."""
+        groups = []
+        for gid, attn_groups in enumerate(runner.attn_groups):
+            kept = [
+                group
+                for group in attn_groups
+                if self._view.attn_layer_names.intersection(group.layer_names)
+            ]
+            if kept:
+                table = runner.input_batch.block_table[gid]
+                groups.append(
+                    KVGroup(
+                        kept,
+                        table.get_device_tensor(table.max_num_reqs),
+                        table.block_size,
+                    )
+                )
+        return groups
+
+    def _draft(
+        self, batch: DraftBatch, sampling: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens `[num_rows, num_steps]`, probabilities of the same or None."""
+        token_ids, steps, steps_probs = batch.token_ids, [], []
+        for step in range(batch.num_steps):
+            attn_metadata, slot_mapping = batch.attention_inputs(step)
+            with set_forward_context(
+                attn_metadata,
+                self._vllm_config,
+                num_tokens=batch.num_rows,
+                slot_mapping=slot_mapping,
+                skip_compiled=True,  # the compiled graph is the whole target's
+            ):
+                hidden_states = self._view(token_ids, batch.positions[step])
+            logits = self._view.compute_logits(hidden_states)
+            token_ids, probs = self._sample(logits, sampling)
+            steps.append(token_ids)
+            steps_probs.append(probs)
+        drafted = torch.stack(steps, dim=1)
+        if not self._samples(sampling):
+            return drafted, None
+        return drafted, torch.stack([p for p in steps_probs if p is not None], dim=1)
+
+    def _samples(self, sampling: SamplingMetadata) -> bool:
+        return self._is_probabilistic and not sampling.all_greedy
+
+    def _sample(
+        self, logits: torch.Tensor, sampling: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next draft token of each row, int32, and what it was drawn from."""
+        if not self._samples(sampling):
+            return logits.argmax(dim=-1).int(), None
+        token_ids, probs = compute_probs_and_sample_next_token(
+            logits, sampling, self._use_fp64_gumbel
+        )
+        return token_ids.int(), probs
+
+
+def _for_rows(sampling: SamplingMetadata, rows: np.ndarray) -> SamplingMetadata:
+    """The sampling metadata of some rows; only what drafting reads is selected."""
+    if sampling.temperature is None:
+        return sampling
+    index = torch.from_numpy(rows).to(sampling.temperature.device)
+    return replace(sampling, temperature=sampling.temperature[index])
+
+
+def _to_drafts(
+    token_ids: torch.Tensor,
+    probs: torch.Tensor | None,
+    rows: np.ndarray,
+    num_drafts: np.ndarray,
+    req_ids: Sequence[str],
+) -> Drafts:
+    """Spreads the drafted rows over all running requests."""
+    drafts: list[list[int]] = [[] for _ in num_drafts]
+    for row, tokens in zip(rows, token_ids.tolist(), strict=True):
+        drafts[row] = tokens[: num_drafts[row]]
+    row_req_ids = [req_ids[row] for row in rows]
+    return Drafts(drafts, probs, None if probs is None else row_req_ids)

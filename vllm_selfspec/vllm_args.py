@@ -1,0 +1,96 @@
+"""From the user's words to vLLM's own configuration, and back in the workers.
+
+One rule: after `translate` vLLM sees only what it knows: the method `custom_class` with
+our proposer, and our draft plan under `additional_config["selfspec"]`, which travels to
+the worker processes and is part of vLLM's compile-cache key.
+"""
+
+import json
+import logging
+from typing import Any
+
+from vllm_selfspec.config import METHOD, DraftPlan, SelfSpecConfig, resolve_plan
+from vllm_selfspec.support import raise_if_unsupported
+
+logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
+
+PROPOSER_PATH = "vllm_selfspec.v1_proposer.SelfSpecProposer"
+
+
+def accept_bare_word(parser: Any) -> Any:
+    """Lets `--speculative-config selfspec` and `--spec-method selfspec` be parsed."""
+    for action in parser._actions:
+        if "--speculative-config" in action.option_strings:
+            action.type = _bare_word_or(action.type)
+        elif "--spec-method" in action.option_strings and action.choices is not None:
+            action.choices = [*action.choices, METHOD]
+    return parser
+
+
+def _bare_word_or(parse: Any) -> Any:
+    def parse_speculative_config(text: str) -> Any:
+        if text == METHOD or text == json.dumps(METHOD):
+            return {"method": METHOD}
+        return parse(text)
+
+    return parse_speculative_config
+
+
+def asks_for_selfspec(engine_args: Any) -> bool:
+    """Whether these `EngineArgs` name our method."""
+    keys = engine_args.speculative_config or {}
+    return METHOD in (engine_args.spec_method, keys.get("method"))
+
+
+def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
+    """Rewrites `EngineArgs` in vLLM's terms, in place.
+
+    Args:
+        engine_args: vLLM's `EngineArgs` that asks for selfspec.
+        model_config: The target's `ModelConfig`.
+        parallel_config: The target's `ParallelConfig`.
+
+    Raises:
+        ConfigError, SkipSetError, ProfileError: What the user wrote is not allowed.
+        UnsupportedModelError: The model or the deployment cannot be drafted for.
+    """
+    config = SelfSpecConfig.parse(_user_keys(engine_args))
+    raise_if_unsupported(model_config, parallel_config, engine_args)
+    plan = resolve_plan(config, model_config.get_total_num_hidden_layers())
+    logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
+    engine_args.spec_method = engine_args.spec_tokens = None
+    engine_args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER_PATH,
+        "num_speculative_tokens": config.num_speculative_tokens,
+        "draft_sample_method": config.draft_sample_method,
+    }
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        METHOD: plan.to_dict(),
+    }
+
+
+def _user_keys(engine_args: Any) -> dict[str, Any]:
+    """`speculative_config` with the flags that vLLM merges into it."""
+    config = engine_args.speculative_config or {}
+    keys = {str(key).replace("-", "_"): value for key, value in config.items()}
+    flags = {
+        "--spec-method": ("method", engine_args.spec_method),
+        "--spec-model": ("model", engine_args.spec_model),
+        "--spec-tokens": ("num_speculative_tokens", engine_args.spec_tokens),
+    }
+    for flag, (key, value) in flags.items():
+        if value is None:
+            continue
+        if key in keys:  # vLLM's rule and words
+            raise ValueError(
+                f"{flag} and --speculative-config['{key}'] are mutually exclusive"
+            )
+        keys[key] = value
+    return keys
+
+
+def plan_of(vllm_config: Any) -> DraftPlan:
+    """The draft plan that `translate` put into this `VllmConfig`."""
+    return DraftPlan.from_dict(vllm_config.additional_config[METHOD])
