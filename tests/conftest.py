@@ -1,0 +1,174 @@
+"""Shared by all tests: tiny random models, and engines that are started once.
+
+Engines run inside the test process (vLLM's own switch), so that one starts in a fraction
+of a second. None is ever shut down: vLLM's shutdown tears down state that all engines
+of a process share.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CORES = os.cpu_count() or 1
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{CORES - 1}")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "demo_model"
+NUM_LAYERS = 4
+VOCAB_SIZE = 128
+KV_CACHE_BYTES = 16 << 20
+
+# Wide enough that a random model's next token is not a near-tie in float32, where the
+# order of summation differs between one row and several.
+INITIALIZER_RANGE = 0.2
+
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "initializer_range": INITIALIZER_RANGE,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def build_tiny_model(family: str, directory: Path, **overrides: Any) -> Path:
+    """Saves a random model of `family` and a one-token-per-letter tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    extra = {"sliding_window": 48} if family == "mistral" else {}
+    config = AutoConfig.for_model(family, **{**TINY, **extra, **overrides})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all ones otherwise, which would hide a lost norm
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    path = directory / family
+    model.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def build_tokenizer() -> Any:
+    """Token i is the character i, so any text of ASCII is a prompt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {chr(i): i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=chr(1)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    template = "{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=chr(0),
+        bos_token=chr(0),
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Path of a tiny random model for each supported family."""
+    directory = tmp_path_factory.mktemp("models")
+    return {family: str(build_tiny_model(family, directory)) for family in FAMILIES}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """vLLM's own speculation counters over one run."""
+
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+
+
+class Engines:
+    """vLLM engines by configuration, each started when first asked for."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, Any] = {}
+
+    def get(self, model: str, spec: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The `vllm.LLM` of this configuration. `spec` is the speculative config."""
+        from vllm import LLM
+
+        settings: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "disable_log_stats": False,
+            "seed": 0,
+            **kwargs,
+        }
+        key = repr((model, spec, sorted(settings.items(), key=str)))
+        if key not in self._engines:
+            config = None if spec is None else {"method": "selfspec", **spec}
+            self._engines[key] = LLM(model, speculative_config=config, **settings)
+        return self._engines[key]
+
+
+@pytest.fixture(scope="session")
+def engines() -> Engines:
+    return Engines()
+
+
+def counters(llm: Any) -> Counts:
+    """Sums of vLLM's counters; they are shared by the engines of one process."""
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    totals = dict.fromkeys(names, 0)
+    for metric in llm.get_metrics():
+        name = metric.name.removeprefix("vllm:spec_decode_")
+        if name in totals and hasattr(metric, "value"):
+            totals[name] += metric.value
+    return Counts(*(totals[name] for name in names))
+
+
+def run(llm: Any, prompts: list[Any], params: Any) -> tuple[list[Any], Counts]:
+    """Generates; returns vLLM's outputs and what speculation did meanwhile."""
+    before = counters(llm)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    after = counters(llm)
+    spent = Counts(
+        after.drafts - before.drafts,
+        after.draft_tokens - before.draft_tokens,
+        after.accepted_tokens - before.accepted_tokens,
+    )
+    return outputs, spent
+
+
+def token_ids(outputs: list[Any]) -> list[list[list[int]]]:
+    """Token ids by request and sample."""
+    return [[list(sample.token_ids) for sample in out.outputs] for out in outputs]
+
+
+def prompts_of(num: int, seed: int = 0, shortest: int = 3) -> list[dict[str, Any]]:
+    """Random prompts of different lengths."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    lengths = [shortest + 7 * i for i in range(num)]
+    return [
+        {"prompt_token_ids": rng.integers(2, VOCAB_SIZE, size=n).tolist()}
+        for n in lengths
+    ]
