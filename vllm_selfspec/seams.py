@@ -118,7 +118,36 @@ def _propose(original: Function) -> Function:
     return propose_draft_token_ids
 
 
+def _pass_empty_logits(original: Function) -> Function:
+    def apply_sampling_constraints(
+        logits: Any, cu_num_draft_tokens: Any, sampling_metadata: Any
+    ) -> Any:
+        if logits.shape[0] == 0:
+            return logits
+        return original(logits, cu_num_draft_tokens, sampling_metadata)
+
+    return apply_sampling_constraints
+
+
+def _expand_in_torch(original: Function) -> Function:
+    def expand_batch_to_tokens(
+        x: Any,
+        cu_num_tokens: Any,
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> Any:
+        if x.device.type != "cpu":
+            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        num_tokens_of = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        expanded = x.repeat_interleave(num_tokens_of, output_size=num_tokens)
+        return expanded.masked_fill_(expanded == replace_from, replace_to)
+
+    return expand_batch_to_tokens
+
+
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_V1_REJECTION = "vllm.v1.sample.rejection_sampler"
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -146,6 +175,32 @@ SEAMS: tuple[Seam, ...] = (
         replace=_reserve_draft_slots,  # type: ignore[arg-type]
         why="It is 0 for custom_class; draft KV would go to blocks nobody reserved.",
         remove_when="a custom proposer can name its lookahead.",
+    ),
+    Seam(
+        module=_V1_REJECTION,
+        target="apply_sampling_constraints",
+        parameters=("logits", "cu_num_draft_tokens", "sampling_metadata"),
+        replace=_pass_empty_logits,
+        why="A step without drafts, such as a prefill, verifies no rows, and without "
+        "Triton vLLM's top-k takes the maximum of them: any request with top_k alone "
+        "stops the engine, whatever the speculative method.",
+        remove_when="apply_top_k_only accepts zero rows.",
+    ),
+    Seam(
+        module=_V1_REJECTION,
+        target="expand_batch_to_tokens",
+        parameters=(
+            "x",
+            "cu_num_tokens",
+            "num_tokens",
+            "replace_from",
+            "replace_to",
+        ),
+        replace=_expand_in_torch,
+        why="On CPU vLLM expands temperature, top_k and top_p into a temporary int64 "
+        "copy and hands uninitialised memory to the verification: sampling with any "
+        "speculative method is not lossless there.",
+        remove_when="_expand_kernel_impl writes its result into `output`.",
     ),
     Seam(
         module=_V1_RUNNER,
