@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_view import DraftView
+from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.support import family_of
 from vllm_selfspec.vllm_args import plan_of
 
@@ -48,18 +49,27 @@ class SelfSpecProposer:
     def __init__(self, vllm_config: VllmConfig) -> None:
         assert vllm_config.speculative_config is not None
         self._vllm_config = vllm_config
-        self._plan = plan_of(vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
         self._use_fp64_gumbel = vllm_config.model_config.use_fp64_gumbel
         self._is_probabilistic = (
             vllm_config.speculative_config.draft_sample_method == "probabilistic"
         )
+        self._target: nn.Module
         self._view: DraftView
 
     def load_model(self, target: nn.Module) -> None:
         """Builds the draft view. vLLM calls it once the target is loaded."""
+        self._target = target
+        self.use_skip_set(plan_of(self._vllm_config).skip_set)
+
+    def use_skip_set(self, skip_set: SkipSet) -> None:
+        """Drafts with another skip set from the next propose on.
+
+        Cheap, and safe between two steps: whatever drafts left in the KV cache is
+        overwritten before it is read.
+        """
         family = family_of(self._vllm_config.model_config.architecture)
-        self._view = DraftView(target, self._plan.skip_set, family)
+        self._view = DraftView(self._target, skip_set, family)
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """Never called: `seams` calls `propose_for_runner`, which sees the runner."""

@@ -1,0 +1,156 @@
+"""Sampling: the distribution of the output is plain vLLM's.
+
+The exact distribution of four sampled tokens is read from plain vLLM, token by token, as
+its processed log-probabilities; thousands of real drafting runs are then compared with
+it by a chi-squared test. A right build fails one comparison with probability
+`FALSE_ALARM`, so all of them together with less than 1 in 10,000.
+"""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Engines, build_tiny_model, run, token_ids
+from scipy import stats
+
+FALSE_ALARM = 1e-6
+VOCAB_SIZE = 6
+NUM_TOKENS = 4  # one from the prefill, two drafted, one after them
+NUM_SAMPLES = 6000
+PROMPT = [1, 3, 5, 2, 4]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "T=1": {"temperature": 1.0},
+    "T=0.7": {"temperature": 0.7},
+    "top_p": {"temperature": 1.0, "top_p": 0.7},
+    "top_k": {"temperature": 1.3, "top_k": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("distribution")
+    return str(build_tiny_model("llama", directory, vocab_size=VOCAB_SIZE))
+
+
+def params(**overrides: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(ignore_eos=True, detokenize=False, **overrides)
+
+
+def exact(engines: Engines, model: str, setting: dict[str, Any]) -> np.ndarray:
+    """Probability of every sequence of `NUM_TOKENS` tokens under plain vLLM."""
+    plain = engines.get(model, logprobs_mode="processed_logprobs", max_num_seqs=256)
+    total = np.ones(())
+    for length in range(NUM_TOKENS):
+        prefixes = itertools.product(range(VOCAB_SIZE), repeat=length)
+        prompts = [{"prompt_token_ids": PROMPT + list(prefix)} for prefix in prefixes]
+        sampling = params(max_tokens=1, logprobs=VOCAB_SIZE, **setting)
+        outputs, _ = run(plain, prompts, sampling)
+        rows = np.zeros((len(prompts), VOCAB_SIZE))
+        for row, output in zip(rows, outputs, strict=True):
+            for token, logprob in output.outputs[0].logprobs[0].items():
+                row[token] = np.exp(logprob.logprob)
+        np.testing.assert_allclose(rows.sum(axis=1), 1, atol=1e-4)
+        shape = (VOCAB_SIZE,) * (length + 1)
+        total = total[..., None] * rows.reshape(shape)
+    return total
+
+
+def p_value(samples: list[tuple[int, ...]], expected: np.ndarray) -> float:
+    """Chi-squared test of `samples`; rare sequences share one cell.
+
+    Cells expected fewer than 10 times are merged, for the test to be accurate far out.
+    A sequence that plain vLLM cannot produce at all makes it 0.
+    """
+    counts = np.zeros(expected.shape)
+    for sample, count in Counter(samples).items():
+        counts[sample] = count
+    if counts[expected < 1e-12].any():
+        return 0.0
+    expected = expected * len(samples)
+    is_rare = expected < 10
+    observed = np.append(counts[~is_rare], counts[is_rare].sum())
+    wanted = np.append(expected[~is_rare], expected[is_rare].sum())
+    keep = wanted > 0
+    wanted = wanted[keep] * observed.sum() / wanted.sum()
+    return float(stats.chisquare(observed[keep], wanted).pvalue)
+
+
+def drafting(engines: Engines, model: str, method: str) -> Any:
+    spec = {"exit_layer": 2, "num_speculative_tokens": 2, "draft_sample_method": method}
+    return engines.get(model, spec, max_num_seqs=256)
+
+
+def samples_of(llm: Any, setting: dict[str, Any]) -> list[tuple[int, ...]]:
+    prompts = [{"prompt_token_ids": PROMPT}] * NUM_SAMPLES
+    outputs, counts = run(llm, prompts, params(max_tokens=NUM_TOKENS, **setting))
+    rate = counts.accepted_tokens / counts.draft_tokens
+    assert 0.1 < rate < 0.95, f"acceptance {rate:.2f}: one outcome is hardly tested"
+    return [tuple(samples[0]) for samples in token_ids(outputs)]
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_sampled_text_is_distributed_as_plain_vllms(
+    setting: str, method: str, model: str, engines: Engines
+) -> None:
+    samples = samples_of(drafting(engines, model, method), SETTINGS[setting])
+    p = p_value(samples, exact(engines, model, SETTINGS[setting]))
+    assert p > FALSE_ALARM, f"{setting}, {method} drafts: p = {p:.2g}"
+
+
+def accept_all_drafts(
+    draft_token_ids: Any,
+    num_draft_tokens: list[int],
+    max_spec_len: int,
+    cu_num_draft_tokens: Any,
+    draft_probs: Any,
+    target_logits: Any,
+    bonus_token_ids: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A rejection sampler that rejects nothing."""
+    output = bonus_token_ids.new_full((len(num_draft_tokens), max_spec_len + 1), -1)
+    start = 0
+    for row, count in enumerate(num_draft_tokens):
+        output[row, :count] = draft_token_ids[start : start + count]
+        output[row, count] = bonus_token_ids[row, 0]
+        start += count
+    return output.int()
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_the_test_catches_a_rejection_that_accepts_everything(
+    method: str, model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = drafting(engines, model, method)
+    expected = exact(engines, model, SETTINGS["T=1"])
+    monkeypatch.setattr(
+        "vllm.v1.sample.rejection_sampler.rejection_sample", accept_all_drafts
+    )
+    prompts = [{"prompt_token_ids": PROMPT}] * NUM_SAMPLES
+    outputs, _ = run(llm, prompts, params(max_tokens=NUM_TOKENS, temperature=1.0))
+    samples = [tuple(sample[0]) for sample in token_ids(outputs)]
+    assert p_value(samples, expected) < FALSE_ALARM, "a broken rejection went unnoticed"
+
+
+def test_the_test_catches_wrong_draft_probabilities(
+    model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm_selfspec.v1_proposer as v1_proposer
+
+    right = v1_proposer.compute_probs_and_sample_next_token
+
+    def flattened(*args: Any) -> Any:
+        tokens, probs = right(*args)
+        return tokens, probs.sqrt() / probs.sqrt().sum(-1, keepdim=True)
+
+    llm = drafting(engines, model, "probabilistic")
+    expected = exact(engines, model, SETTINGS["T=1"])
+    monkeypatch.setattr(v1_proposer, "compute_probs_and_sample_next_token", flattened)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    assert p_value(samples, expected) < FALSE_ALARM, "wrong probabilities went unnoticed"

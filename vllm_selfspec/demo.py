@@ -1,0 +1,429 @@
+"""The demo: the same prompts with plain vLLM and with selfspec, side by side.
+
+One rule: everything compared runs in one process, on the same cores, in turns, prompt by
+prompt, so that a machine that drifts hits all alike; what is printed are medians of
+ratios to plain vLLM, with the bound of each plan beside them.
+"""
+
+import json
+import os
+import platform
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_selfspec import __version__, versions
+from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
+from vllm_selfspec.cost import CheckpointError, ModelWeights, bound, locate
+from vllm_selfspec.skip_set import SkipSet
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
+WIDEN_SCRIPT = REPOSITORY / "benchmarks" / "widen.py"
+WIDENED_MODEL = REPOSITORY / ".cache" / "demo_model_x8"
+# 8 times wider costs 64 times as much: 9 M parameters become about 0.54 B.
+WIDEN_FACTOR = 8
+NUM_STREAMS = (1, 8)
+KV_CACHE_BYTES = 512 << 20
+
+PROMPTS = (
+    "class LRUCache:\n    def __init__(self, maxsize=128):\n        self.",
+    "def read_config(path):\n    with open(path) as f:\n        for line in f:\n",
+    "import unittest\n\nclass TestQueue(unittest.TestCase):\n    def test_empty(self):\n",
+    "def parse_args(argv):\n    parser = argparse.ArgumentParser()\n    parser.add_",
+    "async def connect(self, host, port):\n    try:\n        reader, writer = await ",
+    "    def __repr__(self):\n        return '<%s at %#x>' % (",
+    "def merge(left, right):\n    result = []\n    i = j = 0\n    while i < len(left)",
+    "try:\n    import ssl\nexcept ImportError:\n    ssl = None\n\nclass HTTPServer(",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of one or more prompts.
+
+    Attributes:
+        token_ids: What was generated, by prompt.
+        seconds: From the first emitted token to the last: decoding alone.
+        num_tokens: Tokens emitted in that time.
+        drafts: Verifications of a request, by vLLM's own counters.
+        draft_tokens: Tokens drafted.
+        accepted_tokens: Drafted tokens that were accepted.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    seconds: float
+    num_tokens: int
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass
+class Result:
+    """What was measured of one plan at one number of streams."""
+
+    plan: str
+    num_streams: int
+    draft_share: float
+    k: int
+    tokens_per_second: float = 0.0
+    speed_up: float = 0.0
+    speed_up_spread: tuple[float, float] = (0.0, 0.0)
+    acceptance: float = 0.0
+    tokens_per_verification: float = 0.0
+    bound: float = 0.0
+    num_same: int = 0
+    num_texts: int = 0
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def share_of_bound(self) -> float:
+        return self.speed_up / self.bound if self.bound else 0.0
+
+
+def run_demo(
+    model: str | None,
+    max_tokens: int,
+    num_speculative_tokens: int,
+    repeats: int = 3,
+    output: Path | None = None,
+) -> None:
+    """Runs the comparison and prints it; see the command's help.
+
+    Raises:
+        CheckpointError: If the model cannot be found or read, or none was named and
+            this is not a clone of the repository.
+        UnsupportedModelError: If the model cannot be drafted for.
+    """
+    console = Console(highlight=False)
+    prepare_environment()
+    path = locate(model) if model else widened_demo_model(console)
+    arms = Arms(str(path), num_speculative_tokens, max_tokens, console)
+    results = compare(arms, repeats, console)
+    print_results(results, console)
+    if output:
+        save(results, output, arms)
+        console.print(f"Saved to {output}")
+
+
+def prepare_environment() -> None:
+    """All cores for everyone, one process, and no log lines; the user's word wins."""
+    last = (os.cpu_count() or 1) - 1
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}" if last else "0")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def widened_demo_model(console: Console) -> Path:
+    """The repository's demo model at the cost of a real one, made once.
+
+    Raises:
+        CheckpointError: If this is no clone of the repository.
+    """
+    if not WIDEN_SCRIPT.is_file() or not DEMO_MODEL.is_dir():
+        raise CheckpointError(
+            "the demo model is part of the repository, not of the installed package: "
+            "name a model, as in 'vllm-selfspec demo MODEL', or run 'make demo' in a "
+            "clone"
+        )
+    console.print(
+        f"Widening the demo model {WIDEN_FACTOR} times: same outputs, "
+        f"{WIDEN_FACTOR**2} times the cost ..."
+    )
+    widen = runpy.run_path(str(WIDEN_SCRIPT))["widen"]
+    path: Path = widen(DEMO_MODEL, WIDENED_MODEL, WIDEN_FACTOR)
+    return path
+
+
+def fixed_plans(num_layers: int) -> dict[str, SkipSet]:
+    """The plans the demo compares, by the words a user would write."""
+    plans = {"auto": resolve_plan(SelfSpecConfig(), num_layers).skip_set}
+    for part in (6, 4, 2):
+        if exit_layer := num_layers // part:
+            plans[f"exit_layer {exit_layer}"] = SkipSet.early_exit(
+                num_layers, exit_layer
+            )
+    return plans
+
+
+class Arms:
+    """Two engines: plain vLLM, and one with selfspec that changes plans between runs.
+
+    Attributes:
+        weights: Of the model, for the draft's share.
+        plans: The plans to compare.
+    """
+
+    def __init__(self, model: str, k: int, max_tokens: int, console: Console) -> None:
+        self.model, self.k, self.max_tokens = model, k, max_tokens
+        self.weights = ModelWeights.from_checkpoint(Path(model))
+        self.plans = fixed_plans(self.weights.num_layers)
+        console.print("Starting plain vLLM and vLLM with selfspec ...")
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.settings: dict[str, Any] = {
+            "max_num_seqs": max(NUM_STREAMS),
+            "max_model_len": 1024,
+            "enable_prefix_caching": False,  # prompts repeat; each run does all its work
+            "disable_log_stats": False,  # the counters
+            "enforce_eager": current_platform.is_cpu(),
+        }
+        if current_platform.is_cpu():
+            self.settings["kv_cache_memory_bytes"] = KV_CACHE_BYTES
+        else:
+            self.settings["gpu_memory_utilization"] = 0.42  # two engines, one GPU
+        self.plain = LLM(model, **self.settings)
+        config = {"method": METHOD, "num_speculative_tokens": k}
+        self.drafting = LLM(model, speculative_config=config, **self.settings)
+
+    def run_plain(self, prompts: list[str]) -> Sample:
+        """Generates with plain vLLM."""
+        return self._run(self.plain, prompts)
+
+    def run_plan(self, plan: str, prompts: list[str]) -> Sample:
+        """Generates with selfspec under one of `plans`."""
+        self.drafting.collective_rpc(_use_skip_set, args=(self.plans[plan],))
+        before = _counters(self.drafting)
+        sample = self._run(self.drafting, prompts)
+        after = _counters(self.drafting)
+        spent = {name: after[name] - before[name] for name in after}
+        return Sample(sample.token_ids, sample.seconds, sample.num_tokens, **spent)
+
+    def _run(self, llm: Any, prompts: list[str]) -> Sample:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=self.max_tokens, ignore_eos=True
+        )
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        token_ids = tuple(tuple(out.outputs[0].token_ids) for out in outputs)
+        first = min(out.metrics.first_token_ts for out in outputs)
+        last = max(out.metrics.last_token_ts for out in outputs)
+        return Sample(token_ids, last - first, sum(map(len, token_ids)) - len(prompts))
+
+
+def _use_skip_set(worker: Any, skip_set: SkipSet) -> None:
+    worker.model_runner.drafter.use_skip_set(skip_set)
+
+
+def _counters(llm: Any) -> dict[str, int]:
+    names = {
+        "vllm:spec_decode_num_drafts": "drafts",
+        "vllm:spec_decode_num_draft_tokens": "draft_tokens",
+        "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
+    }
+    totals = dict.fromkeys(names.values(), 0)
+    for metric in llm.get_metrics():
+        if metric.name in names:
+            totals[names[metric.name]] += int(metric.value)
+    return totals
+
+
+def rounds(num_streams: int) -> Iterator[list[str]]:
+    """The prompts in groups of `num_streams`."""
+    for start in range(0, len(PROMPTS), num_streams):
+        yield list(PROMPTS[start : start + num_streams])
+
+
+def compare(arms: Arms, repeats: int, console: Console) -> list[Result]:
+    """Runs every plan and plain vLLM in turns, at each number of streams."""
+    results = []
+    total = sum(
+        repeats * len(list(rounds(n))) * (1 + len(arms.plans)) for n in NUM_STREAMS
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Generating", total=total)
+        for num_streams in NUM_STREAMS:
+            results += _compare_at(
+                arms, repeats, num_streams, lambda: progress.advance(task)
+            )
+    return results
+
+
+def _compare_at(
+    arms: Arms, repeats: int, num_streams: int, advance: Callable[[], None]
+) -> list[Result]:
+    samples: dict[str, list[Sample]] = {name: [] for name in ("plain", *arms.plans)}
+    warm_up = next(rounds(num_streams))
+    arms.run_plain(warm_up)
+    arms.run_plan("auto", warm_up)
+    for _ in range(repeats):
+        for prompts in rounds(num_streams):
+            samples["plain"].append(arms.run_plain(prompts))
+            advance()
+            for plan in arms.plans:
+                samples[plan].append(arms.run_plan(plan, prompts))
+                advance()
+    plain = samples.pop("plain")
+    return [_plain_result(plain, num_streams)] + [
+        _result(plan, arms, num_streams, plain, drafted)
+        for plan, drafted in samples.items()
+    ]
+
+
+def _rate(samples: list[Sample]) -> float:
+    return median(s.num_tokens / s.seconds for s in samples)
+
+
+def _plain_result(plain: list[Sample], num_streams: int) -> Result:
+    num_texts = sum(len(s.token_ids) for s in plain)
+    return Result(
+        plan="plain vLLM",
+        num_streams=num_streams,
+        draft_share=0,
+        k=0,
+        tokens_per_second=_rate(plain),
+        speed_up=1,
+        speed_up_spread=(1, 1),
+        tokens_per_verification=1,
+        num_same=num_texts,
+        num_texts=num_texts,
+    )
+
+
+def _result(
+    plan: str,
+    arms: Arms,
+    num_streams: int,
+    plain: list[Sample],
+    drafted: list[Sample],
+) -> Result:
+    drafts = sum(s.drafts for s in drafted)
+    accepted = sum(s.accepted_tokens for s in drafted)
+    emitted = 1 + accepted / drafts
+    c = arms.weights.draft_share(arms.plans[plan])
+    ratios = [
+        (b.num_tokens / b.seconds) / (a.num_tokens / a.seconds)
+        for a, b in zip(plain, drafted, strict=True)
+    ]
+    same = [
+        a == b
+        for plain_run, run in zip(plain, drafted, strict=True)
+        for a, b in zip(plain_run.token_ids, run.token_ids, strict=True)
+    ]
+    return Result(
+        plan=plan,
+        num_streams=num_streams,
+        draft_share=c,
+        k=arms.k,
+        tokens_per_second=_rate(drafted),
+        speed_up=median(ratios),
+        speed_up_spread=(min(ratios), max(ratios)),
+        acceptance=accepted / sum(s.draft_tokens for s in drafted),
+        tokens_per_verification=emitted,
+        bound=bound(emitted, arms.k, c),
+        num_same=sum(same),
+        num_texts=len(same),
+        ratios=ratios,
+    )
+
+
+COLUMNS = (
+    "streams",
+    "plan",
+    "draft reads c",
+    "accepted",
+    "tokens/verify",
+    "tokens/s",
+    "speed-up",
+    "bound",
+    "of bound",
+    "same text",
+)
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """One row of the table, as printed here and in the README."""
+    head = (str(result.num_streams), result.plan)
+    rate, same = f"{result.tokens_per_second:.1f}", ""
+    if not result.k:
+        return (*head, "", "", "1.00", rate, "1.00x", "", "", "")
+    same = f"{result.num_same}/{result.num_texts}"
+    return (
+        *head,
+        f"{result.draft_share:.2f}",
+        f"{result.acceptance:.0%}",
+        f"{result.tokens_per_verification:.2f}",
+        rate,
+        f"{result.speed_up:.2f}x",
+        f"{result.bound:.2f}x",
+        f"{result.share_of_bound:.2f}",
+        same,
+    )
+
+
+def print_results(results: list[Result], console: Console) -> None:
+    """The table, and what its columns mean."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for result in results:
+        is_start = result.k == 0 and result is not results[0]
+        if is_start:
+            table.add_section()
+        style = "green" if result.speed_up > 1 else ""
+        table.add_row(*cells(result), style=style)
+    console.print(table)
+    console.print(
+        "c: weights a draft step reads, as a share of the model's. bound: E / (1 + k c) "
+        "with E tokens\nper verification; it takes verifying k + 1 tokens to cost one "
+        "step, which holds for one stream.\nspeed-up: median of ratios to plain vLLM on "
+        "the same prompt, run in turns.",
+        style="dim",
+    )
+    if any(r.num_same < r.num_texts for r in results):
+        console.print(
+            "Texts that differ: in bf16 plain vLLM too flips near-ties when the rows "
+            "of a step change;\nin float32 all are identical (tests/test_identity.py).",
+            style="dim",
+        )
+
+
+def save(results: list[Result], output: Path, arms: Arms) -> None:
+    """Writes the results as JSON, with what is needed to measure them again."""
+    report = {
+        "command": " ".join(["vllm-selfspec", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {
+            "vllm_selfspec": __version__,
+            "vllm": versions.vllm_version(),
+            "python": platform.python_version(),
+        },
+        "cpu": _cpu_name(),
+        "num_cores": os.cpu_count(),
+        "threads": os.environ["VLLM_CPU_OMP_THREADS_BIND"],
+        "model_bytes_per_step": arms.weights.streamed,
+        "max_tokens": arms.max_tokens,
+        "engine": arms.settings,
+        "results": [
+            {**asdict(r), "ratios": [round(x, 4) for x in r.ratios]} for r in results
+        ],
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor()).strip()
