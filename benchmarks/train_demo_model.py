@@ -1,12 +1,12 @@
-"""Trains the demo model: a small Llama whose layers are redundant, as a big model's are.
+"""Trains the demo model: a small Llama with redundant layers, as a big model's are.
 
 Recipe: LayerSkip (arXiv 2404.16710): stochastic depth that rises with the layer, and an
-early-exit loss through the shared final norm and LM head. Two things differ, both so that
-a short CPU run is enough: attention and MLP are dropped independently, because the draft
-skips sublayers and not layers, and the exits also learn the full model's distribution.
-Matrices are trained with Muon, the rest with AdamW. The learning rate is constant and
-then falls linearly to zero over the last quarter, so a run can be resumed with another
-`--steps` at any time before that.
+early-exit loss through the shared final norm and LM head. Two things differ, both so
+that a short CPU run is enough: attention and MLP are dropped independently, because the
+draft skips sublayers and not layers, and the exits also learn the full model's
+distribution. Matrices are trained with Muon, the rest with AdamW. The learning rate is
+constant and then falls linearly to zero over the last quarter, so a run can be resumed
+with another `--steps` at any time before that.
 
     python benchmarks/train_demo_model.py -o benchmarks/demo_model --steps 1500
 
@@ -139,7 +139,7 @@ def build_model(recipe: Recipe) -> Any:
 def block(
     layer: Any, hidden: torch.Tensor, rope: Any, keep_attn: bool, keep_mlp: bool
 ) -> torch.Tensor:
-    """One decoder layer with either sublayer left out. `hidden` is [rows, seq, width]."""
+    """One decoder layer, either sublayer left out. `hidden` is [rows, seq, width]."""
     if keep_attn:
         normed = layer.input_layernorm(hidden)
         hidden = (

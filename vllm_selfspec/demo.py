@@ -1,7 +1,7 @@
 """The demo: the same prompts with plain vLLM and with selfspec, side by side.
 
-One rule: everything compared runs in one process, on the same cores, in turns, prompt by
-prompt, so that a machine that drifts hits all alike; what is printed are medians of
+One rule: everything compared runs in one process, on the same cores, in turns, prompt
+by prompt, so that a machine that drifts hits all alike; what is printed are medians of
 ratios to plain vLLM, with the bound of each plan beside them.
 """
 
@@ -38,7 +38,7 @@ KV_CACHE_BYTES = 512 << 20
 PROMPTS = (
     "class LRUCache:\n    def __init__(self, maxsize=128):\n        self.",
     "def read_config(path):\n    with open(path) as f:\n        for line in f:\n",
-    "import unittest\n\nclass TestQueue(unittest.TestCase):\n    def test_empty(self):\n",
+    "import unittest\n\nclass TestQueue(unittest.TestCase):\n    def test_empty(self):",
     "def parse_args(argv):\n    parser = argparse.ArgumentParser()\n    parser.add_",
     "async def connect(self, host, port):\n    try:\n        reader, writer = await ",
     "    def __repr__(self):\n        return '<%s at %#x>' % (",
@@ -176,7 +176,7 @@ class Arms:
         self.settings: dict[str, Any] = {
             "max_num_seqs": max(NUM_STREAMS),
             "max_model_len": 1024,
-            "enable_prefix_caching": False,  # prompts repeat; each run does all its work
+            "enable_prefix_caching": False,  # prompts repeat; each run does all of it
             "disable_log_stats": False,  # the counters
             "enforce_eager": current_platform.is_cpu(),
         }
@@ -383,16 +383,16 @@ def print_results(results: list[Result], console: Console) -> None:
         table.add_row(*cells(result), style=style)
     console.print(table)
     console.print(
-        "c: weights a draft step reads, as a share of the model's. bound: E / (1 + k c) "
-        "with E tokens\nper verification; it takes verifying k + 1 tokens to cost one "
-        "step, which holds for one stream.\nspeed-up: median of ratios to plain vLLM on "
-        "the same prompt, run in turns.",
+        "c: share of the model's weights that a draft step reads. bound: E / (1 + k c) "
+        "with E tokens per\nverification, if verifying k + 1 tokens costs one step: "
+        "so it does for one stream, not\nfor eight. speed-up: median of ratios to "
+        "plain vLLM on the same prompt, run in turns.",
         style="dim",
     )
     if any(r.num_same < r.num_texts for r in results):
         console.print(
-            "Texts that differ: in bf16 plain vLLM too flips near-ties when the rows "
-            "of a step change;\nin float32 all are identical (tests/test_identity.py).",
+            "Texts that differ: in bf16 plain vLLM too flips near-ties when a step has "
+            "other rows;\nin float32 all are identical (tests/test_identity.py).",
             style="dim",
         )
 

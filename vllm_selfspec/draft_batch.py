@@ -33,9 +33,9 @@ class KVGroup:
 class DraftBatch:
     """The rows that draft, `[num_rows]`, over `num_steps` steps.
 
-    In step j every row runs one token at position `first_positions + j`, and its K and V
-    go to the request's own slot of that position (DraftView reads it in step j + 1). A
-    row that has drafted all it may runs on with the others, but writes nowhere.
+    In step j every row runs one token at position `first_positions + j`, and its K and
+    V go to the request's own slot of that position, to be read from then on. A row that
+    has drafted all it may runs on with the others, but writes nowhere.
 
     Attributes:
         num_rows: Requests that draft.

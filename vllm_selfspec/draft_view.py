@@ -57,7 +57,7 @@ class DraftView:
         attn_layer_names: vLLM's names of the attention layers that still run.
     """
 
-    def __init__(self, target: nn.Module, skip_set: SkipSet, family: Family) -> None:
+    def __init__(self, target: Any, skip_set: SkipSet, family: Family) -> None:
         path, layers = _find_layers(target, skip_set.num_layers)
         drafting = nn.ModuleList(
             _draft_layer(layer, index, skip_set, family)

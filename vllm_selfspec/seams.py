@@ -1,8 +1,8 @@
 """Every place where vLLM is changed, as one table.
 
 One rule: no other module rebinds a vLLM name. Each row replaces one function by one of
-a few lines that hands over to vLLM's own unless selfspec was asked for. Rows attach when
-vLLM imports the module they name, so loading the plugin imports nothing.
+a few lines that hands over to vLLM's own unless selfspec was asked for. Rows attach
+when vLLM imports the module they name, so loading the plugin imports nothing.
 
 A row whose target is missing or has another signature is not attached; it is kept in
 `problems`, plain vLLM goes on working, and asking for selfspec raises.
@@ -164,7 +164,7 @@ SEAMS: tuple[Seam, ...] = (
         target="EngineArgs.create_speculative_config",
         parameters=("self", "target_model_config", "target_parallel_config"),
         replace=_take_our_keys,
-        why="SpeculativeConfig forbids unknown keys and its method is a closed Literal.",
+        why="SpeculativeConfig forbids unknown keys; its method is a closed Literal.",
         remove_when="vLLM has a registry of speculative methods (RFC 36219).",
         is_entry=True,
     ),
@@ -304,7 +304,7 @@ def _function_of(found: Any) -> Any:
 
 
 def _rebuilt(seam: Seam, found: Any, function: Function) -> Any:
-    """The replacement, of the same kind as what was found: property, static or plain."""
+    """The replacement, of the same kind as what was found (property, static, plain)."""
     if isinstance(found, property):
         new = seam.replace(found)  # type: ignore[arg-type]
         setattr(new.fget, ATTACHED, seam)  # type: ignore[attr-defined]

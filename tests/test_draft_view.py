@@ -1,0 +1,196 @@
+"""The draft view runs the target's own modules, owns nothing, and skips exactly that."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, NUM_LAYERS, Engines, prompts_of, run
+
+PLANS: dict[str, dict[str, Any]] = {
+    "middling": {"skip_layers": {"attention": [1, 3], "mlp": [2, 3]}},
+    "absurd": {"skip_layers": {"attention": [0, 1, 2], "mlp": [0, 1, 2, 3]}},
+    "first layer": {"skip_layers": {"attention": [0], "mlp": [0]}},
+    "exit": {"exit_layer": 2},
+}
+SKIPPED = {
+    "middling": ({1, 3}, {2, 3}),
+    "absurd": ({0, 1, 2}, {0, 1, 2, 3}),
+    "first layer": ({0}, {0}),
+    "exit": ({2, 3}, {2, 3}),
+}
+
+
+def on_worker(llm: Any, function: Any) -> Any:
+    return llm.collective_rpc(function)[0]
+
+
+def memory(worker: Any) -> dict[str, int]:
+    runner = worker.model_runner
+    modules = [runner.model]
+    if hasattr(runner, "drafter"):
+        modules.append(runner.drafter._view._model)
+    tensors = {
+        t.data_ptr(): t.numel() * t.element_size()
+        for module in modules
+        for t in (*module.parameters(), *module.buffers())
+        if t.numel()
+    }
+    return {
+        "weight bytes": sum(tensors.values()),
+        "KV blocks": worker.cache_config.num_gpu_blocks,
+        "KV bytes": sum(kv.numel() * kv.element_size() for kv in runner.kv_caches),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_weights_and_no_kv_cache_are_added(
+    family: str, tiny_models: dict[str, str], engines: Engines
+) -> None:
+    plain = on_worker(engines.get(tiny_models[family]), memory)
+    drafting = on_worker(engines.get(tiny_models[family], PLANS["middling"]), memory)
+    assert drafting == plain
+    assert plain["KV blocks"] > 0 and plain["weight bytes"] > 0
+
+
+def calls_while_drafting(worker: Any, run_drafts: Any) -> Counter[tuple[str, int]]:
+    """How often each sublayer of the target runs in a draft step."""
+    runner = worker.model_runner
+    calls: Counter[tuple[str, int]] = Counter()
+    handles = []
+    for index, layer in enumerate(runner.model.model.layers):
+        for name in ("self_attn", "mlp"):
+            module = getattr(layer, name)
+
+            def count(*_: Any, key: tuple[str, int] = (name, index)) -> None:
+                calls[key] += 1
+
+            handles.append(module.register_forward_pre_hook(count))
+    run_drafts()
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_draft_runs_the_kept_sublayers_and_no_other(
+    plan: str, tiny_models: dict[str, str], engines: Engines, drafts: list[Any]
+) -> None:
+    llm = engines.get(tiny_models["llama"], PLANS[plan])
+    worker = on_worker(llm, lambda worker: worker)
+    calls: Counter[tuple[str, int]] = Counter()
+    proposer = worker.model_runner.drafter
+    original = proposer._draft
+
+    def counted(*args: Any) -> Any:
+        result = []
+        calls.update(
+            calls_while_drafting(worker, lambda: result.append(original(*args)))
+        )
+        return result[0]
+
+    proposer._draft = counted
+    try:
+        run(llm, prompts_of(2), sampling(12))
+    finally:
+        del proposer._draft
+    attention, mlp = SKIPPED[plan]
+    every = {("self_attn", i) for i in range(NUM_LAYERS) if i not in attention}
+    every |= {("mlp", i) for i in range(NUM_LAYERS) if i not in mlp}
+    assert set(calls) == every
+    assert len(set(calls.values())) == 1, "a kept sublayer ran more often than another"
+
+
+def sampling(max_tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Records, for each propose, the context and the draft of the first request."""
+    from vllm_selfspec.v1_proposer import SelfSpecProposer
+
+    recorded: list[Any] = []
+    original = SelfSpecProposer.propose_for_runner
+
+    def record(self: Any, runner: Any, *args: Any) -> Any:
+        result = original(self, runner, *args)
+        batch = runner.input_batch
+        context = batch.token_ids_cpu[0, : batch.num_tokens_no_spec[0]].tolist()
+        recorded.append((context, result.token_ids[0]))
+        return result
+
+    monkeypatch.setattr(SelfSpecProposer, "propose_for_runner", record)
+    return recorded
+
+
+class Nothing(torch.nn.Module):
+    """A sublayer taken out of a Hugging Face model."""
+
+    def __init__(self, is_attention: bool) -> None:
+        super().__init__()
+        self.is_attention = is_attention
+
+    def forward(self, x: Any = None, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(kwargs.get("hidden_states", x))
+        return (zeros, None) if self.is_attention else zeros
+
+
+def reference_draft(path: str, plan: str, context: list[int], k: int) -> list[int]:
+    """Drafts with Hugging Face modules: full KV of the context, then a holed model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    with torch.no_grad():
+        cache = model(torch.tensor([context[:-1]]), use_cache=True).past_key_values
+        attention, mlp = SKIPPED[plan]
+        for index, layer in enumerate(model.model.layers):
+            if index in attention:
+                layer.self_attn = Nothing(is_attention=True)
+            if index in mlp:
+                layer.mlp = Nothing(is_attention=False)
+        token, drafted = context[-1], []
+        for step in range(k):
+            position = torch.tensor([[len(context) - 1 + step]])
+            hidden = model.model.embed_tokens(torch.tensor([[token]]))
+            rope = model.model.rotary_emb(hidden, position)
+            for layer in model.model.layers:  # one query sees all keys: no mask
+                hidden = layer(
+                    hidden,
+                    position_embeddings=rope,
+                    past_key_values=cache,
+                    attention_mask=None,
+                )
+            token = int(model.lm_head(model.model.norm(hidden))[0, -1].argmax())
+            drafted.append(token)
+    return drafted
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_are_those_of_a_model_without_the_sublayers(
+    family: str,
+    plan: str,
+    tiny_models: dict[str, str],
+    engines: Engines,
+    drafts: list[Any],
+) -> None:
+    llm = engines.get(tiny_models[family], PLANS[plan])
+    run(llm, prompts_of(1, shortest=20), sampling(10))
+    assert len(drafts) >= 3
+    for context, drafted in drafts[:3]:  # after a prefill, and after rejections
+        expected = reference_draft(tiny_models[family], plan, context, len(drafted))
+        assert drafted == expected, f"context of {len(context)} tokens"
+
+
+def test_a_model_without_one_list_of_layers_is_refused() -> None:
+    from vllm_selfspec.draft_view import DraftView
+    from vllm_selfspec.skip_set import SkipSet
+    from vllm_selfspec.support import Family, UnsupportedModelError
+
+    target = torch.nn.Module()
+    target.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(UnsupportedModelError, match="one list of 4 decoder layers"):
+        DraftView(target, SkipSet.of(4), Family())
