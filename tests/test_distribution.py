@@ -1,8 +1,8 @@
 """Sampling: the distribution of the output is plain vLLM's.
 
-The exact distribution of four sampled tokens is read from plain vLLM, token by token, as
-its processed log-probabilities; thousands of real drafting runs are then compared with
-it by a chi-squared test. A right build fails one comparison with probability
+The exact distribution of four sampled tokens is read from plain vLLM, token by token,
+as its processed log-probabilities; thousands of real drafting runs are then compared
+with it by a chi-squared test. A right build fails one comparison with probability
 `FALSE_ALARM`, so all of them together with less than 1 in 10,000.
 """
 
@@ -153,4 +153,6 @@ def test_the_test_catches_wrong_draft_probabilities(
     expected = exact(engines, model, SETTINGS["T=1"])
     monkeypatch.setattr(v1_proposer, "compute_probs_and_sample_next_token", flattened)
     samples = samples_of(llm, SETTINGS["T=1"])
-    assert p_value(samples, expected) < FALSE_ALARM, "wrong probabilities went unnoticed"
+    assert p_value(samples, expected) < FALSE_ALARM, (
+        "wrong probabilities went unnoticed"
+    )

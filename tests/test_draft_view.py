@@ -1,4 +1,4 @@
-"""The draft view runs the target's own modules, owns nothing, and skips exactly that."""
+"""The draft view runs the target's own modules, owns nothing, skips what it should."""
 
 from collections import Counter
 from typing import Any

@@ -210,13 +210,15 @@ def test_prefix_caching_with_shared_prefixes(
 def test_preemption_forced_by_a_tiny_kv_cache(
     plan: str, paths: dict[str, str], engines: Engines
 ) -> None:
-    # 4 layers x 2 (K and V) x 32 (head size) x 4 bytes = 1 KiB a token: 384 tokens, room
-    # for two or three of the eight requests when they are long.
+    # 4 layers x 2 (K and V) x 32 (head size) x 4 bytes = 1 KiB a token: 384 tokens,
+    # room for two or three of the eight requests when they are long.
     settings: dict[str, Any] = {"kv_cache_memory_bytes": 384 << 10, "block_size": 32}
     pair = both(engines, paths["llama"], plan, **settings)
     before = counter(pair[1], "vllm:num_preemptions")
     compare(pair, prompts_of(8, shortest=40), params(max_tokens=100), "preemption")
-    assert counter(pair[1], "vllm:num_preemptions") > before, "nothing was preempted: the test tests nothing"
+    assert counter(pair[1], "vllm:num_preemptions") > before, (
+        "nothing was preempted: the test tests nothing"
+    )
 
 
 @SMALL_PLANS

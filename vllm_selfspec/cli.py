@@ -161,7 +161,7 @@ def demo(
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate per prompt.")
-    ] = 128,
+    ] = 96,
     num_speculative_tokens: Annotated[
         int,
         typer.Option(
@@ -171,6 +171,15 @@ def demo(
             help="Tokens drafted per verification.",
         ),
     ] = DEFAULT_NUM_SPECULATIVE_TOKENS,
+    repeats: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Times each prompt is run.")
+    ] = 3,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Save the figures as JSON."
+        ),
+    ] = None,
 ) -> None:
     """Generate with plain vLLM and with selfspec, and compare text and speed."""
     from vllm_selfspec.demo import run_demo
@@ -180,6 +189,8 @@ def demo(
             model=model,
             max_tokens=max_tokens,
             num_speculative_tokens=num_speculative_tokens,
+            repeats=repeats,
+            output=output,
         )
 
 

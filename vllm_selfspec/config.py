@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from vllm_selfspec.profile import LayerIndex, SkipLayers, describe, read_profile
-from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet
+from vllm_selfspec.profile import (
+    PATH,
+    SKIP_SET,
+    Keys,
+    SkipLayers,
+    describe,
+    read_profile,
+)
+from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet, SkipSetError
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +35,23 @@ class ConfigError(ValueError):
     """A configuration that selfspec refuses."""
 
 
-# A string is a word or a path, anything else must be a skip set; told apart first, so
-# that an error speaks of the one that was meant.
+def _form_of(skip_layers: object) -> str | None:
+    """Told apart first, so that an error speaks of the form that was meant."""
+    if isinstance(skip_layers, str):
+        return PATH
+    return SKIP_SET if isinstance(skip_layers, Mapping | SkipLayers) else None
+
+
 SkipLayersOrWord = Annotated[
-    Annotated[str, Tag("path")] | Annotated[SkipLayers, Tag("skip set")],
-    Discriminator(lambda value: "path" if isinstance(value, str) else "skip set"),
+    # Linux takes no path longer than this.
+    Annotated[str, Field(max_length=4096), Tag(PATH)]
+    | Annotated[SkipLayers, Tag(SKIP_SET)],
+    Discriminator(_form_of),
 ]
 
 
-class SelfSpecConfig(BaseModel):
+class SelfSpecConfig(Keys):
     """The keys of `{"method": "selfspec", ...}`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["selfspec"] = Field(
         default="selfspec", description="Chooses self-speculative decoding."
@@ -64,8 +68,11 @@ class SelfSpecConfig(BaseModel):
         description="'auto', a skip set "
         '({"attention": [...], "mlp": [...]}), or the path of a JSON profile.',
     )
-    exit_layer: LayerIndex | None = Field(
+    exit_layer: int | None = Field(
         default=None,
+        ge=1,
+        lt=10_000,
+        strict=True,
         description="Draft with layers 0 to N-1, then the final norm and LM head. "
         "Excludes skip_layers.",
     )
@@ -91,12 +98,6 @@ class SelfSpecConfig(BaseModel):
         Raises:
             ConfigError: If a key is unknown or its value not allowed.
         """
-        unknown = [key for key in keys if key not in cls.model_fields]
-        if unknown:
-            raise ConfigError(
-                f"selfspec has no key {unknown[0]!r:.80}: remove it, "
-                f"or use one of {', '.join(cls.model_fields)}"
-            )
         try:
             return cls.model_validate(dict(keys))
         except ValidationError as error:
@@ -133,8 +134,7 @@ def resolve_plan(config: SelfSpecConfig, num_layers: int) -> DraftPlan:
             SkipSet.early_exit(num_layers, config.exit_layer), "exit_layer"
         )
     if isinstance(config.skip_layers, SkipLayers):
-        lists = config.skip_layers.model_dump()
-        return DraftPlan(SkipSet.from_dict(num_layers, lists), "skip_layers")
+        return _plan_of(config.skip_layers, num_layers, "skip_layers")
     if config.skip_layers == "auto":
         return DraftPlan(
             SkipSet.evenly_spread(num_layers),
@@ -143,7 +143,11 @@ def resolve_plan(config: SelfSpecConfig, num_layers: int) -> DraftPlan:
         )
     profile = read_profile(Path(config.skip_layers))
     profile.check_fits(num_layers)
-    lists = profile.skip_layers.model_dump()
-    return DraftPlan(
-        SkipSet.from_dict(num_layers, lists), f"profile {config.skip_layers}"
-    )
+    return _plan_of(profile.skip_layers, num_layers, f"profile {config.skip_layers}")
+
+
+def _plan_of(lists: SkipLayers, num_layers: int, source: str) -> DraftPlan:
+    try:
+        return DraftPlan(SkipSet.from_dict(num_layers, lists.model_dump()), source)
+    except SkipSetError as error:
+        raise SkipSetError(f"{source}: {error}") from error

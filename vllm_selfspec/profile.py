@@ -4,25 +4,63 @@ One rule: reading a profile only parses JSON and checks it; nothing in it is exe
 """
 
 import json
+import reprlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # A layer index. The upper bound is far above any model; it keeps a malformed profile
 # from costing memory before it is checked against the model.
 LayerIndex = Annotated[int, Field(ge=0, lt=10_000, strict=True)]
 MAX_PROFILE_BYTES = 1_000_000
+MAX_FINDINGS = 3
+
+# How `skip_layers` may be written. Pydantic puts the form into a finding's location.
+PATH, SKIP_SET = SKIP_LAYERS_FORMS = ("path", "skip set")
+
+# Rule and fix for what pydantic finds; its own words speak of Python's types.
+RULES = {
+    "int_type": "must be a whole number: write one, without quotes",
+    "string_type": "must be text: put it in quotes",
+    "tuple_type": "must be a list of layer indices: write one, like [3, 4]",
+    "model_type": "must be a JSON object: write one, in braces",
+    "literal_error": "must be {expected}: write that",
+    "greater_than_equal": "must be at least {ge}: raise it",
+    "less_than_equal": "must be at most {le}: lower it",
+    "less_than": "must be less than {lt}: lower it",
+    "string_too_long": "must have at most {max_length} characters: shorten it",
+    "union_tag_not_found": "must be 'auto', the path of a JSON profile, or a skip set: "
+    'write one, like {{"attention": [3], "mlp": [4]}}',
+}
 
 
 class ProfileError(ValueError):
     """A profile that cannot be read, or that belongs to another model."""
 
 
-class SkipLayers(BaseModel):
-    """Sublayers to skip while drafting, by 0-based layer index."""
+class Keys(BaseModel):
+    """A JSON object that refuses an unknown key with the list of known ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, keys: Any) -> Any:
+        if isinstance(keys, Mapping):
+            for key in keys:
+                if key not in cls.model_fields:
+                    raise ValueError(
+                        f"there is no key {shown(key)}: remove it, or use one of "
+                        f"{', '.join(cls.model_fields)}"
+                    )
+        return keys
+
+
+class SkipLayers(Keys):
+    """Sublayers to skip while drafting, by 0-based layer index."""
 
     attention: tuple[LayerIndex, ...] = Field(
         default=(), description="Layers whose attention sublayer the draft skips."
@@ -32,16 +70,15 @@ class SkipLayers(BaseModel):
     )
 
 
-class Profile(BaseModel):
+class Profile(Keys):
     """What a profile file holds: `{"skip_layers": {...}, "num_layers": N, ...}`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     skip_layers: SkipLayers = Field(description="The skip set.")
     num_layers: int | None = Field(
         default=None,
         ge=1,
         lt=10_000,
+        strict=True,
         description="Decoder layers of the model it was found for; checked if given.",
     )
     model: str | None = Field(
@@ -81,28 +118,61 @@ def read_profile(path: Path) -> Profile:
         ) from error
     if len(data) > MAX_PROFILE_BYTES:
         raise ProfileError(
-            f"a profile has at most {MAX_PROFILE_BYTES} bytes, but {str(path)!r} is "
-            "larger: check the path"
+            f"skip_layers: a profile has at most {MAX_PROFILE_BYTES} bytes, but "
+            f"{str(path)!r} is larger: check the path"
         )
     try:
-        return Profile.model_validate(json.loads(data))
+        keys = json.loads(data, object_pairs_hook=_without_repetition)
+        return Profile.model_validate(keys)
     except (ValueError, RecursionError) as error:
         raise ProfileError(
-            f'a profile is JSON like {{"skip_layers": {{"attention": [3], "mlp": [4]}}}}'
-            f", but {str(path)!r} is not one: {describe(error)}"
+            f"profile {str(path)!r} is not JSON like "
+            '{"skip_layers": {"attention": [3], "mlp": [4]}}'
+            f": {describe(error)}: correct it, or use skip_layers 'auto'"
         ) from error
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses what JSON readers otherwise ignore: all but the last of equal keys."""
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {shown(twice)} is written twice: remove one")
+    return keys
+
+
 def describe(error: Exception) -> str:
-    """A validation error in one line: key, rule and value of each finding."""
+    """What was found wrong, in one line: key, value, rule and fix of each finding."""
     if not isinstance(error, ValidationError):
         return str(error) or type(error).__name__
-    findings = []
-    for item in error.errors(include_url=False, include_context=False):
-        if item["type"] == "value_error":  # one of our own validators: it says it all
-            findings.append(item["msg"].removeprefix("Value error, "))
-            continue
-        key = ".".join(str(part) for part in item["loc"]) or "top level"
-        value = "" if item["type"] == "missing" else f", found {item['input']!r:.80}"
-        findings.append(f"{key}: {item['msg']}{value}")
+    items = error.errors(include_url=False)
+    findings = [_finding(item) for item in items[:MAX_FINDINGS]]
+    if len(items) > MAX_FINDINGS:
+        findings.append(f"and {len(items) - MAX_FINDINGS} more")
     return "; ".join(findings)
+
+
+def _finding(item: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"] if part not in SKIP_LAYERS_FORMS)
+    if item["type"] == "value_error":  # one of our own validators: it says it all
+        text = str(item["msg"]).removeprefix("Value error, ")
+        return f"{key}: {text}" if key else text
+    if item["type"] == "missing":
+        return f"{key} is missing: add it"
+    if item["type"] in RULES:
+        rule = RULES[item["type"]].format_map(item.get("ctx", {}))
+    else:
+        rule = f"that is not allowed: {item['msg']}"
+    return f"{key or 'the whole'} is {shown(item['input'])}, but {rule}"
+
+
+def shown(value: object) -> str:
+    """`value` in a message: short, however large or deeply nested it is."""
+    try:
+        return _repr.repr(value)
+    except ValueError:  # an int of more digits than Python converts to text
+        return f"({type(value).__name__} too long to show)"
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = 80

@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import wrapt
@@ -26,6 +26,8 @@ ATTACHED = "__selfspec_seam__"
 
 # Findings that make selfspec unusable in this process: "target: what is wrong".
 problems: list[str] = []
+# Whether an engine of this process drafts with selfspec.
+_is_in_use = False
 
 
 class SeamError(RuntimeError):
@@ -43,6 +45,7 @@ class Seam:
         replace: Makes the replacement from the original function.
         why: The reason it is needed.
         remove_when: What upstream must offer for the row to go.
+        kind: What the target is: a function, a staticmethod or a property.
         is_entry: Whether the user comes in here; installed for any vLLM version, so
             that an unsupported one is refused in words.
     """
@@ -53,6 +56,7 @@ class Seam:
     replace: Callable[[Function], Function]
     why: str
     remove_when: str
+    kind: type = FunctionType
     is_entry: bool = False
 
     @property
@@ -122,7 +126,7 @@ def _pass_empty_logits(original: Function) -> Function:
     def apply_sampling_constraints(
         logits: Any, cu_num_draft_tokens: Any, sampling_metadata: Any
     ) -> Any:
-        if logits.shape[0] == 0:
+        if _is_in_use and logits.shape[0] == 0:
             return logits
         return original(logits, cu_num_draft_tokens, sampling_metadata)
 
@@ -137,7 +141,7 @@ def _expand_in_torch(original: Function) -> Function:
         replace_from: int = 0,
         replace_to: int = 0,
     ) -> Any:
-        if x.device.type != "cpu":
+        if not _is_in_use or x.device.type != "cpu":
             return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
         num_tokens_of = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
         expanded = x.repeat_interleave(num_tokens_of, output_size=num_tokens)
@@ -157,6 +161,7 @@ SEAMS: tuple[Seam, ...] = (
         replace=_accept_bare_word,
         why="--speculative-config takes JSON only and --spec-method a closed list.",
         remove_when="vLLM has a registry of speculative methods (RFC 36219).",
+        kind=staticmethod,
         is_entry=True,
     ),
     Seam(
@@ -175,6 +180,7 @@ SEAMS: tuple[Seam, ...] = (
         replace=_reserve_draft_slots,  # type: ignore[arg-type]
         why="It is 0 for custom_class; draft KV would go to blocks nobody reserved.",
         remove_when="a custom proposer can name its lookahead.",
+        kind=property,
     ),
     Seam(
         module=_V1_REJECTION,
@@ -236,7 +242,14 @@ SEAMS: tuple[Seam, ...] = (
 
 def uses_selfspec(vllm_config: Any) -> bool:
     """Whether this `VllmConfig` was made by `vllm_args.translate`."""
-    return "selfspec" in vllm_config.additional_config
+    config = vllm_config.additional_config
+    return isinstance(config, dict) and "selfspec" in config
+
+
+def mark_in_use() -> None:
+    """Tells the seams without access to a config that an engine here uses selfspec."""
+    global _is_in_use
+    _is_in_use = True
 
 
 def raise_if_unusable() -> None:
@@ -281,6 +294,9 @@ def attach(seam: Seam, module: ModuleType) -> None:
         found = vars(owner)[attribute]
     except (AttributeError, KeyError):
         _report(f"{seam.name} does not exist")
+        return
+    if not isinstance(found, seam.kind):
+        _report(f"{seam.name} is a {type(found).__name__}, not a {seam.kind.__name__}")
         return
     function = _function_of(found)
     if hasattr(function, ATTACHED):

@@ -84,8 +84,9 @@ def raise_if_unsupported(
         ),
         "a draft batch has no LoRA token mapping of its own yet: remove --enable-lora, "
         "or serve without selfspec": bool(engine_args.enable_lora),
-        "a draft's KV slots are not split over context-parallel ranks: use "
-        "decode_context_parallel_size 1": (
+        "a draft's KV slots are not split over context-parallel ranks, and "
+        "decode_context_parallel_size is "
+        f"{parallel_config.decode_context_parallel_size}: use 1": (
             parallel_config.decode_context_parallel_size > 1
         ),
     }

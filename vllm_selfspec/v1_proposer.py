@@ -20,6 +20,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
+from vllm_selfspec import seams
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_view import DraftView
 from vllm_selfspec.skip_set import SkipSet
@@ -48,6 +49,7 @@ class SelfSpecProposer:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         assert vllm_config.speculative_config is not None
+        seams.mark_in_use()
         self._vllm_config = vllm_config
         self._max_model_len = vllm_config.model_config.max_model_len
         self._use_fp64_gumbel = vllm_config.model_config.use_fp64_gumbel

@@ -9,7 +9,13 @@ import json
 import logging
 from typing import Any
 
-from vllm_selfspec.config import METHOD, DraftPlan, SelfSpecConfig, resolve_plan
+from vllm_selfspec.config import (
+    METHOD,
+    ConfigError,
+    DraftPlan,
+    SelfSpecConfig,
+    resolve_plan,
+)
 from vllm_selfspec.support import raise_if_unsupported
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -38,8 +44,9 @@ def _bare_word_or(parse: Any) -> Any:
 
 def asks_for_selfspec(engine_args: Any) -> bool:
     """Whether these `EngineArgs` name our method."""
-    keys = engine_args.speculative_config or {}
-    return METHOD in (engine_args.spec_method, keys.get("method"))
+    keys = engine_args.speculative_config
+    method = keys.get("method") if isinstance(keys, dict) else keys
+    return METHOD in (engine_args.spec_method, method)
 
 
 def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
@@ -74,7 +81,14 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
 def _user_keys(engine_args: Any) -> dict[str, Any]:
     """`speculative_config` with the flags that vLLM merges into it."""
     config = engine_args.speculative_config or {}
+    if config == METHOD:  # the bare word, in Python
+        config = {"method": METHOD}
     keys = {str(key).replace("-", "_"): value for key, value in config.items()}
+    if len(keys) < len(config):
+        raise ConfigError(
+            "a key of the speculative config may be written with - or with _, but not "
+            f"both: it has {', '.join(map(str, config))}: remove one"
+        )
     flags = {
         "--spec-method": ("method", engine_args.spec_method),
         "--spec-model": ("model", engine_args.spec_model),

@@ -1,0 +1,57 @@
+"""What the README says of files, keys and figures is so."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+from vllm_selfspec.config import SelfSpecConfig
+from vllm_selfspec.support import FAMILIES
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def tree() -> set[str]:
+    """Paths named in the README's file tree."""
+    block = README.split("## Files", 1)[1].split("```")[1]
+    paths, folder = set(), ""
+    for line in block.strip().splitlines():
+        name = line.split()[0]
+        indented = line.startswith(" ")
+        folder = folder if indented else (name if name.endswith("/") else "")
+        paths.add(folder + name if indented else name)
+    return paths
+
+
+def test_tree_names_every_module_and_nothing_else() -> None:
+    folders = ("vllm_selfspec", "benchmarks", "tests")
+    modules = {
+        path.relative_to(REPOSITORY).as_posix()
+        for folder in folders
+        for path in (REPOSITORY / folder).glob("*.py")
+    }
+    assert modules <= tree(), f"missing in the README: {sorted(modules - tree())}"
+    gone = {name for name in tree() if not (REPOSITORY / name).exists()}
+    assert not gone, f"in the README, but not in the repository: {sorted(gone)}"
+
+
+def test_keys_are_those_of_the_configuration() -> None:
+    table = README.split("## Keys", 1)[1].split("\n\n", 2)[1]
+    named = set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE))
+    assert named == set(SelfSpecConfig.model_fields) - {"method"}
+
+
+def test_families_are_those_that_are_supported() -> None:
+    line = next(li for li in README.splitlines() if li.startswith("- Model families:"))
+    for architecture in FAMILIES:
+        assert architecture.removesuffix("ForCausalLM").lower() in line.lower()
+
+
+def test_figures_are_those_of_the_saved_run() -> None:
+    script = runpy.run_path(str(REPOSITORY / "benchmarks" / "update_readme.py"))
+    report = json.loads(script["RESULTS"].read_text())
+    assert script["updated"](README, report) == README, (
+        "the README's numbers are not those of benchmarks/results/demo.json: "
+        "run python benchmarks/update_readme.py"
+    )

@@ -1,0 +1,339 @@
+"""Every change to vLLM is a row of one table, fits the vLLM at hand, and is reported
+where it doesn't."""
+
+import ast
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_selfspec import plugin, seams, versions
+from vllm_selfspec.seams import ATTACHED, SEAMS, Seam
+
+FAKE = "fake_vllm_module"
+
+
+def bound(seam: Seam) -> Any:
+    """What `seam`'s target is now, as it lies in its class or module."""
+    *path, attribute = seam.target.split(".")
+    owner = functools.reduce(getattr, path, importlib.import_module(seam.module))
+    return vars(owner)[attribute]
+
+
+def function_of(found: Any) -> Any:
+    """The function of a property, a static method or a function."""
+    if isinstance(found, property):
+        return found.fget
+    return getattr(found, "__func__", found)
+
+
+def seam_signature(source_root: Path, seam: Seam) -> tuple[str, ...] | None:
+    """Parameter names of `seam`'s target in a vLLM source tree, which isn't imported.
+
+    Args:
+        source_root: The directory that holds the package `vllm`.
+        seam: The row whose target is looked up.
+
+    Returns:
+        The names in the order of `inspect.signature`, or None if there is no such
+        function.
+    """
+    path = source_root.joinpath(*seam.module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.exists():
+        return None
+    found: ast.AST = ast.parse(file.read_text())
+    for name in seam.target.split("."):
+        named = [
+            n for n in getattr(found, "body", []) if getattr(n, "name", "") == name
+        ]
+        if not named:
+            return None
+        found = named[-1]  # as in a running module, the last definition counts
+    if not isinstance(found, ast.FunctionDef):
+        return None
+    args = found.args
+    ordered = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+    return tuple(arg.arg for arg in ordered if arg is not None)
+
+
+@pytest.fixture
+def problems(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An empty list in place of what this process found."""
+    found: list[str] = []
+    monkeypatch.setattr(seams, "problems", found)
+    return found
+
+
+def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement that adds 1 to what the original returns."""
+    return lambda *args, **kwargs: original(*args, **kwargs) + 1
+
+
+def a_seam(target: str, *parameters: str, **fields: Any) -> Seam:
+    """A row for the fake module."""
+    fields = {"replace": counting, "why": "to test", "remove_when": "tested", **fields}
+    return Seam(module=FAKE, target=target, parameters=parameters, **fields)
+
+
+def a_module() -> ModuleType:
+    """A module with one function of every kind that a row may name."""
+
+    class Base:
+        def inherited(self) -> int:
+            return 0
+
+    class Engine(Base):
+        def run(self, a: int) -> int:
+            return a
+
+        @staticmethod
+        def make(a: int) -> int:
+            return a
+
+        @property
+        def size(self) -> int:
+            return 10
+
+    module = ModuleType(FAKE)
+    module.Engine = Engine  # type: ignore[attr-defined]
+    module.helper = lambda a: a  # type: ignore[attr-defined]
+    return module
+
+
+ALL = pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.target)
+
+
+@ALL
+def test_every_row_says_why_it_is_and_when_it_goes(seam: Seam) -> None:
+    assert len(seam.why) > 20 and seam.why.endswith("."), "a reason is a sentence"
+    assert len(seam.remove_when) > 10 and seam.remove_when.endswith(".")
+    assert seam.module.startswith("vllm.") and seam.parameters
+
+
+def test_no_target_has_two_rows() -> None:
+    assert len({seam.name for seam in SEAMS}) == len(SEAMS)
+
+
+@ALL
+def test_every_target_is_in_the_installed_source_as_recorded(seam: Seam) -> None:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    source_root = Path(spec.origin).parents[1]
+    assert seam_signature(source_root, seam) == seam.parameters
+
+
+def test_the_source_reader_tells_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / FAKE).mkdir()
+    (tmp_path / FAKE / "__init__.py").write_text(
+        "class Engine:\n"
+        "    size = 10\n"
+        "    def run(self, a, /, b=1, *rest, c, **others): ...\n"
+        "class Engine:\n"
+        "    def run(self, b): ...\n"
+        "def free(a, *, b): ...\n"
+    )
+    assert seam_signature(tmp_path, a_seam("Engine.run")) == ("self", "b"), "the last"
+    assert seam_signature(tmp_path, a_seam("free")) == ("a", "b")
+    for missing in ("Engine.size", "Engine.walk", "Motor.run", "Engine.run.x"):
+        assert seam_signature(tmp_path, a_seam(missing)) is None, missing
+    elsewhere = Seam("nowhere.at.all", "f", (), counting, "", "")
+    assert seam_signature(tmp_path, elsewhere) is None
+
+
+@ALL
+def test_every_target_is_rebound_in_the_installed_vllm(seam: Seam) -> None:
+    plugin.register()
+    seams.raise_if_unusable()
+    assert getattr(function_of(bound(seam)), ATTACHED) is seam
+
+
+def test_installing_twice_equals_installing_once() -> None:
+    plugin.register()
+    seams.raise_if_unusable()
+    once = [bound(seam) for seam in SEAMS]
+    plugin.register()
+    seams.install()
+    for seam, before in zip(SEAMS, once, strict=True):
+        assert bound(seam) is before, f"{seam.name} was rebound a second time"
+    assert seams.problems == []
+
+
+def test_a_row_is_attached_once_and_hands_over(problems: list[str]) -> None:
+    module = a_module()
+    engine = module.Engine()
+    rows = [
+        a_seam("Engine.run", "self", "a"),
+        a_seam("Engine.make", "a", kind=staticmethod),
+    ]
+    for seam in [*rows, *rows, a_seam("helper", "a")]:
+        seams.attach(seam, module)
+    assert engine.run(1) == 2, "attached twice, it would be 3"
+    assert module.Engine.make(1) == engine.make(1) == 2, "still a static method"
+    assert module.helper(1) == 2, "a function of the module itself"
+    assert problems == []
+
+
+def test_a_property_stays_a_property(problems: list[str]) -> None:
+    module = a_module()
+    seam = a_seam(
+        "Engine.size",
+        "self",
+        kind=property,
+        replace=lambda original: property(lambda self: original.__get__(self) + 1),
+    )
+    for _ in range(2):
+        seams.attach(seam, module)
+    assert module.Engine().size == 11
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("seam", "finding"),
+    [
+        (a_seam("Engine.walk", "self"), "Engine.walk does not exist"),
+        (a_seam("Motor.run", "self"), "Motor.run does not exist"),
+        (a_seam("gone", "a"), "gone does not exist"),
+        # Rebinding it would reach the base's other children too.
+        (a_seam("Engine.inherited", "self"), "Engine.inherited does not exist"),
+        (
+            a_seam("Engine.run", "self", "b"),
+            "Engine.run has parameters ('self', 'a'), not ('self', 'b')",
+        ),
+        (
+            a_seam("Engine.size", "self", "unit", kind=property),
+            "Engine.size has parameters ('self',)",
+        ),
+    ],
+    ids=lambda value: value.target if isinstance(value, Seam) else "",
+)
+def test_a_row_that_does_not_fit_is_reported_and_leaves_vllm_alone(
+    seam: Seam, finding: str, problems: list[str]
+) -> None:
+    module = a_module()
+    before = (dict(vars(module)), dict(vars(module.Engine)))
+    for _ in range(2):
+        seams.attach(seam, module)
+    assert (dict(vars(module)), dict(vars(module.Engine))) == before
+    assert len(problems) == 1, "one finding, however often it is met"
+    assert problems[0].startswith(f"{FAKE}:") and finding in problems[0]
+
+
+def test_a_row_that_does_not_fit_makes_asking_fail_with_the_version(
+    problems: list[str],
+) -> None:
+    seams.attach(a_seam("Engine.walk", "self"), a_module())
+    with pytest.raises(seams.SeamError) as error:
+        seams.raise_if_unusable()
+    message = str(error.value)
+    assert f"does not fit this vLLM {versions.vllm_version()}" in message, "found"
+    assert f"{FAKE}:Engine.walk does not exist" in message, "the rule broken"
+    assert "a newer vllm-selfspec" in message, "the fix"
+
+
+def test_an_unsupported_version_gets_the_entry_rows_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waiting: list[Seam] = []
+    monkeypatch.setattr(seams, "_when_imported", waiting.append)
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.99.0")
+    seams.install()
+    assert waiting == [seam for seam in SEAMS if seam.is_entry] != []
+    with pytest.raises(versions.UnsupportedVersionError, match="0.99.0"):
+        seams.raise_if_unusable()
+    waiting.clear()
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.33.1")
+    seams.install()
+    assert waiting == list(SEAMS)
+
+
+def replaced(target: str, original: Any) -> Any:
+    """The replacement that `target`'s row makes of `original`."""
+    (seam,) = [seam for seam in SEAMS if seam.target == target]
+    return seam.replace(original)
+
+
+NOT_OURS = SimpleNamespace(additional_config={"someone": "else"})
+
+
+def test_lookahead_is_vllms_own_unless_asked_for() -> None:
+    class Config(SimpleNamespace):
+        @property
+        def num_lookahead_tokens(self) -> int:
+            return 7
+
+    ours = replaced("VllmConfig.num_lookahead_tokens", Config.num_lookahead_tokens)
+    assert ours.__get__(Config(additional_config={}, num_speculative_tokens=3)) == 7
+    asked = Config(additional_config={"selfspec": {}}, num_speculative_tokens=3)
+    assert ours.__get__(asked) == 3
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "GPUModelRunner._input_fits_in_drafter",
+        "GPUModelRunner.propose_draft_token_ids",
+    ],
+)
+def test_the_runner_is_vllms_own_unless_asked_for(target: str) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def original(self: Any, *args: Any) -> str:
+        calls.append((self, *args))
+        return "vLLM's"
+
+    runner = SimpleNamespace(vllm_config=NOT_OURS)
+    args = tuple(range(9 if "propose" in target else 1))
+    assert replaced(target, original)(runner, *args) == "vLLM's"
+    assert calls == [(runner, *args)], "the same arguments, once"
+    assert vars(runner) == {"vllm_config": NOT_OURS}, "and nothing left behind"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"speculative_config": None, "spec_method": None},
+        {"speculative_config": {"method": "ngram"}, "spec_method": None},
+        {"speculative_config": {}, "spec_method": "eagle"},
+        {"speculative_config": "not a dict", "spec_method": None},
+    ],
+)
+def test_engine_args_are_vllms_own_unless_asked_for(
+    args: dict[str, Any], problems: list[str]
+) -> None:
+    problems.append("even where selfspec could not work")
+    engine_args = SimpleNamespace(**args)
+    target = "EngineArgs.create_speculative_config"
+    create = replaced(target, lambda self, model, parallel: (self, model, parallel))
+    assert create(engine_args, "model", "parallel") == (
+        engine_args,
+        "model",
+        "parallel",
+    )
+    assert vars(engine_args) == args, "untouched"
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        lambda self: 10,
+        functools.cached_property(lambda self: 10),
+        classmethod(lambda self: 10),
+        10,
+    ],
+    ids=["method", "cached_property", "classmethod", "value"],
+)
+def test_a_property_that_became_something_else_is_reported(
+    now: Any, problems: list[str]
+) -> None:
+    module = a_module()
+    module.Engine.size = now
+    seam = a_seam("Engine.size", "self", kind=property)
+    seams.attach(seam, module)
+    assert vars(module.Engine)["size"] is now
+    assert len(problems) == 1

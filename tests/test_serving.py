@@ -1,0 +1,296 @@
+"""`vllm serve --speculative-config ...` for real: one server, the official client.
+
+The draft skips nothing, so that every draft of this random model is surely accepted.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from conftest import KV_CACHE_BYTES, Engines, build_tiny_model
+from prometheus_client.parser import text_string_to_metric_families
+
+NAME = "tiny"
+# Long enough that a client leaves long before its request is at an end.
+MAX_MODEL_LEN = 8192
+NUM_CONCURRENT = 16
+# A start takes 20 s on two idle cores; the rest is for busy ones.
+START_DEADLINE_S = 300
+EMPTY = '{"method": "selfspec", "skip_layers": {"attention": [], "mlp": []}}'
+
+PROMPTS = [f"{'ab' * n}: the answer to question {n} is" for n in range(NUM_CONCURRENT)]
+GREEDY: dict[str, Any] = {
+    "model": NAME,
+    "temperature": 0,
+    "max_tokens": 48,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+def command(model: str, port: int, spec: str) -> list[str]:
+    """`vllm serve` with everything that makes it small."""
+    flags = {
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--served-model-name": NAME,
+        "--dtype": "float32",
+        "--max-model-len": MAX_MODEL_LEN,
+        "--max-num-seqs": NUM_CONCURRENT,
+        "--kv-cache-memory-bytes": KV_CACHE_BYTES,
+        "--speculative-config": spec,
+    }
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    words = [str(word) for flag in flags.items() for word in flag]
+    return [vllm, "serve", model, "--enforce-eager", *words]
+
+
+def environment() -> dict[str, str]:
+    """As a user's: engine and server in processes of their own, and a readable log."""
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return env
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(
+    done: Callable[[], bool], what: str, deadline_s: float, interval_s: float = 0.2
+) -> None:
+    """Waits for `done`; fails, rather than hangs, when the deadline has passed."""
+    end = time.monotonic() + deadline_s
+    while not done():
+        assert time.monotonic() < end, f"not within {deadline_s} s: {what}"
+        time.sleep(interval_s)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `vllm serve`."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def log_tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, f"the server ended:\n{self.log_tail()}"
+        try:
+            response = httpx.get(f"{self.url}/health", trust_env=False, timeout=5)
+        except httpx.TransportError:
+            return False
+        return response.status_code == 200
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus sample over all its labels."""
+        text = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=30).text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name
+        )
+
+    def is_idle(self) -> bool:
+        running = self.metric("vllm:num_requests_running")
+        return running + self.metric("vllm:num_requests_waiting") == 0
+
+
+@contextmanager
+def serving(model: str, spec: str, log: Path) -> Iterator[Server]:
+    """Starts a server and ends it, with the processes it started."""
+    port = free_port()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command(model, port, spec),
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that the engine process can be ended with it
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        try:
+            wait_until(server.is_up, "the server is up", START_DEADLINE_S, 1)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{server.log_tail()}") from None
+        yield server
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("served")
+    longer = {"max_position_embeddings": MAX_MODEL_LEN}
+    return str(build_tiny_model("llama", directory, **longer))
+
+
+@pytest.fixture(scope="module")
+def shared_server(
+    model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(model, EMPTY, log) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Iterator[Server]:
+    """The one server; the end of its log is shown if the test fails."""
+    yield shared_server
+    print(shared_server.log_tail())
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=120,
+        http_client=httpx.Client(trust_env=False),  # no proxy on the way to loopback
+    ) as client:
+        yield client
+
+
+def complete(client: openai.OpenAI, prompt: str, **changed: Any) -> str:
+    """The text of one completion."""
+    (choice,) = client.completions.create(
+        prompt=prompt, **{**GREEDY, **changed}
+    ).choices
+    assert choice.finish_reason == "length"
+    return str(choice.text)
+
+
+def messages(prompt: str) -> list[Any]:
+    return [{"role": "user", "content": prompt}]
+
+
+def test_a_completion_is_the_text_of_plain_vllm(
+    client: openai.OpenAI, model: str, engines: Engines
+) -> None:
+    from vllm import SamplingParams
+
+    plain = engines.get(model).generate(
+        PROMPTS[:4],
+        SamplingParams(temperature=0, max_tokens=48, ignore_eos=True),
+        use_tqdm=False,
+    )
+    texts = [complete(client, prompt) for prompt in PROMPTS[:4]]
+    assert texts == [output.outputs[0].text for output in plain]
+    assert len(set(texts)) == 4, "the prompts must matter"
+
+
+def test_a_streamed_completion_is_the_same_text(client: openai.OpenAI) -> None:
+    for prompt in PROMPTS[:3]:
+        stream = client.completions.create(prompt=prompt, stream=True, **GREEDY)
+        chunks = [choice.text for chunk in stream for choice in chunk.choices]
+        assert len(chunks) > 2, "a stream comes in pieces"
+        assert "".join(chunks) == complete(client, prompt)
+
+
+def test_a_streamed_chat_is_the_same_text(client: openai.OpenAI) -> None:
+    for prompt in PROMPTS[:3]:
+        whole = client.chat.completions.create(messages=messages(prompt), **GREEDY)
+        assert whole.usage is not None and whole.usage.completion_tokens == 48
+        (choice,) = whole.choices
+        assert choice.finish_reason == "length" and choice.message.content
+        stream = client.chat.completions.create(
+            messages=messages(prompt), stream=True, **GREEDY
+        )
+        chunks = [c.delta.content or "" for chunk in stream for c in chunk.choices]
+        assert len(chunks) > 2, "a stream comes in pieces"
+        assert "".join(chunks) == choice.message.content
+
+
+def test_16_concurrent_requests_get_what_each_gets_alone(
+    client: openai.OpenAI,
+) -> None:
+    alone = [complete(client, prompt) for prompt in PROMPTS]
+    with ThreadPoolExecutor(NUM_CONCURRENT) as pool:
+        together = list(pool.map(lambda prompt: complete(client, prompt), PROMPTS))
+    assert together == alone
+
+
+def test_clients_that_disconnect_half_way_free_their_place_and_harm_no_one(
+    client: openai.OpenAI, server: Server
+) -> None:
+    alone = complete(client, PROMPTS[1], max_tokens=200)
+    before = server.metric("vllm:generation_tokens_total")
+    long = {**GREEDY, "max_tokens": 8000}
+    streams = [
+        client.completions.create(prompt=prompt, stream=True, **long)
+        for prompt in PROMPTS[2:6]
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(complete, client, PROMPTS[1], max_tokens=200)
+        for stream in streams:
+            for _ in range(3):
+                next(stream)
+            stream.close()
+        assert beside.result() == alone, "the one in the same batch that stayed"
+    wait_until(server.is_idle, "no request runs or waits", 60)
+    generated = server.metric("vllm:generation_tokens_total") - before
+    assert generated < 8000, "they were dropped, where all four would make 32000"
+    assert complete(client, PROMPTS[1], max_tokens=200) == alone, "and it still answers"
+
+
+def test_prometheus_counts_drafts_and_acceptances(
+    client: openai.OpenAI, server: Server
+) -> None:
+    names = [f"vllm:spec_decode_num_{n}_total" for n in ("drafts", "accepted_tokens")]
+    before = [server.metric(name) for name in names]
+    complete(client, PROMPTS[0])
+    wait_until(server.is_idle, "no request runs or waits", 60)
+    spent = [
+        server.metric(name) - value for name, value in zip(names, before, strict=True)
+    ]
+    # 48 tokens: one from the prefill, then 5 a step, of which 4 were drafted.
+    drafts, accepted = spent
+    assert 9 <= drafts <= 12, "as few steps as an exact draft allows"
+    assert accepted >= 3 * drafts
+
+
+def test_an_invalid_plan_ends_vllm_serve_with_our_words(model: str) -> None:
+    spec = '{"method": "selfspec", "exit_layer": 99}'
+    done = subprocess.run(
+        command(model, free_port(), spec),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=START_DEADLINE_S,
+    )
+    assert done.returncode != 0
+    for words in ("exit_layer is the number of layers a draft runs", "99: use 4"):
+        assert words in done.stdout, done.stdout[-3000:]

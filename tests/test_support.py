@@ -1,0 +1,123 @@
+"""What a draft cannot run on is refused with the reason and what to do instead."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_selfspec.support import (
+    FAMILIES,
+    Family,
+    UnsupportedModelError,
+    family_of,
+    raise_if_unsupported,
+)
+
+# What `raise_if_unsupported` reads of vLLM's three objects, as for a plain Llama.
+MODEL = {
+    "architecture": "LlamaForCausalLM",
+    "is_encoder_decoder": False,
+    "is_hybrid": False,
+    "is_attention_free": False,
+    "runner_type": "generate",
+}
+PARALLEL = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1}
+ARGS = {"enable_lora": False}
+
+
+def check(**changed: object) -> None:
+    """Checks a plain Llama with these attributes changed."""
+    objects = [
+        SimpleNamespace(**{k: changed.get(k, v) for k, v in plain.items()})
+        for plain in (MODEL, PARALLEL, ARGS)
+    ]
+    assert changed.keys() <= MODEL.keys() | PARALLEL.keys() | ARGS.keys()
+    raise_if_unsupported(*objects)
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_every_known_family_is_accepted(architecture: str) -> None:
+    check(architecture=architecture)
+    assert family_of(architecture) == Family("self_attn", "mlp")
+
+
+@pytest.mark.parametrize("enable_lora", [False, None])
+def test_lora_left_off_is_accepted(enable_lora: bool | None) -> None:
+    check(enable_lora=enable_lora)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rule", "found", "fix"),
+    [
+        (
+            {"pipeline_parallel_size": 2},
+            "a draft needs all of them in one process",
+            "pipeline_parallel_size is 2",
+            "use tensor parallelism",
+        ),
+        (
+            {"is_hybrid": True},
+            "cannot take a rejected draft back",
+            "this model has some",
+            "serve it without selfspec",
+        ),
+        (
+            {"is_attention_free": True},
+            "recurrent layers change their state on every forward",
+            "this model has some",
+            "serve it without selfspec",
+        ),
+        (
+            {"is_encoder_decoder": True},
+            "cross-attention is not part of a skip set",
+            "encoder-decoder model",
+            "serve it without selfspec",
+        ),
+        (
+            {"runner_type": "pooling"},
+            "only text generation can be drafted for",
+            "the model runner is 'pooling'",
+            "serve it without selfspec",
+        ),
+        (
+            {"enable_lora": True},
+            "a draft batch has no LoRA token mapping",
+            "--enable-lora",
+            "remove --enable-lora, or serve without selfspec",
+        ),
+        (
+            {"decode_context_parallel_size": 2},
+            "not split over context-parallel ranks",
+            "decode_context_parallel_size is 2",
+            "use 1",
+        ),
+        (
+            {"architecture": "GPT2LMHeadModel"},
+            "must know where a model's sublayers are",
+            "this model is a GPT2LMHeadModel",
+            "serve it without --speculative-config selfspec",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_drafted_for_is_refused(
+    changed: dict[str, object], rule: str, found: str, fix: str
+) -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        check(**changed)
+    message = str(error.value)
+    assert message.startswith("selfspec"), "who refuses"
+    assert rule in message, "the rule"
+    assert found in message, "the value found"
+    assert message.endswith(fix), "the fix"
+
+
+def test_the_refusal_of_a_model_names_those_that_work() -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        family_of("GPT2LMHeadModel")
+    for architecture in FAMILIES:
+        assert architecture in str(error.value)
+
+
+def test_a_recurrent_model_is_refused_for_its_reason_and_not_for_its_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="recurrent layers"):
+        check(is_hybrid=True, architecture="JambaForCausalLM")
