@@ -10,9 +10,9 @@ export VLLM_NO_USAGE_STATS = 1
 .venv/installed: .ci/install.sh .ci/requirements-cpu.txt pyproject.toml
 	.ci/install.sh
 
-# make demo MODEL=path-or-name runs it on another model.
+# make demo MODEL=path-or-name runs it on another model; ARGS="-o FILE" saves the figures.
 demo: .venv/installed
-	$(BIN)/vllm-selfspec demo $(MODEL)
+	$(BIN)/vllm-selfspec demo $(MODEL) $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -172,8 +172,8 @@ def demo(
         ),
     ] = DEFAULT_NUM_SPECULATIVE_TOKENS,
     repeats: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Times each prompt is run.")
-    ] = 3,
+        int, typer.Option(min=1, metavar="N", help="Run everything N times.")
+    ] = 1,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,8 +33,12 @@ WIDEN_SCRIPT = REPOSITORY / "benchmarks" / "widen.py"
 WIDENED_MODEL = REPOSITORY / ".cache" / "demo_model_x8"
 # 8 times wider costs 64 times as much: 9 M parameters become about 0.54 B.
 WIDEN_FACTOR = 8
-NUM_STREAMS = (1, 8)
+# Streams at a time, and how often the prompts are run so: one stream gives a sample a
+# prompt, eight give one for all of them.
+ROUNDS = {1: 1, 8: 3}
 KV_CACHE_BYTES = 512 << 20
+
+PLAIN = "plain vLLM"
 
 PROMPTS = (
     "class LRUCache:\n    def __init__(self, maxsize=128):\n        self.",
@@ -95,7 +100,7 @@ def run_demo(
     model: str | None,
     max_tokens: int,
     num_speculative_tokens: int,
-    repeats: int = 3,
+    repeats: int = 1,
     output: Path | None = None,
 ) -> None:
     """Runs the comparison and prints it; see the command's help.
@@ -174,7 +179,7 @@ class Arms:
         from vllm.platforms import current_platform
 
         self.settings: dict[str, Any] = {
-            "max_num_seqs": max(NUM_STREAMS),
+            "max_num_seqs": max(ROUNDS),
             "max_model_len": 1024,
             "enable_prefix_caching": False,  # prompts repeat; each run does all of it
             "disable_log_stats": False,  # the counters
@@ -239,10 +244,10 @@ def rounds(num_streams: int) -> Iterator[list[str]]:
 
 def compare(arms: Arms, repeats: int, console: Console) -> list[Result]:
     """Runs every plan and plain vLLM in turns, at each number of streams."""
+    plain: dict[int, list[Sample]] = {}
     results = []
-    total = sum(
-        repeats * len(list(rounds(n))) * (1 + len(arms.plans)) for n in NUM_STREAMS
-    )
+    turns = {n: [*rounds(n)] * (times * repeats) for n, times in ROUNDS.items()}
+    total = sum(map(len, turns.values())) * (1 + len(arms.plans))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -251,42 +256,51 @@ def compare(arms: Arms, repeats: int, console: Console) -> list[Result]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Generating", total=total)
-        for num_streams in NUM_STREAMS:
-            results += _compare_at(
-                arms, repeats, num_streams, lambda: progress.advance(task)
+        for num_streams in ROUNDS:
+            samples = _run_in_turns(
+                arms, turns[num_streams], lambda: progress.advance(task)
             )
+            plain[num_streams] = samples.pop(PLAIN)
+            # Plain vLLM's own texts at one stream are what its others are held to.
+            same = _num_same(plain[1], plain[num_streams])
+            results.append(_plain_result(plain[num_streams], num_streams, same))
+            for plan, drafted in samples.items():
+                results.append(
+                    _result(plan, arms, num_streams, plain[num_streams], drafted)
+                )
     return results
 
 
-def _compare_at(
-    arms: Arms, repeats: int, num_streams: int, advance: Callable[[], None]
-) -> list[Result]:
-    samples: dict[str, list[Sample]] = {name: [] for name in ("plain", *arms.plans)}
-    warm_up = next(rounds(num_streams))
-    arms.run_plain(warm_up)
-    arms.run_plan("auto", warm_up)
-    for _ in range(repeats):
-        for prompts in rounds(num_streams):
-            samples["plain"].append(arms.run_plain(prompts))
+def _run_in_turns(
+    arms: Arms, turns: list[list[str]], advance: Callable[[], None]
+) -> dict[str, list[Sample]]:
+    """Each group of prompts with plain vLLM, then with every plan; the samples."""
+    samples: dict[str, list[Sample]] = {name: [] for name in (PLAIN, *arms.plans)}
+    arms.run_plain(turns[0])
+    arms.run_plan("auto", turns[0])
+    for prompts in turns:
+        samples[PLAIN].append(arms.run_plain(prompts))
+        advance()
+        for plan in arms.plans:
+            samples[plan].append(arms.run_plan(plan, prompts))
             advance()
-            for plan in arms.plans:
-                samples[plan].append(arms.run_plan(plan, prompts))
-                advance()
-    plain = samples.pop("plain")
-    return [_plain_result(plain, num_streams)] + [
-        _result(plan, arms, num_streams, plain, drafted)
-        for plan, drafted in samples.items()
-    ]
+    return samples
+
+
+def _num_same(expected: list[Sample], found: list[Sample]) -> int:
+    """Texts of `found` that are those of `expected`, which may repeat itself."""
+    pool = cycle(ids for sample in expected for ids in sample.token_ids)
+    texts = (ids for sample in found for ids in sample.token_ids)
+    return sum(a == b for a, b in zip(texts, pool, strict=False))
 
 
 def _rate(samples: list[Sample]) -> float:
     return median(s.num_tokens / s.seconds for s in samples)
 
 
-def _plain_result(plain: list[Sample], num_streams: int) -> Result:
-    num_texts = sum(len(s.token_ids) for s in plain)
+def _plain_result(plain: list[Sample], num_streams: int, num_same: int) -> Result:
     return Result(
-        plan="plain vLLM",
+        plan=PLAIN,
         num_streams=num_streams,
         draft_share=0,
         k=0,
@@ -294,8 +308,8 @@ def _plain_result(plain: list[Sample], num_streams: int) -> Result:
         speed_up=1,
         speed_up_spread=(1, 1),
         tokens_per_verification=1,
-        num_same=num_texts,
-        num_texts=num_texts,
+        num_same=num_same,
+        num_texts=sum(len(s.token_ids) for s in plain),
     )
 
 
@@ -314,11 +328,6 @@ def _result(
         (b.num_tokens / b.seconds) / (a.num_tokens / a.seconds)
         for a, b in zip(plain, drafted, strict=True)
     ]
-    same = [
-        a == b
-        for plain_run, run in zip(plain, drafted, strict=True)
-        for a, b in zip(plain_run.token_ids, run.token_ids, strict=True)
-    ]
     return Result(
         plan=plan,
         num_streams=num_streams,
@@ -330,8 +339,8 @@ def _result(
         acceptance=accepted / sum(s.draft_tokens for s in drafted),
         tokens_per_verification=emitted,
         bound=bound(emitted, arms.k, c),
-        num_same=sum(same),
-        num_texts=len(same),
+        num_same=_num_same(plain, drafted),
+        num_texts=sum(len(s.token_ids) for s in drafted),
         ratios=ratios,
     )
 
@@ -339,24 +348,34 @@ def _result(
 COLUMNS = (
     "streams",
     "plan",
-    "draft reads c",
+    "c",
     "accepted",
-    "tokens/verify",
+    "E",
     "tokens/s",
     "speed-up",
     "bound",
-    "of bound",
+    "of it",
     "same text",
+)
+LEGEND = (
+    "c: share of the model's weights that a draft step reads.",
+    "E: tokens per verification; accepted: share of the drafted tokens.",
+    "bound: E / (1 + k c). It takes verifying k + 1 tokens to cost one step, as it",
+    "does while reading the weights is what takes the time: about so for one stream",
+    "here, not for eight.",
+    "speed-up: median of ratios to plain vLLM on the same prompt, run in turns.",
+    "same text: as plain vLLM's; in its own row, as its texts at one stream. In bf16",
+    "near-ties flip when a step has other rows; in float32 all are the same.",
 )
 
 
 def cells(result: Result) -> tuple[str, ...]:
     """One row of the table, as printed here and in the README."""
     head = (str(result.num_streams), result.plan)
-    rate, same = f"{result.tokens_per_second:.1f}", ""
-    if not result.k:
-        return (*head, "", "", "1.00", rate, "1.00x", "", "", "")
+    rate = f"{result.tokens_per_second:.1f}"
     same = f"{result.num_same}/{result.num_texts}"
+    if not result.k:
+        return (*head, "", "", "1.00", rate, "1.00x", "", "", same)
     return (
         *head,
         f"{result.draft_share:.2f}",
@@ -382,19 +401,9 @@ def print_results(results: list[Result], console: Console) -> None:
         style = "green" if result.speed_up > 1 else ""
         table.add_row(*cells(result), style=style)
     console.print(table)
-    console.print(
-        "c: share of the model's weights that a draft step reads. bound: E / (1 + k c) "
-        "with E tokens per\nverification, if verifying k + 1 tokens costs one step: "
-        "so it does for one stream, not\nfor eight. speed-up: median of ratios to "
-        "plain vLLM on the same prompt, run in turns.",
-        style="dim",
-    )
-    if any(r.num_same < r.num_texts for r in results):
-        console.print(
-            "Texts that differ: in bf16 plain vLLM too flips near-ties when a step has "
-            "other rows;\nin float32 all are identical (tests/test_identity.py).",
-            style="dim",
-        )
+    console.print()
+    for line in LEGEND:
+        console.print(line, style="dim")
 
 
 def save(results: list[Result], output: Path, arms: Arms) -> None:
