@@ -11,6 +11,7 @@ import platform
 import runpy
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
@@ -128,6 +129,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM's, of torch names
 
 
 def widened_demo_model(console: Console) -> Path:
@@ -183,6 +185,7 @@ class Arms:
             "max_model_len": 1024,
             "enable_prefix_caching": False,  # prompts repeat; each run does all of it
             "disable_log_stats": False,  # the counters
+            "use_tqdm_on_load": False,
             "enforce_eager": current_platform.is_cpu(),
         }
         if current_platform.is_cpu():
@@ -322,7 +325,7 @@ def _result(
 ) -> Result:
     drafts = sum(s.drafts for s in drafted)
     accepted = sum(s.accepted_tokens for s in drafted)
-    emitted = 1 + accepted / drafts
+    emitted = sum(s.num_tokens for s in drafted) / drafts
     c = arms.weights.draft_share(arms.plans[plan])
     ratios = [
         (b.num_tokens / b.seconds) / (a.num_tokens / a.seconds)
@@ -391,9 +394,11 @@ def cells(result: Result) -> tuple[str, ...]:
 
 def print_results(results: list[Result], console: Console) -> None:
     """The table, and what its columns mean."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "plan" else "right")
+        table.add_column(
+            name, justify="left" if name == "plan" else "right", no_wrap=True
+        )
     for result in results:
         is_start = result.k == 0 and result is not results[0]
         if is_start:
