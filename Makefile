@@ -1,5 +1,5 @@
 # Two commands from a bare clone: `make demo` and `make test`. Both set everything up.
-.PHONY: demo test test-all lint clean
+.PHONY: demo test lint clean
 
 BIN := .venv/bin
 
@@ -16,10 +16,6 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
-
-# What takes too long for every commit.
-test-all: .venv/installed
-	$(BIN)/python -m pytest --run-slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .
