@@ -1,5 +1,6 @@
 """What a draft cannot run on is refused with the reason and what to do instead."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +122,45 @@ def test_the_refusal_of_a_model_names_those_that_work() -> None:
 def test_a_recurrent_model_is_refused_for_its_reason_and_not_for_its_name() -> None:
     with pytest.raises(UnsupportedModelError, match="recurrent layers"):
         check(is_hybrid=True, architecture="JambaForCausalLM")
+
+
+REFUSED = {
+    ("mamba2", "Mamba2ForCausalLM"): "recurrent layers change their state",
+    ("granitemoehybrid", "GraniteMoeHybridForCausalLM"): "recurrent layers change",
+    ("whisper", "WhisperForConditionalGeneration"): "encoder-decoder model",
+    ("gemma2", "Gemma2ForCausalLM"): "but this model is a Gemma2ForCausalLM",
+}
+
+
+@pytest.mark.parametrize("model", REFUSED, ids=lambda model: model[0])
+def test_a_real_configuration_is_refused_before_an_engine_starts(
+    model: tuple[str, str], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = AutoConfig.for_model(model[0])
+    config.architectures = [model[1]]
+    config.save_pretrained(tmp_path)
+    engine_args = EngineArgs(
+        str(tmp_path),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        speculative_config={"method": "selfspec"},
+    )
+    with pytest.raises(UnsupportedModelError, match=REFUSED[model]):
+        engine_args.create_engine_config()
+
+
+def test_pipeline_parallelism_is_refused_before_an_engine_starts(
+    tiny_models: dict[str, str],
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    engine_args = EngineArgs(
+        tiny_models["llama"],
+        pipeline_parallel_size=2,
+        speculative_config={"method": "selfspec"},
+    )
+    with pytest.raises(UnsupportedModelError, match="pipeline_parallel_size is 2"):
+        engine_args.create_engine_config()
