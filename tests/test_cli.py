@@ -285,11 +285,24 @@ def test_demo_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeDemo()
     monkeypatch.setitem(sys.modules, "vllm_selfspec.demo", fake)
     assert invoke("demo").exit_code == 0
-    options = ("--max-tokens", "9", "--num-speculative-tokens", "2")
+    options = ["--max-tokens", "9", "--num-speculative-tokens", "2"]
+    options += ["--repeats", "5", "--output", "figures.json"]
     assert invoke("demo", "a/model", *options).exit_code == 0
     assert fake.calls == [
-        {"model": None, "max_tokens": 128, "num_speculative_tokens": 4},
-        {"model": "a/model", "max_tokens": 9, "num_speculative_tokens": 2},
+        {
+            "model": None,
+            "max_tokens": 96,
+            "num_speculative_tokens": 4,
+            "repeats": 1,
+            "output": None,
+        },
+        {
+            "model": "a/model",
+            "max_tokens": 9,
+            "num_speculative_tokens": 2,
+            "repeats": 5,
+            "output": Path("figures.json"),
+        },
     ]
 
 
