@@ -4,7 +4,6 @@ One rule: whatever is accepted here and resolved against a model works; whatever
 is refused at start-up by an error that names the key, the value and the fix.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from vllm_selfspec.profile import (
     read_profile,
 )
 from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet, SkipSetError
-
-logger = logging.getLogger(__name__)
 
 METHOD = "selfspec"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
