@@ -1,5 +1,5 @@
 # Two commands from a bare clone: `make demo` and `make test`. Both set everything up.
-.PHONY: demo test lint clean
+.PHONY: demo test test-v1 test-v2 lint clean
 
 BIN := .venv/bin
 
@@ -14,8 +14,18 @@ export VLLM_NO_USAGE_STATS = 1
 demo: .venv/installed
 	$(BIN)/vllm-selfspec demo $(MODEL) $(ARGS)
 
-test: .venv/installed
+test: test-v1 test-v2
+
+test-v1: .venv/installed
 	$(BIN)/python -m pytest
+
+# vLLM's V2 model runner without a GPU: Triton's kernels in its interpreter.
+test-v2: .venv/installed .venv-v2/installed
+	PYTHONPATH=.venv-v2 TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
+	$(BIN)/python -m pytest -m v2
+
+.venv-v2/installed: .venv/installed .ci/install-v2.sh $(wildcard tests/triton_cpu_stub/*/*.py)
+	.ci/install-v2.sh
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -23,4 +33,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .cache
+	rm -rf .venv .venv-v2 .cache

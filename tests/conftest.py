@@ -22,6 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import prometheus_client  # noqa: E402
 import pytest  # noqa: E402
 
+# `make test-v2` runs with vLLM's V2 model runner, under Triton's interpreter.
+IS_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "demo_model"
 NUM_LAYERS = 4
 VOCAB_SIZE = 128
@@ -86,6 +89,14 @@ def build_tokenizer() -> Any:
         chat_template=template,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter() -> None:
+    if IS_V2:
+        import interpreter
+
+        interpreter.mend()
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +183,11 @@ def run(llm: Any, prompts: list[Any], params: Any) -> tuple[list[Any], Counts]:
         after.accepted_tokens - before.accepted_tokens,
     )
     return outputs, spent
+
+
+def drafter_of(runner: Any) -> Any:
+    """Our part of vLLM's model runner, V1 or V2; None in a plain engine."""
+    return getattr(runner, "speculator" if IS_V2 else "drafter", None)
 
 
 def token_ids(outputs: list[Any]) -> list[list[list[int]]]:

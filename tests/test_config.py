@@ -117,6 +117,19 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
             {"draft_sample_method": "best"},
             "is 'best', but must be 'greedy' or 'probabilistic': write that",
         ),
+        (
+            {"num_speculative_tokens_per_batch_size": [[1, 4]]},
+            "num_speculative_tokens_per_batch_size is [[1, 4]], but must be a list of "
+            "[first batch size, last, tokens]: write it like [[1, 8, 4]",
+        ),
+        (
+            {"num_speculative_tokens_per_batch_size": [[2, 8, 1]]},
+            "is [[2, 8, 1]], but must name every batch size from 1 once",
+        ),
+        (
+            {"num_speculative_tokens_per_batch_size": [[1, 8, 5]]},
+            "asks for 5 tokens, more than num_speculative_tokens=4: lower it",
+        ),
         ({"method": "eagle"}, "is 'eagle', but must be 'selfspec': write that"),
         (
             {"skip_layers": [1, 2]},
@@ -294,11 +307,17 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "method": st.just("selfspec"),
     "num_speculative_tokens": st.integers(1, 8),
     "draft_sample_method": st.sampled_from(["greedy", "probabilistic"]),
+    "num_speculative_tokens_per_batch_size": st.sampled_from(
+        [None, [[1, 1, 1]], [[1, 2, 1], [3, 8, 0]]]
+    ),
 }
 BAD: dict[str, st.SearchStrategy[Any]] = {
     "method": junk,
     "num_speculative_tokens": junk | st.sampled_from([0, 33, "4", 4.5]),
     "draft_sample_method": junk | st.sampled_from(["Greedy", "gumbel"]),
+    "num_speculative_tokens_per_batch_size": junk
+    | st.sampled_from([[], [[1, 8]], [[2, 3, 1]], [[1, 4, 1], [4, 8, 1]], [[1, 2, -1]]])
+    | st.sampled_from([[[1, 2, 99]], [[3, 2, 1]], [[1, 2.0, 1]], [[1, 2, 1], []]]),
     "skip_layers": junk | bad_skip_sets | bad_profiles,
     "exit_layer": junk | st.sampled_from([0, 5, 99, "2", 1.5]),
 }
@@ -361,10 +380,28 @@ def _skip_set_in(file: File) -> SkipSet | None:
     return _skip_set_of(document.get("skip_layers"))
 
 
+def _is_schedule(value: Any, most: int) -> bool:
+    """Whether the batch sizes are told one after the other, each size once."""
+    if not isinstance(value, list) or not value:
+        return False
+    sizes: list[int] = []
+    for entry in value:
+        if not isinstance(entry, list) or len(entry) != 3:
+            return False
+        if not (_is_int(entry[0], 1, 10**9) and _is_int(entry[1], entry[0], 10**9)):
+            return False
+        if not _is_int(entry[2], 0, most):
+            return False
+        sizes += [*range(entry[0], entry[1] + 1)]
+    return sizes == [*range(1, len(sizes) + 1)]
+
+
 def faults_of(config: dict[str, Any]) -> set[str]:
     """The keys at fault, read from the rules by other code than that under test."""
     value = config.get
     exit_layer, skip_layers = value("exit_layer"), value("skip_layers", "auto")
+    num_drafts = value("num_speculative_tokens", 4)
+    schedule = value("num_speculative_tokens_per_batch_size")
     is_good = {
         "method": value("method", "selfspec") == "selfspec",
         "num_speculative_tokens": _is_int(
@@ -372,6 +409,8 @@ def faults_of(config: dict[str, Any]) -> set[str]:
         ),
         "draft_sample_method": value("draft_sample_method", "greedy")
         in ("greedy", "probabilistic"),
+        "num_speculative_tokens_per_batch_size": schedule is None
+        or _is_schedule(schedule, num_drafts if _is_int(num_drafts, 1, 32) else 32),
         "exit_layer": exit_layer is None
         or (_is_int(exit_layer, 1, NUM_LAYERS) and "skip_layers" not in config),
         "skip_layers": skip_layers == "auto"

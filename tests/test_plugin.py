@@ -20,7 +20,13 @@ from vllm_selfspec.skip_set import SkipSet
 
 PACKAGE = Path(vllm_selfspec.__file__).parent
 # Those that draft, and may therefore import torch and vLLM when they are loaded.
-DRAFTING = {"draft_batch", "draft_view", "v1_proposer"}
+DRAFTING = {
+    "draft_batch",
+    "draft_compile",
+    "draft_view",
+    "v1_proposer",
+    "v2_speculator",
+}
 EVERYWHERE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
 
 

@@ -43,23 +43,37 @@ def seam_signature(source_root: Path, seam: Seam) -> tuple[str, ...] | None:
         The names in the order of `inspect.signature`, or None if there is no such
         function.
     """
-    path = source_root.joinpath(*seam.module.split("."))
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    if not file.exists():
-        return None
-    found: ast.AST = ast.parse(file.read_text())
-    for name in seam.target.split("."):
-        named = [
-            n for n in getattr(found, "body", []) if getattr(n, "name", "") == name
-        ]
-        if not named:
-            return None
-        found = named[-1]  # as in a running module, the last definition counts
+    found = _defined(source_root, seam.module, seam.target.split("."))
     if not isinstance(found, ast.FunctionDef):
         return None
     args = found.args
     ordered = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
     return tuple(arg.arg for arg in ordered if arg is not None)
+
+
+def _defined(source_root: Path, module: str, path: list[str]) -> ast.AST | None:
+    """The definition of a dotted name, in `module` or where that imports it from."""
+    file = source_root.joinpath(*module.split("."))
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    if not file.exists():
+        return None
+    found: ast.AST | None = ast.parse(file.read_text())
+    for name in path:
+        body = getattr(found, "body", [])
+        named = [n for n in body if getattr(n, "name", "") == name]
+        imported = [
+            node.module
+            for node in body
+            if isinstance(node, ast.ImportFrom)
+            and node.module is not None
+            and name in [alias.name for alias in node.names]
+        ]
+        if not named and imported:
+            return _defined(source_root, imported[-1], path)
+        if not named:
+            return None
+        found = named[-1]  # as in a running module, the last definition counts
+    return found
 
 
 @pytest.fixture

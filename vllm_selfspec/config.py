@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vllm_selfspec.profile import (
     PATH,
@@ -18,6 +25,7 @@ from vllm_selfspec.profile import (
     SkipLayers,
     describe,
     read_profile,
+    shown,
 )
 from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet, SkipSetError
 
@@ -80,6 +88,44 @@ class SelfSpecConfig(Keys):
         "samples too.",
     )
 
+    num_speculative_tokens_per_batch_size: list[tuple[int, int, int]] | None = Field(
+        default=None,
+        description="vLLM's: how many tokens to draft while so many requests run, as "
+        "[first, last, tokens] with both ends included; 0 drafts nothing. Sizes "
+        "beyond the last entry take that entry.",
+    )
+
+    @field_validator("num_speculative_tokens_per_batch_size", mode="before")
+    @classmethod
+    def _is_a_schedule(cls, value: Any) -> Any:
+        if value is None:
+            return value
+        entries = value if isinstance(value, list) else []
+        if not entries or not all(map(_is_schedule_entry, entries)):
+            raise ValueError(
+                f"is {shown(value)}, but must be a list of [first batch size, last, "
+                "tokens]: write it like [[1, 8, 4], [9, 64, 0]]"
+            )
+        starts = [first for first, _, _ in entries]
+        if starts != [1, *(last + 1 for _, last, _ in entries[:-1])]:
+            raise ValueError(
+                f"is {shown(value)}, but must name every batch size from 1 once: "
+                "close the gap, or take out what overlaps"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _schedule_asks_for_no_more_than_is_drafted(self) -> "SelfSpecConfig":
+        schedule = self.num_speculative_tokens_per_batch_size or []
+        most = max((num_drafts for _, _, num_drafts in schedule), default=0)
+        if most > self.num_speculative_tokens:
+            raise ValueError(
+                f"num_speculative_tokens_per_batch_size asks for {shown(most)} tokens, "
+                f"more than num_speculative_tokens={self.num_speculative_tokens}: "
+                "lower it"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_plan(self) -> "SelfSpecConfig":
         if self.exit_layer is not None and "skip_layers" in self.model_fields_set:
@@ -99,6 +145,16 @@ class SelfSpecConfig(Keys):
             return cls.model_validate(dict(keys))
         except ValidationError as error:
             raise ConfigError(f"selfspec configuration: {describe(error)}") from error
+
+
+def _is_schedule_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, list | tuple)
+        and len(entry) == 3
+        and all(type(number) is int for number in entry)
+        and 1 <= entry[0] <= entry[1]
+        and entry[2] >= 0
+    )
 
 
 @dataclass(frozen=True)

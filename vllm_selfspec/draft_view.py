@@ -54,6 +54,11 @@ class DraftView:
     """Runs the target's own modules minus a skip set.
 
     Attributes:
+        model: The target as a module with the skipped sublayers exchanged; its forward
+            and its `compute_logits` are the target's own.
+        own_modules: The modules on the way from `model` to its list of layers. They are
+            the view's, not the target's.
+        is_compiled: Whether `model` runs compiled code; see `draft_compile`.
         attn_layer_names: vLLM's names of the attention layers that still run.
     """
 
@@ -63,8 +68,9 @@ class DraftView:
             _draft_layer(layer, index, skip_set, family)
             for index, layer in enumerate(layers)
         )
-        self._target = target
-        self._model = _with_submodule(target, path.split("."), drafting)
+        self.model = _with_submodule(target, path.split("."), drafting)
+        self.own_modules = _modules_on(self.model, path.split("."))
+        self.is_compiled = False
         self.attn_layer_names = frozenset(
             module.layer_name
             for module in drafting.modules()
@@ -79,12 +85,12 @@ class DraftView:
         Runs under a forward context of vLLM, as the target does. `input_ids` and
         `positions` are `[num_tokens]`.
         """
-        hidden_states: torch.Tensor = self._model(input_ids, positions)
+        hidden_states: torch.Tensor = self.model(input_ids, positions)
         return hidden_states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's own LM head: `[num_tokens, vocab_size]`."""
-        logits: torch.Tensor = self._target.compute_logits(hidden_states)
+        logits: torch.Tensor = self.model.compute_logits(hidden_states)
         return logits
 
 
@@ -102,6 +108,12 @@ def _find_layers(target: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList
             "serve this model without --speculative-config selfspec"
         )
     return found[0]
+
+
+def _modules_on(module: nn.Module, path: list[str]) -> list[Any]:
+    """`module` and its descendants along `path`, without the last."""
+    names = [".".join(path[:length]) for length in range(len(path))]
+    return [module.get_submodule(name) for name in names]
 
 
 def _draft_layer(
@@ -123,7 +135,7 @@ def _draft_layer(
     return layer
 
 
-def _with_submodule(module: nn.Module, path: list[str], new: nn.Module) -> nn.Module:
+def _with_submodule(module: nn.Module, path: list[str], new: nn.Module) -> Any:
     """A shallow copy of `module` in which the submodule at `path` is `new`."""
     name, *rest = path
     if rest:

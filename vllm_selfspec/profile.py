@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # from costing memory before it is checked against the model.
 LayerIndex = Annotated[int, Field(ge=0, lt=10_000, strict=True)]
 MAX_PROFILE_BYTES = 1_000_000
+MAX_SHOWN = 100  # characters of a value in a message
 MAX_FINDINGS = 3
 
 # How `skip_layers` may be written. Pydantic puts the form into a finding's location.
@@ -156,7 +157,7 @@ def _finding(item: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in item["loc"] if part not in SKIP_LAYERS_FORMS)
     if item["type"] == "value_error":  # one of our own validators: it says it all
         text = str(item["msg"]).removeprefix("Value error, ")
-        return f"{key}: {text}" if key else text
+        return f"{key}{' ' if text.startswith('is ') else ': '}{text}" if key else text
     if item["type"] == "missing":
         return f"{key} is missing: add it"
     if item["type"] in RULES:
@@ -169,7 +170,8 @@ def _finding(item: Mapping[str, Any]) -> str:
 def shown(value: object) -> str:
     """`value` in a message: short, however large or deeply nested it is."""
     try:
-        return _repr.repr(value)
+        text = _repr.repr(value)
+        return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
     except ValueError:  # an int of more digits than Python converts to text
         return f"({type(value).__name__} too long to show)"
 

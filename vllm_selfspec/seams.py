@@ -122,6 +122,41 @@ def _propose(original: Function) -> Function:
     return propose_draft_token_ids
 
 
+def _allow_v2_runner(original: Function) -> Function:
+    def _get_v2_model_runner_unsupported_features(self: Any) -> Any:
+        unsupported = original(self)
+        if not uses_selfspec(self):
+            return unsupported
+        return [feature for feature in unsupported if "'custom_class'" not in feature]
+
+    return _get_v2_model_runner_unsupported_features
+
+
+def _allow_async_scheduling(original: Function) -> Function:
+    def __post_init__(self: Any) -> None:
+        if not (uses_selfspec(self) and self.use_v2_model_runner):
+            original(self)
+            return
+        self.speculative_config.method = "ngram_gpu"
+        try:
+            original(self)
+        finally:
+            self.speculative_config.method = "custom_class"
+
+    return __post_init__
+
+
+def _make_speculator(original: Function) -> Function:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if not uses_selfspec(vllm_config):
+            return original(vllm_config, device, req_states)
+        from vllm_selfspec.v2_speculator import SelfSpecSpeculator
+
+        return SelfSpecSpeculator(vllm_config, device)
+
+    return init_speculator
+
+
 def _pass_empty_logits(original: Function) -> Function:
     def apply_sampling_constraints(
         logits: Any, cu_num_draft_tokens: Any, sampling_metadata: Any
@@ -152,6 +187,7 @@ def _expand_in_torch(original: Function) -> Function:
 
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V1_REJECTION = "vllm.v1.sample.rejection_sampler"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -181,6 +217,33 @@ SEAMS: tuple[Seam, ...] = (
         why="It is 0 for custom_class; draft KV would go to blocks nobody reserved.",
         remove_when="a custom proposer can name its lookahead.",
         kind=property,
+    ),
+    Seam(
+        module="vllm.config.vllm",
+        target="VllmConfig._get_v2_model_runner_unsupported_features",
+        parameters=("self",),
+        replace=_allow_v2_runner,
+        why="The V2 runner refuses custom_class, because it cannot build a proposer "
+        "that it does not know.",
+        remove_when="vLLM has a registry of speculative methods (RFC 36219).",
+    ),
+    Seam(
+        module="vllm.config.vllm",
+        target="VllmConfig.__post_init__",
+        parameters=("self",),
+        replace=_allow_async_scheduling,
+        why="Async scheduling is for methods of a closed list. For as long as the "
+        "config checks itself, ours is called ngram_gpu, which like ours drafts on the "
+        "device and brings no draft model.",
+        remove_when="a speculative method can say that it drafts on the device.",
+    ),
+    Seam(
+        module=_V2_RUNNER,
+        target="init_speculator",
+        parameters=("vllm_config", "device", "req_states"),
+        replace=_make_speculator,
+        why="The V2 runner builds speculators from a closed list of methods.",
+        remove_when="vLLM has a registry of speculative methods (RFC 36219).",
     ),
     Seam(
         module=_V1_REJECTION,

@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_selfspec import seams
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
+from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_view import DraftView
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.support import family_of
@@ -63,12 +64,13 @@ class SelfSpecProposer:
         """Builds the draft view. vLLM calls it once the target is loaded."""
         self._target = target
         self.use_skip_set(plan_of(self._vllm_config).skip_set)
+        compile_view(self._view, self._vllm_config)
 
     def use_skip_set(self, skip_set: SkipSet) -> None:
         """Drafts with another skip set from the next propose on.
 
-        Cheap, and safe between two steps: whatever drafts left in the KV cache is
-        overwritten before it is read.
+        Cheap, because it is not compiled; and safe between two steps: whatever drafts
+        left in the KV cache is overwritten before it is read.
         """
         family = family_of(self._vllm_config.model_config.architecture)
         self._view = DraftView(self._target, skip_set, family)
@@ -167,7 +169,7 @@ class SelfSpecProposer:
                 self._vllm_config,
                 num_tokens=batch.num_rows,
                 slot_mapping=slot_mapping,
-                skip_compiled=True,  # the compiled graph is the whole target's
+                skip_compiled=not self._view.is_compiled,
             ):
                 hidden_states = self._view(token_ids, batch.positions[step])
             logits = self._view.compute_logits(hidden_states)

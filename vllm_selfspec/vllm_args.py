@@ -71,6 +71,9 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
         "model": PROPOSER_PATH,
         "num_speculative_tokens": config.num_speculative_tokens,
         "draft_sample_method": config.draft_sample_method,
+        "num_speculative_tokens_per_batch_size": (
+            config.num_speculative_tokens_per_batch_size
+        ),
     }
     engine_args.additional_config = {
         **engine_args.additional_config,

@@ -1,0 +1,48 @@
+"""What Triton's interpreter gets wrong or cannot run, mended for the V2 test runs.
+
+`make test-v2` runs vLLM's V2 model runner without a GPU, every Triton kernel under the
+interpreter. The mends act on plain and on drafting engines alike.
+"""
+
+from typing import Any
+
+
+def mend() -> None:
+    _take_integers_for_masks()
+    _give_log1p_a_body()
+    _filter_top_k_and_top_p_in_torch()
+
+
+def _take_integers_for_masks() -> None:
+    """Triton 3.9.0 stores through a comparison that was reshaped, as vLLM's grammar
+    bitmask does, with 'mask has unsupported dtype': the interpreter's mask is int32."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    store = InterpreterBuilder.create_masked_store
+
+    def create_masked_store(
+        self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any
+    ) -> Any:
+        mask = TensorHandle(mask.data.astype(bool), mask.dtype)
+        return store(self, ptrs, value, mask, cache_policy)
+
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
+def _give_log1p_a_body() -> None:
+    """Functions of CUDA's libdevice return nothing here; vLLM's rejection sampler takes
+    a log1p, of numbers that are far from 0 unless it makes no difference."""
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    libdevice.log1p = lambda x: tl.log(1.0 + x)
+
+
+def _filter_top_k_and_top_p_in_torch() -> None:
+    """vLLM's kernel calls a tensor method on the index of a `tl.range`, which is a
+    Python number here. vLLM's own PyTorch code does the same wherever Triton is not."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.apply_top_k_top_p_triton = (
+        topk_topp_sampler.apply_top_k_top_p_pytorch
+    )
