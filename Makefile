@@ -1,5 +1,5 @@
 # Two commands from a bare clone: `make demo` and `make test`. Both set everything up.
-.PHONY: demo test test-v1 test-v2 lint clean
+.PHONY: demo test test-v1 test-v2 sources lint clean
 
 BIN := .venv/bin
 
@@ -16,16 +16,20 @@ demo: .venv/installed
 
 test: test-v1 test-v2
 
-test-v1: .venv/installed
+test-v1: .venv/installed sources
 	$(BIN)/python -m pytest
 
 # vLLM's V2 model runner without a GPU: Triton's kernels in its interpreter.
-test-v2: .venv/installed .venv-v2/installed
+test-v2: .venv/installed .venv-v2/installed sources
 	PYTHONPATH=.venv-v2 TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
 	$(BIN)/python -m pytest -m v2
 
 .venv-v2/installed: .venv/installed .ci/install-v2.sh $(wildcard tests/triton_cpu_stub/*/*.py)
 	.ci/install-v2.sh
+
+# The vLLM releases that the tests read but do not run.
+sources: .venv/installed
+	.ci/fetch-vllm-source.sh
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -57,7 +57,9 @@ def test_loading_the_plugin_imports_neither_torch_nor_vllm_nor_any_drafting() ->
     )
     assert not packages(modules) & {"torch", "vllm", "pydantic", "numpy"}
     ours = {name for name in modules if name.startswith("vllm_selfspec.")}
-    assert ours == {f"vllm_selfspec.{name}" for name in ("plugin", "seams", "versions")}
+    assert ours == {
+        f"vllm_selfspec.{name}" for name in ("plugin", "registry", "seams", "versions")
+    }
 
 
 @pytest.mark.parametrize(

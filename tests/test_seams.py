@@ -4,18 +4,20 @@ where it doesn't."""
 import ast
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm_source import VERSIONS, exists, signature, source_of
 
-from vllm_selfspec import plugin, seams, versions
+import vllm_selfspec
+from vllm_selfspec import plugin, registry, seams, versions
 from vllm_selfspec.seams import ATTACHED, SEAMS, Seam
 
 FAKE = "fake_vllm_module"
+PACKAGE = Path(vllm_selfspec.__file__).parent
 
 
 def bound(seam: Seam) -> Any:
@@ -30,50 +32,6 @@ def function_of(found: Any) -> Any:
     if isinstance(found, property):
         return found.fget
     return getattr(found, "__func__", found)
-
-
-def seam_signature(source_root: Path, seam: Seam) -> tuple[str, ...] | None:
-    """Parameter names of `seam`'s target in a vLLM source tree, which isn't imported.
-
-    Args:
-        source_root: The directory that holds the package `vllm`.
-        seam: The row whose target is looked up.
-
-    Returns:
-        The names in the order of `inspect.signature`, or None if there is no such
-        function.
-    """
-    found = _defined(source_root, seam.module, seam.target.split("."))
-    if not isinstance(found, ast.FunctionDef):
-        return None
-    args = found.args
-    ordered = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
-    return tuple(arg.arg for arg in ordered if arg is not None)
-
-
-def _defined(source_root: Path, module: str, path: list[str]) -> ast.AST | None:
-    """The definition of a dotted name, in `module` or where that imports it from."""
-    file = source_root.joinpath(*module.split("."))
-    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-    if not file.exists():
-        return None
-    found: ast.AST | None = ast.parse(file.read_text())
-    for name in path:
-        body = getattr(found, "body", [])
-        named = [n for n in body if getattr(n, "name", "") == name]
-        imported = [
-            node.module
-            for node in body
-            if isinstance(node, ast.ImportFrom)
-            and node.module is not None
-            and name in [alias.name for alias in node.names]
-        ]
-        if not named and imported:
-            return _defined(source_root, imported[-1], path)
-        if not named:
-            return None
-        found = named[-1]  # as in a running module, the last definition counts
-    return found
 
 
 @pytest.fixture
@@ -134,30 +92,55 @@ def test_no_target_has_two_rows() -> None:
     assert len({seam.name for seam in SEAMS}) == len(SEAMS)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @ALL
-def test_every_target_is_in_the_installed_source_as_recorded(seam: Seam) -> None:
-    spec = importlib.util.find_spec("vllm")
-    assert spec is not None and spec.origin is not None
-    source_root = Path(spec.origin).parents[1]
-    assert seam_signature(source_root, seam) == seam.parameters
+def test_every_target_is_in_the_source_of_each_release_as_recorded(
+    seam: Seam, version: str
+) -> None:
+    if seam.only_in is not None and versions.release(version) not in seam.only_in:
+        return  # the row is not attached there
+    source_root = source_of(version)
+    assert signature(source_root, seam.module, seam.target) == seam.parameters
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_vllm_name_that_is_imported_exists_in_each_release(version: str) -> None:
+    imports = {
+        (node.module, alias.name)
+        for file in PACKAGE.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm.")
+        for alias in node.names
+    }
+    assert len(imports) > 20
+    # The registry is that of `patches/`.
+    imports = {(m, name) for m, name in imports if m != "vllm.v1.spec_decode.registry"}
+    root = source_of(version)
+    assert [i for i in sorted(imports) if not exists(root, *i)] == []
 
 
 def test_the_source_reader_tells_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / FAKE).mkdir()
     (tmp_path / FAKE / "__init__.py").write_text(
+        "from .deep import far\n"
         "class Engine:\n"
         "    size = 10\n"
         "    def run(self, a, /, b=1, *rest, c, **others): ...\n"
         "class Engine:\n"
         "    def run(self, b): ...\n"
         "def free(a, *, b): ...\n"
+        "LIMIT: int = 3\n"
     )
-    assert seam_signature(tmp_path, a_seam("Engine.run")) == ("self", "b"), "the last"
-    assert seam_signature(tmp_path, a_seam("free")) == ("a", "b")
+    (tmp_path / FAKE / "deep.py").write_text("def far(x): ...\n")
+    assert signature(tmp_path, FAKE, "Engine.run") == ("self", "b"), "the last"
+    assert signature(tmp_path, FAKE, "free") == ("a", "b")
+    assert signature(tmp_path, FAKE, "far") == ("x",), "imported from there"
     for missing in ("Engine.size", "Engine.walk", "Motor.run", "Engine.run.x"):
-        assert seam_signature(tmp_path, a_seam(missing)) is None, missing
-    elsewhere = Seam("nowhere.at.all", "f", (), counting, "", "")
-    assert seam_signature(tmp_path, elsewhere) is None
+        assert signature(tmp_path, FAKE, missing) is None, missing
+    assert signature(tmp_path, "nowhere.at.all", "f") is None
+    for name in ("Engine", "free", "far", "LIMIT", "deep"):
+        assert exists(tmp_path, FAKE, name), name
+    assert not exists(tmp_path, FAKE, "Motor")
 
 
 @ALL
@@ -261,9 +244,18 @@ def test_an_unsupported_version_gets_the_entry_rows_only(
     with pytest.raises(versions.UnsupportedVersionError, match="0.99.0"):
         seams.raise_if_unusable()
     waiting.clear()
+
+
+def test_only_the_rows_that_a_release_needs_are_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.32.1+cpu")
+    assert seams.needed() == list(SEAMS)
     monkeypatch.setattr(versions, "vllm_version", lambda: "0.33.1")
-    seams.install()
-    assert waiting == list(SEAMS)
+    left_out = [seam.target for seam in SEAMS if seam not in seams.needed()]
+    assert left_out == ["VllmConfig.__post_init__"]
+    monkeypatch.setattr(registry, "exists", lambda: True)
+    assert seams.needed() == [seam for seam in SEAMS if not seam.in_registry] != []
 
 
 def replaced(target: str, original: Any) -> Any:

@@ -4,9 +4,12 @@ One rule: loading it costs nothing and changes nothing until selfspec is asked f
 calls it in every process, some more than once; each call after the first is idle.
 """
 
-from vllm_selfspec import seams
+from vllm_selfspec import registry, seams
 
 
 def register() -> None:
-    """Installs the seams. Imports neither torch, nor vLLM, nor any drafting code."""
+    """Registers the method where vLLM has a registry of them, and installs the seams
+    that are left. Imports neither torch nor any drafting code, nor vLLM without one."""
+    if registry.exists():
+        registry.register()
     seams.install()

@@ -19,7 +19,7 @@ from typing import Any
 
 import wrapt
 
-from vllm_selfspec import versions
+from vllm_selfspec import registry, versions
 
 Function = Callable[..., Any]
 ATTACHED = "__selfspec_seam__"
@@ -48,6 +48,9 @@ class Seam:
         kind: What the target is: a function, a staticmethod or a property.
         is_entry: Whether the user comes in here; installed for any vLLM version, so
             that an unsupported one is refused in words.
+        in_registry: Whether vLLM's registry of speculative methods does the same, where
+            there is one; the row is then left out.
+        only_in: The vLLM releases that need the row; None for every one.
     """
 
     module: str
@@ -58,6 +61,8 @@ class Seam:
     remove_when: str
     kind: type = FunctionType
     is_entry: bool = False
+    in_registry: bool = False
+    only_in: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -199,6 +204,7 @@ SEAMS: tuple[Seam, ...] = (
         remove_when="vLLM has a registry of speculative methods (RFC 36219).",
         kind=staticmethod,
         is_entry=True,
+        in_registry=True,
     ),
     Seam(
         module="vllm.engine.arg_utils",
@@ -208,6 +214,7 @@ SEAMS: tuple[Seam, ...] = (
         why="SpeculativeConfig forbids unknown keys; its method is a closed Literal.",
         remove_when="vLLM has a registry of speculative methods (RFC 36219).",
         is_entry=True,
+        in_registry=True,
     ),
     Seam(
         module="vllm.config.vllm",
@@ -217,6 +224,7 @@ SEAMS: tuple[Seam, ...] = (
         why="It is 0 for custom_class; draft KV would go to blocks nobody reserved.",
         remove_when="a custom proposer can name its lookahead.",
         kind=property,
+        in_registry=True,
     ),
     Seam(
         module="vllm.config.vllm",
@@ -226,16 +234,19 @@ SEAMS: tuple[Seam, ...] = (
         why="The V2 runner refuses custom_class, because it cannot build a proposer "
         "that it does not know.",
         remove_when="vLLM has a registry of speculative methods (RFC 36219).",
+        in_registry=True,
     ),
     Seam(
         module="vllm.config.vllm",
         target="VllmConfig.__post_init__",
         parameters=("self",),
         replace=_allow_async_scheduling,
-        why="Async scheduling is for methods of a closed list. For as long as the "
-        "config checks itself, ours is called ngram_gpu, which like ours drafts on the "
+        why="Before 0.33 async scheduling is for a closed list of methods. While the "
+        "config checks itself ours is called ngram_gpu, which like ours drafts on the "
         "device and brings no draft model.",
-        remove_when="a speculative method can say that it drafts on the device.",
+        remove_when="vLLM 0.32 is not supported any more.",
+        in_registry=True,
+        only_in=("0.32",),
     ),
     Seam(
         module=_V2_RUNNER,
@@ -244,6 +255,7 @@ SEAMS: tuple[Seam, ...] = (
         replace=_make_speculator,
         why="The V2 runner builds speculators from a closed list of methods.",
         remove_when="vLLM has a registry of speculative methods (RFC 36219).",
+        in_registry=True,
     ),
     Seam(
         module=_V1_REJECTION,
@@ -279,6 +291,7 @@ SEAMS: tuple[Seam, ...] = (
         why="One request near max_model_len stops drafting for the whole batch and "
         "fills it with token 0; we limit each row by itself.",
         remove_when="vLLM asks the proposer.",
+        in_registry=True,
     ),
     Seam(
         module=_V1_RUNNER,
@@ -299,6 +312,7 @@ SEAMS: tuple[Seam, ...] = (
         why="A custom_class proposer is given no block tables, no sampling metadata "
         "and no way to hand back draft probabilities.",
         remove_when="custom_class passes the runner or those three.",
+        in_registry=True,
     ),
 )
 
@@ -325,7 +339,7 @@ def raise_if_unusable() -> None:
     found = versions.vllm_version()
     if not versions.is_supported(found):
         raise versions.UnsupportedVersionError(versions.unsupported_message(found))
-    for seam in SEAMS:
+    for seam in needed():
         importlib.import_module(seam.module)  # so that it is attached, or found wanting
     if problems:
         raise SeamError(
@@ -336,10 +350,22 @@ def raise_if_unusable() -> None:
 
 def install() -> None:
     """Attaches every seam, now or when vLLM imports its module."""
-    is_supported = versions.is_supported(versions.vllm_version())
-    for seam in SEAMS:
-        if is_supported or seam.is_entry:
-            _when_imported(seam)
+    for seam in needed():
+        _when_imported(seam)
+
+
+def needed() -> list[Seam]:
+    """The rows that the installed vLLM needs."""
+    found = versions.vllm_version()
+    is_supported = versions.is_supported(found)
+    has_registry = registry.exists()
+    return [
+        seam
+        for seam in SEAMS
+        if (is_supported or seam.is_entry)
+        and not (seam.in_registry and has_registry)
+        and (seam.only_in is None or versions.release(found) in seam.only_in)
+    ]
 
 
 def _when_imported(seam: Seam) -> None:

@@ -21,9 +21,14 @@ def vllm_version() -> str:
     return "unknown"
 
 
+def release(vllm: str) -> str:
+    """`0.32` of a version such as `0.32.1+cpu`."""
+    return ".".join(vllm.split(".")[:2])
+
+
 def is_supported(vllm: str) -> bool:
     """Whether `vllm`, a version such as `0.32.1+cpu`, is one the seams know."""
-    return ".".join(vllm.split(".")[:2]) in SUPPORTED_VLLM
+    return release(vllm) in SUPPORTED_VLLM
 
 
 def unsupported_message(vllm: str) -> str:

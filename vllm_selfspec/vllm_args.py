@@ -1,8 +1,9 @@
 """From the user's words to vLLM's own configuration, and back in the workers.
 
-One rule: after `translate` vLLM sees only what it knows: the method `custom_class` with
-our proposer, and our draft plan under `additional_config["selfspec"]`, which travels to
-the worker processes and is part of vLLM's compile-cache key.
+One rule: vLLM sees only what it knows. That is the method `custom_class` with our
+proposer, or the registered method `selfspec`; our draft plan lies under
+`additional_config["selfspec"]`, which travels to the worker processes and is part of
+vLLM's compile-cache key.
 """
 
 import json
@@ -61,23 +62,47 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
         ConfigError, SkipSetError, ProfileError: What the user wrote is not allowed.
         UnsupportedModelError: The model or the deployment cannot be drafted for.
     """
-    config = SelfSpecConfig.parse(_user_keys(engine_args))
-    raise_if_unsupported(model_config, parallel_config, engine_args)
-    plan = resolve_plan(config, model_config.get_total_num_hidden_layers())
-    logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
+    keys = _user_keys(engine_args)
+    resolved = _resolve(keys, engine_args, model_config, parallel_config)
     engine_args.spec_method = engine_args.spec_tokens = None
     engine_args.speculative_config = {
         "method": "custom_class",
         "model": PROPOSER_PATH,
+        **resolved,
+    }
+
+
+def configure(
+    engine_args: Any, model_config: Any, parallel_config: Any
+) -> dict[str, Any]:
+    """What a vLLM with a registry (`patches/`) calls; there `translate` is not used.
+
+    Returns the keys of vLLM's `SpeculativeConfig`; arguments and errors as there.
+    """
+    keys = engine_args.speculative_config
+    resolved = _resolve(keys, engine_args, model_config, parallel_config)
+    return {"method": METHOD, **resolved}
+
+
+def _resolve(
+    keys: dict[str, Any], engine_args: Any, model_config: Any, parallel_config: Any
+) -> dict[str, Any]:
+    """Checks the user's keys, leaves the draft plan in `additional_config`, and returns
+    what `SpeculativeConfig` knows."""
+    config = SelfSpecConfig.parse(keys)
+    raise_if_unsupported(model_config, parallel_config, engine_args)
+    plan = resolve_plan(config, model_config.get_total_num_hidden_layers())
+    logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        METHOD: plan.to_dict(),
+    }
+    return {
         "num_speculative_tokens": config.num_speculative_tokens,
         "draft_sample_method": config.draft_sample_method,
         "num_speculative_tokens_per_batch_size": (
             config.num_speculative_tokens_per_batch_size
         ),
-    }
-    engine_args.additional_config = {
-        **engine_args.additional_config,
-        METHOD: plan.to_dict(),
     }
 
 
