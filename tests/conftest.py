@@ -6,7 +6,6 @@ engines of a process share.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import prometheus_client  # noqa: E402
 import pytest  # noqa: E402
+
+from vllm_selfspec.spec_counters import Counts, SpecCounters  # noqa: E402
 
 # `make test-v2` runs with vLLM's V2 model runner, under Triton's interpreter.
 IS_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
@@ -106,15 +106,6 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {family: str(build_tiny_model(family, directory)) for family in FAMILIES}
 
 
-@dataclass(frozen=True)
-class Counts:
-    """vLLM's own speculation counters over one run."""
-
-    drafts: int
-    draft_tokens: int
-    accepted_tokens: int
-
-
 class Engines:
     """vLLM engines by configuration, each started when first asked for."""
 
@@ -140,7 +131,7 @@ class Engines:
             config = None if spec is None else {"method": "selfspec", **spec}
             llm = LLM(model, speculative_config=config, **settings)
             self._engines[key] = llm
-            _collectors[id(llm)] = list(prometheus_client.REGISTRY._collector_to_names)
+            _counters[id(llm)] = SpecCounters()
         return self._engines[key]
 
 
@@ -149,45 +140,25 @@ def engines() -> Engines:
     return Engines()
 
 
-# vLLM takes the metrics of earlier engines out of the registry when a new one starts;
-# they go on counting, so they are remembered here by engine.
-_collectors: dict[int, list[Any]] = {}
+_counters: dict[int, SpecCounters] = {}
 
 
-def counter(llm: Any, name: str) -> float:
+def counter(llm: Any, name: str) -> int:
     """Value of one of vLLM's own counters, such as `vllm:num_preemptions`."""
-    return sum(
-        sample.value
-        for collector in _collectors[id(llm)]
-        for metric in collector.collect()
-        if metric.name == name
-        for sample in metric.samples
-        if sample.name == f"{name}_total"
-    )
-
-
-def counters(llm: Any) -> Counts:
-    """What speculation did since the engine started."""
-    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-    return Counts(*(int(counter(llm, f"vllm:spec_decode_{n}")) for n in names))
+    return _counters[id(llm)].total(name)
 
 
 def run(llm: Any, prompts: list[Any], params: Any) -> tuple[list[Any], Counts]:
     """Generates; returns vLLM's outputs and what speculation did meanwhile."""
-    before = counters(llm)
+    read = _counters[id(llm)].read
+    before = read()
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    after = counters(llm)
-    spent = Counts(
-        after.drafts - before.drafts,
-        after.draft_tokens - before.draft_tokens,
-        after.accepted_tokens - before.accepted_tokens,
-    )
-    return outputs, spent
+    return outputs, read() - before
 
 
 def drafter_of(runner: Any) -> Any:
     """Our part of vLLM's model runner, V1 or V2; None in a plain engine."""
-    return getattr(runner, "speculator" if IS_V2 else "drafter", None)
+    return getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
 
 
 def token_ids(outputs: list[Any]) -> list[list[list[int]]]:

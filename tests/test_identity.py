@@ -15,13 +15,14 @@ from conftest import (
     FAMILIES,
     IS_V2,
     NUM_LAYERS,
-    Counts,
     Engines,
     counter,
     prompts_of,
     run,
     token_ids,
 )
+
+from vllm_selfspec.spec_counters import Counts
 
 pytestmark = pytest.mark.v2
 MODELS = (*FAMILIES, "demo")

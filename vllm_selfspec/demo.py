@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from vllm_selfspec import __version__, versions
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.cost import CheckpointError, ModelWeights, bound, locate
 from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.spec_counters import Counts, SpecCounters
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
@@ -61,17 +62,13 @@ class Sample:
         token_ids: What was generated, by prompt.
         seconds: From the first emitted token to the last: decoding alone.
         num_tokens: Tokens emitted in that time.
-        drafts: Verifications of a request, by vLLM's own counters.
-        draft_tokens: Tokens drafted.
-        accepted_tokens: Drafted tokens that were accepted.
+        counts: What speculation did.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     seconds: float
     num_tokens: int
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
+    counts: Counts = Counts(0, 0, 0)
 
 
 @dataclass
@@ -195,6 +192,7 @@ class Arms:
         self.plain = LLM(model, **self.settings)
         config = {"method": METHOD, "num_speculative_tokens": k}
         self.drafting = LLM(model, speculative_config=config, **self.settings)
+        self._counters = SpecCounters()
 
     def run_plain(self, prompts: list[str]) -> Sample:
         """Generates with plain vLLM."""
@@ -203,11 +201,9 @@ class Arms:
     def run_plan(self, plan: str, prompts: list[str]) -> Sample:
         """Generates with selfspec under one of `plans`."""
         self.drafting.collective_rpc(_use_skip_set, args=(self.plans[plan],))
-        before = _counters(self.drafting)
+        before = self._counters.read()
         sample = self._run(self.drafting, prompts)
-        after = _counters(self.drafting)
-        spent = {name: after[name] - before[name] for name in after}
-        return Sample(sample.token_ids, sample.seconds, sample.num_tokens, **spent)
+        return replace(sample, counts=self._counters.read() - before)
 
     def _run(self, llm: Any, prompts: list[str]) -> Sample:
         from vllm import SamplingParams
@@ -224,19 +220,6 @@ class Arms:
 
 def _use_skip_set(worker: Any, skip_set: SkipSet) -> None:
     worker.model_runner.drafter.use_skip_set(skip_set)
-
-
-def _counters(llm: Any) -> dict[str, int]:
-    names = {
-        "vllm:spec_decode_num_drafts": "drafts",
-        "vllm:spec_decode_num_draft_tokens": "draft_tokens",
-        "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
-    }
-    totals = dict.fromkeys(names.values(), 0)
-    for metric in llm.get_metrics():
-        if metric.name in names:
-            totals[names[metric.name]] += int(metric.value)
-    return totals
 
 
 def rounds(num_streams: int) -> Iterator[list[str]]:
@@ -323,8 +306,8 @@ def _result(
     plain: list[Sample],
     drafted: list[Sample],
 ) -> Result:
-    drafts = sum(s.drafts for s in drafted)
-    accepted = sum(s.accepted_tokens for s in drafted)
+    drafts = sum(s.counts.drafts for s in drafted)
+    accepted = sum(s.counts.accepted_tokens for s in drafted)
     emitted = sum(s.num_tokens for s in drafted) / drafts
     c = arms.weights.draft_share(arms.plans[plan])
     ratios = [
@@ -339,7 +322,7 @@ def _result(
         tokens_per_second=_rate(drafted),
         speed_up=median(ratios),
         speed_up_spread=(min(ratios), max(ratios)),
-        acceptance=accepted / sum(s.draft_tokens for s in drafted),
+        acceptance=accepted / sum(s.counts.draft_tokens for s in drafted),
         tokens_per_verification=emitted,
         bound=bound(emitted, arms.k, c),
         num_same=_num_same(plain, drafted),
