@@ -1,14 +1,20 @@
-"""Trains the demo model: a small Llama with redundant layers, as a big model's are.
+"""Trains the models of the benchmarks: three small Llamas on the same text.
 
-Recipe: LayerSkip (arXiv 2404.16710): stochastic depth that rises with the layer, and an
-early-exit loss through the shared final norm and LM head. Two things differ, both so
-that a short CPU run is enough: attention and MLP are dropped independently, because the
-draft skips sublayers and not layers, and the exits also learn the full model's
-distribution. Matrices are trained with Muon, the rest with AdamW. The learning rate is
-constant and then falls linearly to zero over the last quarter, so a run can be resumed
-with another `--steps` at any time before that.
+- demo: with redundant layers, as a big model's are; what a draft view is good at.
+- plain: its twin without any of that, the hard case.
+- small: two layers, the second model that vLLM's `draft_model` needs.
 
-    python benchmarks/train_demo_model.py -o benchmarks/demo_model --steps 1500
+Recipe of the first: LayerSkip (arXiv 2404.16710): stochastic depth that rises with the
+layer, and an early-exit loss through the shared final norm and LM head. Two things
+differ, both so that a short CPU run is enough: attention and MLP are dropped
+independently, because the draft skips sublayers and not layers, and the exits also
+learn the full model's distribution. Of all three, matrices are trained with Muon, the
+rest with AdamW. The learning rate is constant and then falls linearly to zero over the
+last quarter, so a run can be resumed with another `--steps` at any time before that.
+
+    python benchmarks/train_demo_model.py -o benchmarks/demo_model --steps 1000
+    python benchmarks/train_demo_model.py --recipe plain -o benchmarks/plain_model \
+        --tokenizer benchmarks/demo_model --steps 1000
 
 Ctrl-C writes a checkpoint; the same command goes on from it.
 """
@@ -16,6 +22,7 @@ Ctrl-C writes a checkpoint; the same command goes on from it.
 import json
 import math
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -59,9 +66,21 @@ class Recipe:
     max_layer_dropout: float = 0.25
     exit_layer: int = 3
     exit_layer_share: float = 0.6  # of the steps; a random other depth otherwise
-    exit_weight: float = 1.5
+    exit_weight: float = 1.5  # 0: no exit is trained
     exit_label_weight: float = 0.3  # the rest learns the full model's distribution
     seed: int = 1
+
+
+RECIPES = {
+    "demo": Recipe(),
+    "plain": Recipe(max_layer_dropout=0, exit_weight=0),
+    "small": Recipe(num_layers=2, max_layer_dropout=0, exit_weight=0),
+}
+WHAT = {
+    "demo": "demo model of vllm_selfspec: LayerSkip recipe on Python's stdlib",
+    "plain": "twin of the demo model, trained plainly on the same text",
+    "small": "draft model for the demo model and its twin, trained on the same text",
+}
 
 
 class Data:
@@ -224,19 +243,21 @@ class Trainer:
         for index, layer in enumerate(self.model.model.layers):
             keep_attn, keep_mlp = not self.dropped(index), not self.dropped(index)
             hidden = self.block(layer, hidden, rope, keep_attn, keep_mlp)
-            if index + 1 == exit_layer:
+            if index + 1 == exit_layer and recipe.exit_weight:
                 draft = self.logits(hidden)
         target = self.logits(hidden)
-        return {
-            "loss": self.cross_entropy(target, labels),
-            "exit": self.exit_loss(draft, target, labels, recipe.exit_label_weight),
-        }
+        losses = {"loss": self.cross_entropy(target, labels)}
+        if recipe.exit_weight:
+            losses["exit"] = self.exit_loss(
+                draft, target, labels, recipe.exit_label_weight
+            )
+        return losses
 
     def train_step(self) -> dict[str, float]:
         recipe = self.recipe
         batch = self.data.batch(self.rng, recipe.batch_size, recipe.seq_len)
         losses = self.losses(batch)
-        (losses["loss"] + recipe.exit_weight * losses["exit"]).backward()
+        (losses["loss"] + recipe.exit_weight * losses.get("exit", 0)).backward()
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * self.lr_scale()
@@ -288,7 +309,7 @@ class Trainer:
         self.step, self.curve = state["step"], state["curve"]
 
 
-def export(trainer: Trainer, output: Path, seconds: float) -> None:
+def export(trainer: Trainer, output: Path, what: str, seconds: float) -> None:
     """Writes the bf16 checkpoint and its card."""
     import transformers
 
@@ -296,7 +317,7 @@ def export(trainer: Trainer, output: Path, seconds: float) -> None:
     trainer.model.to(torch.bfloat16).save_pretrained(output)
     tokens = trainer.step * trainer.recipe.batch_size * trainer.recipe.seq_len
     card = {
-        "what": "demo model of vllm_selfspec: LayerSkip recipe on Python's stdlib",
+        "what": what,
         "command": " ".join(["python", *sys.argv]),
         "steps": trainer.step,
         "tokens": tokens,
@@ -318,13 +339,27 @@ def export(trainer: Trainer, output: Path, seconds: float) -> None:
 
 def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="Model directory.")],
+    name: Annotated[
+        str, typer.Option("--recipe", help=f"One of {', '.join(RECIPES)}.")
+    ] = "demo",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a model whose tokenizer is taken over."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 1800,
     log_every: Annotated[int, typer.Option(help="Steps between log lines.")] = 20,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
 ) -> None:
-    """Train the demo model, or go on training it from its last checkpoint."""
+    """Train a model, or go on training it from its last checkpoint."""
+    if name not in RECIPES:
+        raise typer.BadParameter(
+            f"--recipe is one of {', '.join(RECIPES)}, but it is {name}"
+        )
     output.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe()
+    if tokenizer is not None:
+        for file in [*tokenizer.glob("tokenizer*"), *tokenizer.glob("chat_template*")]:
+            shutil.copy(file, output / file.name)
+    recipe = RECIPES[name]
     data = Data(output, recipe)
     print(f"{len(data.train)} training and {len(data.held_out)} held-out tokens")
     trainer = Trainer(recipe, data, steps)
@@ -348,7 +383,7 @@ def main(
     if interrupted:
         print(f"stopped at step {trainer.step}; the same command goes on from there")
         return
-    export(trainer, output, time.monotonic() - started)
+    export(trainer, output, WHAT[name], time.monotonic() - started)
 
 
 if __name__ == "__main__":
