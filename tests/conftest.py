@@ -24,6 +24,9 @@ from vllm_selfspec.spec_counters import Counts, SpecCounters  # noqa: E402
 
 # `make test-v2` runs with vLLM's V2 model runner, under Triton's interpreter.
 IS_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+# The interpreter takes seconds for a step; what it runs of a long list is a part then,
+# unless `make test-all` asks for everything.
+IS_PART = IS_V2 and "SELFSPEC_TEST_ALL" not in os.environ
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "demo_model"
 NUM_LAYERS = 4

@@ -8,9 +8,31 @@ from typing import Any
 
 
 def mend() -> None:
+    _rebind_the_language_once()
     _take_integers_for_masks()
     _give_log1p_a_body()
     _filter_top_k_and_top_p_in_torch()
+
+
+def _rebind_the_language_once() -> None:
+    """The interpreter looks through Triton's language for what to rebind on every call
+    of a kernel or of a function in it: most of its time here. Nothing compiles in these
+    processes, so it may stay rebound."""
+    from triton.runtime import interpreter
+
+    rebind, done = interpreter._patch_lang, set()
+
+    def _patch_lang(fn: Any) -> Any:
+        languages = (interpreter.tl, interpreter.tl.core)
+        used = tuple(
+            any(v is lang for v in fn.__globals__.values()) for lang in languages
+        )
+        if used not in done:
+            rebind(fn)
+            done.add(used)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = _patch_lang
 
 
 def _take_integers_for_masks() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import IS_V2, Engines, build_tiny_model, run, token_ids
+from conftest import IS_PART, IS_V2, Engines, build_tiny_model, run, token_ids
 from scipy import stats
 
 pytestmark = pytest.mark.v2
@@ -95,8 +95,12 @@ def samples_of(llm: Any, setting: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(samples[0]) for samples in token_ids(outputs)]
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-@pytest.mark.parametrize("setting", ["T=0.7", "top_p"] if IS_V2 else SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "method"),
+    [("T=0.7", "greedy"), ("top_p", "probabilistic")]
+    if IS_PART
+    else [*itertools.product(SETTINGS, ["greedy", "probabilistic"])],
+)
 def test_sampled_text_is_distributed_as_plain_vllms(
     setting: str, method: str, model: str, engines: Engines
 ) -> None:

@@ -107,10 +107,9 @@ def test_the_ledger_knows_the_diff(version: str) -> None:
 @pytest.fixture(scope="module")
 def with_registry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process whose vLLM is the installed one with its diff."""
-    path = [patched("0.32.0", tmp_path_factory.mktemp("patched"))]
-    if "PYTHONPATH" in os.environ:
-        path.append(Path(os.environ["PYTHONPATH"]))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    path = [str(patched("0.32.0", tmp_path_factory.mktemp("patched")))]
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def output_of(script: str, *args: str, env: dict[str, str]) -> Any:
