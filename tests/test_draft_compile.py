@@ -32,6 +32,10 @@ def view_of(llm: Any) -> Any:
     return drafter_of(llm.collective_rpc(lambda w: w.model_runner)[0])._view
 
 
+def config_of(llm: Any) -> Any:
+    return llm.llm_engine.vllm_config
+
+
 def compare(model: str, cache: Path) -> dict[str, Any]:
     """Generates eagerly, with plain vLLM compiled, and with both compiled."""
     engines = Engines()
@@ -47,6 +51,10 @@ def compare(model: str, cache: Path) -> dict[str, Any]:
         "eager view is compiled": view_of(eager).is_compiled,
         "view is compiled": view_of(llm).is_compiled
         and view_of(llm).own_modules[1].aot_compiled_fn is not None,
+        "keys": [
+            config.compute_hash()
+            for config in (view_of(llm).own_modules[1].vllm_config, config_of(llm))
+        ],
         "added to the cache": len(set(os.listdir(cache)) - before),
     }
 
@@ -68,6 +76,7 @@ def test_compiled_draft_equals_eager_draft_and_has_a_cache_of_its_own(
     # the draft's.
     assert found["compiled"] == found["eager"]
     assert found["plain"][0] == found["eager"][0]
+    assert len(set(found["keys"])) == 2, "or one would be loaded for the other"
     assert found["added to the cache"] == 2, "the target with its drafts, and the view"
 
 
