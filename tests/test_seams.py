@@ -119,6 +119,62 @@ def test_every_vllm_name_that_is_imported_exists_in_each_release(version: str) -
     assert [i for i in sorted(imports) if not exists(root, *i)] == []
 
 
+INSTALLED = VERSIONS[0]
+SPEC_DECODE = "vllm.v1.worker.gpu.spec_decode"
+# What the classes of the V2 adapter extend, nearest first.
+BASES = {
+    "SelfSpecSpeculator": (
+        (
+            f"{SPEC_DECODE}.target_dependent_ar.speculator",
+            "TargetDependentARSpeculator",
+        ),
+        (f"{SPEC_DECODE}.speculator", "DraftModelSpeculator"),
+        (f"{SPEC_DECODE}.speculator", "BaseSpeculator"),
+    ),
+    "DraftGraphManager": (
+        (
+            f"{SPEC_DECODE}.target_dependent_ar.cudagraph_utils",
+            "SpeculatorCudaGraphManager",
+        ),
+        ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager"),
+    ),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", BASES)
+def test_the_v2_adapter_fits_the_classes_it_extends_in_each_release(
+    name: str, version: str
+) -> None:
+    def inherited(method: str, version: str = version) -> tuple[str, ...] | None:
+        root = source_of(version)
+        found = (signature(root, m, f"{c}.{method}") for m, c in BASES[name])
+        return next((names for names in found if names is not None), None)
+
+    module = ast.parse((PACKAGE / "v2_speculator.py").read_text())
+    (ours,) = [n for n in module.body if getattr(n, "name", "") == name]
+    methods = {n.name: n for n in ours.body if isinstance(n, ast.FunctionDef)}
+    overridden = 0
+    for method, node in methods.items():
+        expected = inherited(method)
+        if expected is None:
+            continue
+        overridden += 1
+        accepted = {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+        if node.args.kwarg is None:
+            assert set(expected) <= accepted, f"{method} is called with {expected}"
+    assert overridden >= 1
+    used = {
+        node.attr
+        for node in ast.walk(ours)
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value).split("(")[0] in ("self", "super")
+    }
+    inherited_here = {m for m in used - set(methods) if inherited(m, INSTALLED)}
+    for method in inherited_here:
+        assert inherited(method) == inherited(method, INSTALLED), method
+
+
 def test_the_source_reader_tells_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / FAKE).mkdir()
     (tmp_path / FAKE / "__init__.py").write_text(
