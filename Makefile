@@ -1,5 +1,5 @@
 # Two commands from a bare clone: `make demo` and `make test`. Both set everything up.
-.PHONY: demo test test-v1 test-v2 test-all sources lint clean
+.PHONY: demo test test-v1 test-v2 test-all bench bench-quick sources lint clean
 
 BIN := .venv/bin
 
@@ -13,6 +13,21 @@ export VLLM_NO_USAGE_STATS = 1
 # make demo MODEL=path-or-name runs it on another model; ARGS="-o FILE" saves the figures.
 demo: .venv/installed
 	$(BIN)/vllm-selfspec demo $(MODEL) $(ARGS)
+
+# Against everything a user would pick instead: hours on two cores. MODEL=plain for the
+# twin that was trained without redundancy.
+bench: .venv/installed .venv/peers
+	$(BIN)/vllm-selfspec bench $(MODEL) -o benchmarks/results/$(or $(MODEL),demo) $(ARGS)
+
+# The README's table, in ten minutes.
+bench-quick: .venv/installed .venv/peers
+	$(BIN)/vllm-selfspec bench demo $(QUICK) -o benchmarks/results/quick $(ARGS)
+
+QUICK := --task code --task summarization --streams 1,8 --temperature 0 --prompts 4 \
+	--max-tokens 48 --lengths 4
+
+.venv/peers: .venv/installed .ci/install-peers.sh
+	.ci/install-peers.sh
 
 # Both at once, because each is bound by one core; the second's output comes at the end.
 test: .venv/installed .venv-v2/installed sources

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_selfspec import __version__, versions
+from vllm_selfspec.bench.tasks import TaskError
 from vllm_selfspec.config import (
     DEFAULT_NUM_SPECULATIVE_TOKENS,
     MAX_NUM_SPECULATIVE_TOKENS,
@@ -50,7 +51,7 @@ SPEED_UP_NOTE = (
 )
 
 # What the user wrote is wrong, like an unknown option; the rest is the model's fault.
-USAGE_ERRORS = (ConfigError, SkipSetError, ProfileError)
+USAGE_ERRORS = (ConfigError, SkipSetError, ProfileError, TaskError)
 REFUSALS = (
     UnsupportedModelError,
     CheckpointError,
@@ -192,6 +193,135 @@ def demo(
             repeats=repeats,
             output=output,
         )
+
+
+@app.command(
+    epilog="Example: vllm-selfspec bench my_model --arms plain,selfspec,ngram "
+    "--task jsonl=my_prompts.jsonl --streams 1,8 -o report"
+)
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model directory or Hub name; 'demo' or 'plain' for the repository's "
+            "own models, widened: layers made redundant, and its twin without that."
+        ),
+    ] = "demo",
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="For draft_model; without it the repository's own."
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="summarization, code, chat, text (all by default), or FORMAT=PATH "
+            "with a format of jsonl, cnn_dm, xsum, humaneval, gsm8k, mt_bench, "
+            "spec_bench. More than once for several.",
+        ),
+    ] = None,
+    arms: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="What to compare with plain vLLM: selfspec, ngram, suffix, "
+            "draft_model, hf.",
+        ),
+    ] = "selfspec,ngram,suffix,draft_model,hf",
+    streams: Annotated[
+        str, typer.Option(metavar="LIST", help="Concurrent requests.")
+    ] = "1,4,8,16",
+    prompts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Prompts of a task for one stream; others run 2 a stream, if more.",
+        ),
+    ] = 8,
+    temperature: Annotated[
+        str, typer.Option(metavar="LIST", help="Temperatures; 0 is greedy.")
+    ] = "0,1",
+    lengths: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="Draft lengths to try; the likeliest first."),
+    ] = "4,2,6",
+    max_tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens to generate a prompt.")
+    ] = 64,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV cache.")] = "bfloat16",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Of the report.")
+    ] = Path("bench-report"),
+) -> None:
+    """Compare selfspec with plain vLLM and what else it offers; write a report.
+
+    Everything runs in one process, in turns. Figures are medians of ratios to plain
+    vLLM, with the bound that the costs measured in the same run allow.
+    """
+    from vllm_selfspec.bench.comparison import Load
+    from vllm_selfspec.bench.run import Options, run_bench
+    from vllm_selfspec.bench.tasks import SHIPPED
+
+    with errors_in_one_line():
+        loads = [
+            Load(n, prompts if n == 1 else max(prompts, 2 * n))
+            for n in numbers("--streams", streams, int, 1)
+        ]
+        run_bench(
+            Options(
+                model=model,
+                draft_model=draft_model,
+                tasks=tuple(task or SHIPPED),
+                loads=tuple(loads),
+                temperatures=tuple(numbers("--temperature", temperature, float, 0)),
+                groups=tuple(arm_groups(arms)),
+                lengths=tuple(numbers("--lengths", lengths, int, 1)),
+                max_tokens=max_tokens,
+                dtype=dtype,
+                output=output,
+            )
+        )
+
+
+def numbers(flag: str, text: str, kind: type, least: int) -> list[Any]:
+    """The numbers of a list such as `1,4,8`.
+
+    Raises:
+        ConfigError: If it is none, or holds one below `least`.
+    """
+    try:
+        found = [kind(piece) for piece in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"{flag} takes numbers such as 1,4,8, but {text!r} is not: separate them "
+            "with commas"
+        ) from error
+    if min(found) < least:
+        raise ConfigError(
+            f"{flag} takes numbers from {least}, but {text!r} holds {min(found)}: "
+            "leave it out"
+        )
+    return found
+
+
+def arm_groups(text: str) -> list[str]:
+    """The arms to compare, of a list such as `selfspec,ngram`.
+
+    Raises:
+        ConfigError: If one is not known.
+    """
+    from vllm_selfspec.bench.arms import GROUPS
+
+    found = [piece.strip() for piece in text.split(",")]
+    for piece in found:
+        if piece not in GROUPS:
+            raise ConfigError(
+                f"--arms takes {', '.join(GROUPS)}, but it holds {piece!r}: correct it"
+            )
+    return found
 
 
 def parse_skip_layers(text: str) -> Any:

@@ -404,7 +404,7 @@ def save(results: list[Result], output: Path, arms: Arms) -> None:
             "vllm": versions.vllm_version(),
             "python": platform.python_version(),
         },
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "num_cores": os.cpu_count(),
         "threads": os.environ["VLLM_CPU_OMP_THREADS_BIND"],
         "model_bytes_per_step": arms.weights.streamed,
@@ -417,7 +417,8 @@ def save(results: list[Result], output: Path, arms: Arms) -> None:
     output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

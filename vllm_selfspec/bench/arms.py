@@ -1,0 +1,127 @@
+"""`Arm`: one way to generate that is compared with the others.
+
+One rule: a peer runs as its documentation recommends, on the same vLLM, model, dtype
+and KV cache as ours; where its documentation leaves a choice, a small grid is run and
+every point of it is reported.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
+from vllm_selfspec.cost import ModelWeights
+from vllm_selfspec.skip_set import SkipSet
+
+PLAIN = "plain vLLM"
+HUGGING_FACE = "Hugging Face"
+
+# vLLM's documentation of n-gram matching proposes up to 5 tokens after matches of up to
+# 4 (docs/features/speculative_decoding/n_gram.md); 3 is the cautious half.
+NGRAM = {"method": "ngram", "prompt_lookup_max": 4}
+# Suffix decoding sets its own lengths; 32 is its documented maximum.
+SUFFIX = {"method": "suffix", "num_speculative_tokens": 32}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to generate.
+
+    Attributes:
+        name: As in the report.
+        group: The name to choose it by: `plain`, `selfspec`, `ngram`, `suffix`,
+            `draft_model`, `hf`.
+        speculative_config: vLLM's; None for plain vLLM.
+        skip_set: What ours leaves out; None for the others.
+        extra_bytes: Weights that are read beside the target's.
+        generate: Keyword arguments of Hugging Face's `generate`.
+    """
+
+    name: str
+    group: str
+    speculative_config: dict[str, Any] | None = None
+    skip_set: SkipSet | None = None
+    extra_bytes: int = 0
+    generate: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def k(self) -> int:
+        """The most tokens drafted a step; 0 where nothing is."""
+        return int((self.speculative_config or {}).get("num_speculative_tokens", 0))
+
+
+GROUPS = ("plain", "selfspec", "ngram", "suffix", "draft_model", "hf")
+
+
+def arms_of(
+    model: Path, draft_model: Path | None, groups: list[str], lengths: list[int]
+) -> list[Arm]:
+    """The arms of `groups`, plain vLLM first.
+
+    Args:
+        model: The target's checkpoint directory.
+        draft_model: That of a second model; without it `draft_model` has no arm.
+        groups: Some of `GROUPS`.
+        lengths: Draft lengths of the grids, the best known one first: the arms that are
+            no grid take that.
+    """
+    weights = ModelWeights.from_checkpoint(model)
+    found = [Arm(PLAIN, "plain")]
+    if "selfspec" in groups:
+        found += _ours(weights, lengths)
+    if "ngram" in groups:
+        found += [
+            _peer("ngram", {**NGRAM, "num_speculative_tokens": k}) for k in (3, 5)
+        ]
+    if "suffix" in groups:
+        found.append(Arm("vLLM suffix", "suffix", SUFFIX))
+    if "draft_model" in groups and draft_model is not None:
+        extra = ModelWeights.from_checkpoint(draft_model).streamed
+        config = {"method": "draft_model", "model": str(draft_model)}
+        found += [
+            _peer("draft_model", {**config, "num_speculative_tokens": k}, extra)
+            for k in lengths
+        ]
+    if "hf" in groups:
+        found.append(Arm(f"{HUGGING_FACE} generate", "hf"))
+        exit_layer = weights.num_layers // 4
+        found.append(
+            Arm(
+                f"{HUGGING_FACE} early exit {exit_layer}",
+                "hf",
+                generate={"assistant_early_exit": exit_layer},
+            )
+        )
+    return found
+
+
+def _ours(weights: ModelWeights, lengths: list[int]) -> list[Arm]:
+    """`auto`, and fixed early exits after a half, a quarter and a sixth of the layers;
+    the best of them at every length."""
+    num_layers = weights.num_layers
+    auto = resolve_plan(SelfSpecConfig(), num_layers).skip_set
+    plans: list[tuple[str, dict[str, Any], SkipSet, list[int]]] = [
+        ("auto", {}, auto, lengths[:1])
+    ]
+    for part in (2, 4, 6):
+        if exit_layer := num_layers // part:
+            skip_set = SkipSet.early_exit(num_layers, exit_layer)
+            ks = lengths if part == 4 else lengths[:1]
+            plans.append(
+                (f"exit_layer {exit_layer}", {"exit_layer": exit_layer}, skip_set, ks)
+            )
+    return [
+        Arm(
+            f"selfspec {name}, k {k}",
+            "selfspec",
+            {"method": METHOD, "num_speculative_tokens": k, **keys},
+            skip_set,
+        )
+        for name, keys, skip_set, ks in plans
+        for k in ks
+    ]
+
+
+def _peer(method: str, config: dict[str, Any], extra_bytes: int = 0) -> Arm:
+    name = f"vLLM {method}, k {config['num_speculative_tokens']}"
+    return Arm(name, method, config, extra_bytes=extra_bytes)

@@ -1,0 +1,357 @@
+"""`compare`: every arm on the same prompts, in turns, at each load and temperature.
+
+One rule: a figure is a ratio. Prompts are split into groups; a group is run by plain
+vLLM and then by each arm before the next group, so that a machine that drifts hits all
+alike; what is kept are medians of ratios over the groups, with their spread.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from vllm_selfspec.bench.arms import Arm
+from vllm_selfspec.bench.engines import (
+    DRAFT,
+    TARGET,
+    Engine,
+    Request,
+    Run,
+    Sampling,
+)
+from vllm_selfspec.bench.quality import scores
+from vllm_selfspec.bench.tasks import Task
+
+
+@dataclass(frozen=True)
+class Load:
+    """A number of concurrent requests, and of prompts to run at it."""
+
+    num_streams: int
+    num_prompts: int
+
+
+@dataclass
+class Result:
+    """One arm on one task, at one load and temperature.
+
+    Attributes:
+        speed_up: Median ratio of tokens per second to plain vLLM's, over the groups.
+        spread: The smallest and largest of these ratios.
+        tokens_per_verification: E, accepted tokens and the target's own.
+        acceptance: Share of the drafted tokens that were accepted.
+        accepted_at: The same by draft position, of the verifications that had a draft.
+        bound: What `speed_up` would be if nothing but forwards took time; None where
+            they were not timed.
+        latency: Median seconds of a request.
+        same_texts: Requests whose tokens are plain vLLM's; in its own row, those that
+            are the same when they run alone (of its first group).
+        quality: The task's scores.
+    """
+
+    task: str
+    num_streams: int
+    temperature: float
+    arm: str
+    tokens_per_second: float
+    speed_up: float
+    spread: tuple[float, float]
+    tokens_per_verification: float
+    acceptance: float | None
+    accepted_at: tuple[float, ...]
+    bound: float | None
+    latency: float
+    same_texts: int
+    texts: int
+    quality: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def share_of_bound(self) -> float | None:
+        return None if self.bound is None else self.speed_up / self.bound
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds of single forwards at one number of streams.
+
+    Attributes:
+        plain: The target's, one row a request.
+        verify: The target's, one row and k draft rows a request; by arm.
+        draft: One draft step; by arm.
+    """
+
+    plain: float
+    verify: dict[str, float]
+    draft: dict[str, float]
+
+    def v(self, arm: Arm) -> float | None:
+        """Cost of a verification over that of a plain step."""
+        return self.verify[arm.name] / self.plain if arm.name in self.verify else None
+
+    def c(self, arm: Arm) -> float | None:
+        """Cost of a draft step over that of a plain step."""
+        return self.draft[arm.name] / self.plain if arm.name in self.draft else None
+
+
+@dataclass
+class Block:
+    """All arms on one task at one load and temperature.
+
+    Attributes:
+        runs: By arm, group by group.
+        alone: Plain vLLM on the first group, one request at a time: in bf16 its text
+            depends on what else is in a batch, and this says how often.
+    """
+
+    task: Task
+    load: Load
+    sampling: Sampling
+    runs: dict[str, list[Run]]
+    alone: Run | None = None
+
+
+@dataclass
+class Comparison:
+    """Everything that was run.
+
+    Attributes:
+        arms: In the order of the report, plain vLLM first.
+        blocks: One for each task, load and temperature.
+    """
+
+    arms: list[Arm]
+    blocks: list[Block] = field(default_factory=list)
+
+    def costs(self, num_streams: int) -> Costs | None:
+        """Median forward times at a load, over all tasks; None if none were timed."""
+        runs: dict[str, list[Run]] = {arm.name: [] for arm in self.arms}
+        for block in self.blocks:
+            if block.load.num_streams == num_streams:
+                for name, found in block.runs.items():
+                    runs[name] += found
+        plain = _seconds(runs[self.arms[0].name], TARGET, num_streams)
+        if plain is None:
+            return None
+        verify, draft = {}, {}
+        for arm in self.arms[1:]:
+            rows = num_streams * (arm.k + 1)
+            verify[arm.name] = _seconds(runs[arm.name], TARGET, rows)
+            draft[arm.name] = _seconds(runs[arm.name], DRAFT, num_streams)
+        return Costs(plain, _known(verify), _known(draft))
+
+    def times_of_a_token(self) -> list[dict[str, Any]]:
+        """Seconds for one generated token by where they go, at the lowest load, greedy
+        if that was run: one entry for each arm whose forwards were timed."""
+        if not self.blocks:
+            return []
+        lowest = min(block.load.num_streams for block in self.blocks)
+        coldest = min(block.sampling.temperature for block in self.blocks)
+        runs: dict[str, list[Run]] = {arm.name: [] for arm in self.arms}
+        for block in self.blocks:
+            at = (block.load.num_streams, block.sampling.temperature)
+            if at == (lowest, coldest):
+                for name, found in block.runs.items():
+                    runs[name] += found
+        return [
+            {"arm": name, **_times_of_a_token(found)}
+            for name, found in runs.items()
+            if any(run.forwards for run in found)
+        ]
+
+    def results(self) -> Iterator[Result]:
+        """One for each block and arm."""
+        for block in self.blocks:
+            costs = self.costs(block.load.num_streams)
+            for arm in self.arms:
+                if block.runs[arm.name]:
+                    yield _result(block, arm, self.arms[0], costs)
+
+
+def _times_of_a_token(runs: list[Run]) -> dict[str, float]:
+    total = sum(run.seconds for run in runs)
+    num_tokens = sum(run.num_tokens for run in runs)
+    spent = {TARGET: 0.0, DRAFT: 0.0}
+    for run in runs:
+        for (role, _), times in run.forwards.items():
+            spent[role] += sum(times)
+    return {
+        "target forwards": spent[TARGET] / num_tokens,
+        "draft forwards": spent[DRAFT] / num_tokens,
+        "the rest": (total - sum(spent.values())) / num_tokens,
+    }
+
+
+def _seconds(runs: list[Run], role: str, num_rows: int) -> float | None:
+    times = [t for run in runs for t in run.forwards.get((role, num_rows), ())]
+    return median(times) if times else None
+
+
+def _known(times: dict[str, float | None]) -> dict[str, float]:
+    return {name: seconds for name, seconds in times.items() if seconds is not None}
+
+
+def _result(block: Block, arm: Arm, reference: Arm, costs: Costs | None) -> Result:
+    plain, runs = block.runs[reference.name], block.runs[arm.name]
+    ratios = [_rate(run) / _rate(base) for run, base in zip(runs, plain, strict=True)]
+    requests = [request for run in runs for request in run.requests]
+    expected = [request for run in plain for request in run.requests]
+    same, texts = _num_same(requests, expected)
+    if arm is reference and block.alone is not None:
+        same, texts = _num_same(block.alone.requests, expected)
+    drafts = sum(run.counts.drafts for run in runs)
+    drafted = sum(run.counts.draft_tokens for run in runs)
+    accepted = sum(run.counts.accepted_tokens for run in runs)
+    positions = zip(*(run.counts.accepted_at for run in runs), strict=False)
+    return Result(
+        task=block.task.name,
+        num_streams=block.load.num_streams,
+        temperature=block.sampling.temperature,
+        arm=arm.name,
+        tokens_per_second=median(_rate(run) for run in runs),
+        speed_up=median(ratios),
+        spread=(min(ratios), max(ratios)),
+        tokens_per_verification=1 + accepted / drafts if drafts else 1.0,
+        acceptance=accepted / drafted if drafted else None,
+        accepted_at=tuple(sum(at) / drafts for at in positions) if drafts else (),
+        bound=_bound(block, arm, reference, costs, drafts, drafted, accepted),
+        latency=median(request.latency for request in requests),
+        same_texts=same,
+        texts=texts,
+        quality=scores(
+            Task(block.task.name, block.task.prompts, block.task.metric),
+            [request.text for request in requests],
+        ),
+    )
+
+
+def _num_same(found: Sequence[Request], expected: Sequence[Request]) -> tuple[int, int]:
+    """How many have the tokens that are expected, and of how many."""
+    pairs = zip(found, expected, strict=False)  # the first group of several
+    return sum(a.token_ids == b.token_ids for a, b in pairs), len(found)
+
+
+def _rate(run: Run) -> float:
+    return run.num_tokens / run.seconds
+
+
+def _bound(
+    block: Block,
+    arm: Arm,
+    reference: Arm,
+    costs: Costs | None,
+    drafts: int,
+    drafted: int,
+    accepted: int,
+) -> float | None:
+    """The speed-up if forwards were all that takes time.
+
+    Decoding gains E / (v + k c), with c and v measured at this load and k the tokens
+    really drafted a verification. Prefill gains nothing: it is the share p of plain
+    vLLM's time, so the whole gains 1 / (p + (1 - p) / gain).
+    """
+    if costs is None or not drafts or costs.v(arm) is None:
+        return None
+    v, c = costs.v(arm), costs.c(arm) or 0.0  # n-grams and suffixes cost no forward
+    assert v is not None
+    gain = (1 + accepted / drafts) / (v + drafted / drafts * c)
+    plain = block.runs[reference.name]
+    total = sum(run.seconds for run in plain)
+    prefill = sum(run.prefill_seconds for run in plain) / total
+    return 1 / (prefill + (1 - prefill) / gain)
+
+
+def compare(
+    engines: Sequence[Engine],
+    tasks: Sequence[Task],
+    loads: Sequence[Load],
+    samplings: Sequence[Sampling],
+    render: Callable[[Any], str],
+    advance: Callable[[str], None],
+) -> Comparison:
+    """Runs everything.
+
+    Args:
+        engines: Plain vLLM first.
+        tasks: What to run.
+        loads: How many requests at a time; every load takes other prompts of a task, so
+            that what remembers answers (suffix decoding) has not seen them.
+        samplings: How to generate.
+        render: The text of a `Prompt`.
+        advance: Called after each group that an arm has run, with what comes next.
+    """
+    comparison = Comparison([engine.arm for engine in engines])
+    for sampling in samplings:
+        for load_index, load in enumerate(loads):
+            for task in tasks:
+                first = sum(other.num_prompts for other in loads[:load_index])
+                block = _empty_block(engines, task, load, sampling, first)
+                comparison.blocks.append(block)
+                _run_block(engines, block, render, advance)
+    return comparison
+
+
+def _empty_block(
+    engines: Sequence[Engine], task: Task, load: Load, sampling: Sampling, first: int
+) -> Block:
+    """The prompts from `first` on, from the start again when they run out."""
+    num = len(task.prompts)
+    chosen = tuple(task.prompts[(first + i) % num] for i in range(load.num_prompts))
+    runs: dict[str, list[Run]] = {engine.arm.name: [] for engine in engines}
+    return Block(Task(task.name, chosen, task.metric), load, sampling, runs)
+
+
+def _run_block(
+    engines: Sequence[Engine],
+    block: Block,
+    render: Callable[[Any], str],
+    advance: Callable[[str], None],
+) -> None:
+    streams = block.load.num_streams
+    able = [e for e in engines if e.max_streams is None or streams <= e.max_streams]
+    where = f"{block.task.name}, {streams} at a time, T={block.sampling.temperature:g}"
+    for group in _groups(block.task.prompts, streams):
+        texts = [render(prompt) for prompt in group]
+        for engine in able:
+            advance(f"{where}: {engine.arm.name}")
+            run = engine.run(texts, streams, block.sampling)
+            block.runs[engine.arm.name].append(run)
+        if block.alone is None and _shows_batching(block):
+            advance(f"{where}: {engines[0].arm.name}, alone")
+            block.alone = engines[0].run(texts, 1, block.sampling)
+
+
+def _shows_batching(block: Block) -> bool:
+    return block.load.num_streams > 1 and block.sampling.temperature == 0
+
+
+def _groups(prompts: Sequence[Any], num_streams: int) -> list[Sequence[Any]]:
+    """The prompts as they are run: one by one, or two for each stream. With just one,
+    the last requests of a group would run with ever fewer others."""
+    size = 1 if num_streams == 1 else 2 * num_streams
+    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+
+def num_turns(
+    engines: Sequence[Engine],
+    tasks: Sequence[Task],
+    loads: Sequence[Load],
+    samplings: Sequence[Sampling],
+) -> int:
+    """How often `compare` will call `advance`."""
+    total = 0
+    for load in loads:
+        able = [
+            e
+            for e in engines
+            if e.max_streams is None or load.num_streams <= e.max_streams
+        ]
+        groups = len(_groups(range(load.num_prompts), load.num_streams))
+        total += groups * len(able) * len(samplings)
+        if load.num_streams > 1:
+            total += sum(sampling.temperature == 0 for sampling in samplings)
+    return total * len(tasks)
+
+
+def to_dict(result: Result) -> dict[str, Any]:
+    """For JSON."""
+    return {**asdict(result), "share_of_bound": result.share_of_bound}

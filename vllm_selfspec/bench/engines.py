@@ -1,0 +1,317 @@
+"""`VllmEngine` and `HuggingFaceEngine`: run prompts for an arm, some at a time.
+
+One rule: a run is timed from outside, step by step, and measured from inside by hooks
+that every PyTorch module offers; nothing of vLLM is changed.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+from vllm_selfspec.bench.arms import Arm
+from vllm_selfspec.spec_counters import Counts, SpecCounters
+
+
+@dataclass(frozen=True)
+class Request:
+    """One finished request.
+
+    Attributes:
+        token_ids: What was generated.
+        text: The same as text.
+        latency: Seconds from submission to the last token.
+        first_token: Seconds from submission to the first token.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    latency: float
+    first_token: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One engine step: its seconds, and whether it computed any prompt."""
+
+    seconds: float
+    has_prefill: bool
+
+
+# Seconds of a forward and its LM head, by role and number of token rows.
+Forwards = dict[tuple[str, int], list[float]]
+TARGET, DRAFT = "target", "draft"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A set of prompts, run through.
+
+    Attributes:
+        requests: In the order of the prompts.
+        seconds: Wall time of all of it.
+        steps: Engine steps; none where the engine shows none.
+        counts: What speculation did.
+        forwards: Times of single forwards.
+    """
+
+    requests: tuple[Request, ...]
+    seconds: float
+    steps: tuple[Step, ...] = ()
+    counts: Counts = Counts(0, 0, 0)
+    forwards: Forwards = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated."""
+        return sum(len(request.token_ids) for request in self.requests)
+
+    @property
+    def prefill_seconds(self) -> float:
+        """What steps with prefill took beyond a median step without."""
+        decode = [step.seconds for step in self.steps if not step.has_prefill]
+        usual = median(decode) if decode else 0.0
+        return sum(max(0.0, s.seconds - usual) for s in self.steps if s.has_prefill)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate, the same for every arm and request."""
+
+    temperature: float
+    max_tokens: int
+    seed: int | None = None
+
+
+class Engine(Protocol):
+    """What the comparison asks of an arm's engine."""
+
+    arm: Arm
+    max_streams: int | None  # None: any number
+    tokenizer: Any
+
+    def run(self, prompts: Sequence[str], num_streams: int, sampling: Sampling) -> Run:
+        """Generates for every prompt, `num_streams` of them at a time."""
+        ...
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Takes a module out of `sys.modules` for a while.
+
+    vLLM's CPU platform looks through every imported module when a worker starts, and
+    fails on an object of llvmlite's, which an engine with n-grams has imported: a
+    second engine in the process would not start (`triton_utils/dispatcher.py`, 0.32).
+    """
+    found = sys.modules.pop(module, None)
+    try:
+        yield
+    finally:
+        if found is not None:
+            sys.modules[module] = found
+
+
+class VllmEngine:
+    """A `vllm.LLM` in this process, driven step by step."""
+
+    max_streams: int | None = None
+
+    def __init__(self, arm: Arm, model: str, settings: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.arm = arm
+        with _hidden("llvmlite.binding.ffi"):
+            self.llm: Any = LLM(
+                model, speculative_config=arm.speculative_config, **settings
+            )
+        self.tokenizer = self.llm.get_tokenizer()
+        self._counters = SpecCounters()
+        self._timer = ForwardTimer.of(self.llm)
+        self._num_requests = 0
+
+    def run(self, prompts: Sequence[str], num_streams: int, sampling: Sampling) -> Run:
+        """Keeps `num_streams` requests in flight until all prompts are done."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._timer.forwards.clear()
+        before, flight = self._counters.read(), _Flight(self.llm.llm_engine, params)
+        waiting = deque(enumerate(prompts, self._num_requests))
+        self._num_requests += len(prompts)
+        started = time.perf_counter()
+        while waiting or flight.is_busy:
+            while waiting and flight.num_requests < num_streams:
+                number, prompt = waiting.popleft()
+                flight.submit(str(number), prompt)
+            flight.step()
+        seconds = time.perf_counter() - started
+        return Run(
+            tuple(flight.finished()),
+            seconds,
+            tuple(flight.steps),
+            self._counters.read() - before,
+            {key: list(times) for key, times in self._timer.forwards.items()},
+        )
+
+
+class _Flight:
+    """The requests of one run, from submission to their last token."""
+
+    def __init__(self, engine: Any, params: Any) -> None:
+        self._engine, self._params = engine, params
+        self._submitted: dict[str, float] = {}
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self._texts: dict[str, list[str]] = {}
+        self.steps: list[Step] = []
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._submitted) - len(self._last)
+
+    @property
+    def is_busy(self) -> bool:
+        return self.num_requests > 0
+
+    def submit(self, request_id: str, prompt: str) -> None:
+        self._engine.add_request(request_id, prompt, self._params)
+        self._submitted[request_id] = time.perf_counter()
+        self._tokens[request_id], self._texts[request_id] = [], []
+
+    def step(self) -> None:
+        has_prefill = len(self._first) < len(self._submitted)
+        start = time.perf_counter()
+        outputs = self._engine.step()
+        now = time.perf_counter()
+        self.steps.append(Step(now - start, has_prefill))
+        for output in outputs:
+            (sample,) = output.outputs
+            self._tokens[output.request_id] += sample.token_ids
+            self._texts[output.request_id].append(sample.text)
+            self._first.setdefault(output.request_id, now)
+            if output.finished:
+                self._last[output.request_id] = now
+
+    def finished(self) -> Iterator[Request]:
+        for request_id, submitted in self._submitted.items():
+            yield Request(
+                tuple(self._tokens[request_id]),
+                "".join(self._texts[request_id]),
+                self._last[request_id] - submitted,
+                self._first[request_id] - submitted,
+            )
+
+
+class ForwardTimer:
+    """Times every forward of the target and of what drafts, LM head included.
+
+    The LM head is not part of a model's forward in vLLM; its time is added to the
+    forward before it. Under CUDA graphs no module is called, and nothing is timed.
+
+    Attributes:
+        forwards: Since it was last cleared.
+    """
+
+    def __init__(self, target: Any, draft: Any | None) -> None:
+        self.forwards: Forwards = {}
+        self._roles = {id(target): TARGET}
+        self._started = 0.0
+        self._latest: list[float] = []
+        modules = [target]
+        if draft is not None:
+            self._roles[id(draft)] = DRAFT
+            # A draft view is a shallow copy of the target, and shares its hooks.
+            if draft._forward_hooks is not target._forward_hooks:
+                modules.append(draft)
+        heads = {id(m.logits_processor): m.logits_processor for m in modules}
+        for module in (*modules, *heads.values()):
+            module.register_forward_pre_hook(self._start)
+            module.register_forward_hook(self._stop, with_kwargs=True)
+
+    @classmethod
+    def of(cls, llm: Any) -> "ForwardTimer":
+        """A timer in the engine `llm`, which must run in this process."""
+        runner = llm.collective_rpc(lambda worker: worker.model_runner)[0]
+        drafter = getattr(runner, "speculator", None) or getattr(
+            runner, "drafter", None
+        )
+        view = getattr(drafter, "_view", drafter)
+        return cls(runner.model, getattr(view, "model", None))
+
+    def _start(self, module: Any, args: Any) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seconds = time.perf_counter() - self._started
+        role = self._roles.get(id(module))
+        if role is None:  # an LM head
+            if self._latest:
+                self._latest[-1] += seconds
+            return
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        num_tokens = -1 if tokens is None else int(tokens.shape[0])
+        self._latest = self.forwards.setdefault((role, num_tokens), [])
+        self._latest.append(seconds)
+
+
+class HuggingFaceEngine:
+    """`transformers`' own `generate`, one request at a time."""
+
+    max_streams: int | None = 1
+
+    def __init__(self, arm: Arm, model: Any, tokenizer: Any) -> None:
+        self.arm, self._model, self.tokenizer = arm, model, tokenizer
+
+    def with_arm(self, arm: Arm) -> "HuggingFaceEngine":
+        """The same model for another arm."""
+        return HuggingFaceEngine(arm, self._model, self.tokenizer)
+
+    def run(self, prompts: Sequence[str], num_streams: int, sampling: Sampling) -> Run:
+        """Generates for one prompt after another.
+
+        Raises:
+            ValueError: If more than one is wanted at a time: assisted generation runs
+                one.
+        """
+        if num_streams != 1:
+            raise ValueError(f"it runs 1 request at a time, not {num_streams}")
+        started = time.perf_counter()
+        requests = tuple(self._generate(prompt, sampling) for prompt in prompts)
+        return Run(requests, time.perf_counter() - started)
+
+    def _generate(self, prompt: str, sampling: Sampling) -> Request:
+        import torch
+
+        inputs = self.tokenizer(prompt, return_tensors="pt")
+        options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            options["temperature"] = sampling.temperature
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = self._model.generate(
+                **inputs,
+                max_new_tokens=sampling.max_tokens,
+                min_new_tokens=sampling.max_tokens,
+                pad_token_id=0,
+                **options,
+                **self.arm.generate,
+            )
+        seconds = time.perf_counter() - start
+        token_ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return Request(
+            tuple(token_ids), self.tokenizer.decode(token_ids), seconds, seconds
+        )

@@ -1,0 +1,284 @@
+"""`run_bench`: makes or finds the models, starts the engines, compares, reports.
+
+One rule: everything compared runs in one process, on the same cores, with the same
+settings.
+"""
+
+import os
+import runpy
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_selfspec import __version__, versions
+from vllm_selfspec.bench import report
+from vllm_selfspec.bench.arms import Arm, arms_of
+from vllm_selfspec.bench.comparison import (
+    Comparison,
+    Load,
+    compare,
+    num_turns,
+    to_dict,
+)
+from vllm_selfspec.bench.engines import (
+    Engine,
+    HuggingFaceEngine,
+    Sampling,
+    VllmEngine,
+)
+from vllm_selfspec.bench.tasks import Task, load
+from vllm_selfspec.cost import CheckpointError, ModelWeights, locate
+from vllm_selfspec.demo import cpu_name, prepare_environment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+# Models of the repository, by name: directory, and how often it is widened. 8 makes
+# 0.54 B parameters of the demo model and of its twin; 2 makes 0.01 B of the small one,
+# the usual share of a draft model.
+OWN_MODELS = {"demo": ("demo_model", 8), "plain": ("plain_model", 8)}
+OWN_DRAFT_MODEL = ("small_model", 2)
+KV_CACHE_BYTES = 512 << 20
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        model: `demo`, `plain`, or a checkpoint's path or Hub name.
+        draft_model: For the `draft_model` arms; None for the repository's own, where
+            `model` is of the repository.
+        tasks: As `tasks.load` takes them.
+        loads: Concurrent requests, and prompts at each.
+        temperatures: 0 for greedy.
+        groups: Which arms.
+        lengths: Draft lengths of the grids, the best known first.
+        max_tokens: Generated a request.
+        dtype: vLLM's.
+        output: Directory of the report.
+    """
+
+    model: str
+    draft_model: str | None
+    tasks: tuple[str, ...]
+    loads: tuple[Load, ...]
+    temperatures: tuple[float, ...]
+    groups: tuple[str, ...]
+    lengths: tuple[int, ...]
+    max_tokens: int
+    dtype: str
+    output: Path
+
+
+def run_bench(options: Options) -> None:
+    """Runs the comparison and writes `report.json`, `report.md` and `report.html`.
+
+    Ctrl-C stops after the block that was finished last, and reports what is there.
+
+    Raises:
+        CheckpointError: If a model cannot be found or read.
+        TaskError: If a task cannot be read.
+        UnsupportedModelError: If the model cannot be drafted for.
+    """
+    console = Console(highlight=False)
+    prepare_environment()
+    # Other plugins may patch vLLM (arctic-inference does), and so change the peers.
+    os.environ.setdefault("VLLM_PLUGINS", "selfspec")
+    tasks = [load(words) for words in options.tasks]
+    model = find_model(options.model, console)
+    draft = find_draft_model(options, console)
+    arms = available(arms_of(model, draft, list(options.groups), list(options.lengths)))
+    engines = start(arms, model, options, console)
+    samplings = [
+        Sampling(t, options.max_tokens, SEED if t else None)
+        for t in options.temperatures
+    ]
+    started = time.monotonic()
+    comparison = _compare(engines, tasks, options.loads, samplings, console)
+    document = {
+        **provenance(options, model),
+        "seconds": round(time.monotonic() - started),
+        "arms": [_arm(arm) for arm in arms],
+        "costs": _costs(comparison, options.loads),
+        "steps": comparison.times_of_a_token(),
+        "results": [to_dict(result) for result in comparison.results()],
+    }
+    report.write(document, options.output, console)
+
+
+def find_model(name: str, console: Console) -> Path:
+    """The checkpoint directory of `name`; one of our own is widened first."""
+    if name in OWN_MODELS:
+        return _widened(*OWN_MODELS[name], console)
+    return locate(name)
+
+
+def find_draft_model(options: Options, console: Console) -> Path | None:
+    """The draft model for vLLM's `draft_model`, if there is one."""
+    if "draft_model" not in options.groups:
+        return None
+    if options.draft_model is not None:
+        return locate(options.draft_model)
+    if options.model in OWN_MODELS:
+        return _widened(*OWN_DRAFT_MODEL, console)
+    return None
+
+
+def _widened(name: str, factor: int, console: Console) -> Path:
+    source = BENCHMARKS / name
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{name} is part of the repository, not of the installed package: name a "
+            "model, as in 'vllm-selfspec bench MODEL', or run in a clone"
+        )
+    console.print(f"Widening {name} {factor} times: same outputs, as costly as big ...")
+    widen = runpy.run_path(str(BENCHMARKS / "widen.py"))["widen"]
+    path: Path = widen(source, REPOSITORY / ".cache" / f"{name}_x{factor}", factor)
+    return path
+
+
+def available(arms: list[Arm]) -> list[Arm]:
+    """Without the arms whose package is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("arctic_inference") is not None:
+        return arms
+    return [arm for arm in arms if arm.group != "suffix"]
+
+
+def start(
+    arms: Sequence[Arm], model: Path, options: Options, console: Console
+) -> list[Engine]:
+    """An engine for each arm, in this process."""
+    from vllm.platforms import current_platform
+
+    settings: dict[str, Any] = {
+        "dtype": options.dtype,
+        "max_num_seqs": max(load.num_streams for load in options.loads),
+        "max_model_len": 1024,
+        "enable_prefix_caching": False,  # a prompt is run by each arm, all of it
+        "disable_log_stats": False,  # the counters
+        "use_tqdm_on_load": False,
+        "enforce_eager": current_platform.is_cpu(),
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "seed": SEED,
+    }
+    if not current_platform.is_cpu():
+        settings["gpu_memory_utilization"] = 0.8 / len(arms)
+    engines: list[Engine] = []
+    for number, arm in enumerate(arms, 1):
+        console.print(f"Starting engine {number} of {len(arms)}: {arm.name}")
+        if arm.group == "hf":
+            engines.append(_hugging_face(arm, model, options.dtype, engines))
+        else:
+            engines.append(VllmEngine(arm, str(model), settings))
+    return engines
+
+
+def _hugging_face(
+    arm: Arm, model: Path, dtype: str, engines: Sequence[Engine]
+) -> HuggingFaceEngine:
+    """The arms of Hugging Face share one model."""
+    for engine in engines:
+        if isinstance(engine, HuggingFaceEngine):
+            return engine.with_arm(arm)
+    import transformers
+
+    target: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    return HuggingFaceEngine(arm, target.eval(), tokenizer)
+
+
+def _compare(
+    engines: list[Engine],
+    tasks: list[Task],
+    loads: Sequence[Load],
+    samplings: list[Sampling],
+    console: Console,
+) -> Comparison:
+    tokenizer = engines[0].tokenizer
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        total = num_turns(engines, tasks, loads, samplings)
+        bar = progress.add_task("", total=total, completed=-1)
+
+        def advance(what: str) -> None:
+            progress.update(bar, advance=1, description=what)
+
+        return compare(
+            engines,
+            tasks,
+            loads,
+            samplings,
+            lambda prompt: prompt.render(tokenizer),
+            advance,
+        )
+
+
+def provenance(options: Options, model: Path) -> dict[str, Any]:
+    """What is needed to measure it again."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return {
+        "command": shlex.join(["vllm-selfspec", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {
+            "vllm_selfspec": __version__,
+            "vllm": versions.vllm_version(),
+            "torch": torch.__version__,
+        },
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "num_cores": os.cpu_count(),
+        "model": options.model,
+        "model_bytes_per_step": ModelWeights.from_checkpoint(model).streamed,
+        "dtype": options.dtype,
+        "max_tokens": options.max_tokens,
+        "loads": [asdict(load) for load in options.loads],
+    }
+
+
+def _arm(arm: Arm) -> dict[str, Any]:
+    return {
+        "name": arm.name,
+        "group": arm.group,
+        "k": arm.k,
+        "extra_bytes": arm.extra_bytes,
+        "speculative_config": arm.speculative_config,
+        "generate": arm.generate,
+    }
+
+
+def _costs(comparison: Comparison, loads: Sequence[Load]) -> list[dict[str, Any]]:
+    """Measured seconds, v and c, by load and arm."""
+    found = []
+    for one in loads:
+        costs = comparison.costs(one.num_streams)
+        if costs is None:
+            continue
+        for arm in comparison.arms[1:]:
+            v, c = costs.v(arm), costs.c(arm)
+            if v is not None:
+                found.append(
+                    {
+                        "num_streams": one.num_streams,
+                        "arm": arm.name,
+                        "plain_seconds": costs.plain,
+                        "v": v,
+                        "c": c,
+                    }
+                )
+    return found
