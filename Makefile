@@ -22,9 +22,10 @@ bench: .venv/installed .venv/peers
 # The README's table, in ten minutes.
 bench-quick: .venv/installed .venv/peers
 	$(BIN)/vllm-selfspec bench demo $(QUICK) -o benchmarks/results/quick $(ARGS)
+	$(BIN)/python benchmarks/update_readme.py
 
-QUICK := --task code --task summarization --streams 1,8 --temperature 0 --prompts 4 \
-	--max-tokens 48 --lengths 4
+QUICK := --task code --task chat --arms selfspec,ngram,suffix,draft_model --lengths 4 \
+	--streams 1,8 --temperature 0 --prompts 4 --max-tokens 40
 
 .venv/peers: .venv/installed .ci/install-peers.sh
 	.ci/install-peers.sh

@@ -184,3 +184,24 @@ def test_where_a_tokens_time_goes_adds_up_to_it() -> None:
         PLAIN.name,
         OURS.name,
     ]
+
+
+@pytest.mark.parametrize("num_before", [0, 4])
+def test_ctrl_c_leaves_the_blocks_that_were_finished(num_before: int) -> None:
+    log: list[Any] = []
+
+    class Interrupted(Scripted):
+        def run(self, *args: Any) -> Run:
+            if len(self.log) > num_before:
+                raise KeyboardInterrupt
+            return super().run(*args)
+
+    engines = [Scripted(PLAIN, log), Interrupted(OURS, log)]
+    loads = [Load(1, 2), Load(2, 4)]
+    if not num_before:
+        with pytest.raises(KeyboardInterrupt):
+            compared(*engines, loads=loads)
+        return
+    comparison = compared(*engines, loads=loads)
+    assert [block.load for block in comparison.blocks] == loads[:1]
+    assert len([*comparison.results()]) == 2

@@ -55,6 +55,6 @@ def test_figures_are_those_of_the_saved_run() -> None:
     script = runpy.run_path(str(REPOSITORY / "benchmarks" / "update_readme.py"))
     report = json.loads(script["RESULTS"].read_text())
     assert script["updated"](README, report) == README, (
-        "the README's numbers are not those of benchmarks/results/demo.json: "
+        "the README's numbers are not those of benchmarks/results/quick: "
         "run python benchmarks/update_readme.py"
     )

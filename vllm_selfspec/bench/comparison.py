@@ -22,6 +22,8 @@ from vllm_selfspec.bench.engines import (
 from vllm_selfspec.bench.quality import scores
 from vllm_selfspec.bench.tasks import Task
 
+NUM_ALONE = 4  # prompts that plain vLLM runs once more, one at a time
+
 
 @dataclass(frozen=True)
 class Load:
@@ -45,7 +47,7 @@ class Result:
             they were not timed.
         latency: Median seconds of a request.
         same_texts: Requests whose tokens are plain vLLM's; in its own row, those that
-            are the same when they run alone (of its first group).
+            are the same when they run alone (of the first few).
         quality: The task's scores.
     """
 
@@ -99,7 +101,7 @@ class Block:
 
     Attributes:
         runs: By arm, group by group.
-        alone: Plain vLLM on the first group, one request at a time: in bf16 its text
+        alone: Plain vLLM on the first prompts, one request at a time: in bf16 its text
             depends on what else is in a batch, and this says how often.
     """
 
@@ -277,7 +279,13 @@ def compare(
             that what remembers answers (suffix decoding) has not seen them.
         samplings: How to generate.
         render: The text of a `Prompt`.
-        advance: Called after each group that an arm has run, with what comes next.
+        advance: Called before each group that an arm runs, with what it is.
+
+    Returns:
+        What was run: everything, or after Ctrl-C the blocks that were finished.
+
+    Raises:
+        KeyboardInterrupt: If that came before the first was.
     """
     comparison = Comparison([engine.arm for engine in engines])
     for sampling in samplings:
@@ -285,8 +293,13 @@ def compare(
             for task in tasks:
                 first = sum(other.num_prompts for other in loads[:load_index])
                 block = _empty_block(engines, task, load, sampling, first)
+                try:
+                    _run_block(engines, block, render, advance)
+                except KeyboardInterrupt:
+                    if not comparison.blocks:
+                        raise
+                    return comparison
                 comparison.blocks.append(block)
-                _run_block(engines, block, render, advance)
     return comparison
 
 
@@ -317,7 +330,7 @@ def _run_block(
             block.runs[engine.arm.name].append(run)
         if block.alone is None and _shows_batching(block):
             advance(f"{where}: {engines[0].arm.name}, alone")
-            block.alone = engines[0].run(texts, 1, block.sampling)
+            block.alone = engines[0].run(texts[:NUM_ALONE], 1, block.sampling)
 
 
 def _shows_batching(block: Block) -> bool:

@@ -111,6 +111,8 @@ def run_bench(options: Options) -> None:
         "steps": comparison.times_of_a_token(),
         "results": [to_dict(result) for result in comparison.results()],
     }
+    if len(comparison.blocks) < len(tasks) * len(samplings) * len(options.loads):
+        console.print("Stopped; this is what was finished.")
     report.write(document, options.output, console)
 
 
@@ -192,6 +194,9 @@ def _hugging_face(
             return engine.with_arm(arm)
     import transformers
 
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()  # it warns of its own defaults
+    logging.disable_progress_bar()
     target: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     return HuggingFaceEngine(arm, target.eval(), tokenizer)
@@ -217,6 +222,9 @@ def _compare(
 
         def advance(what: str) -> None:
             progress.update(bar, advance=1, description=what)
+            if not console.is_terminal and what.endswith(f": {engines[0].arm.name}"):
+                done = int(progress.tasks[0].completed)
+                console.print(f"{done} of {total}: {what}")  # a log has no bar
 
         return compare(
             engines,
