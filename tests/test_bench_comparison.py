@@ -138,28 +138,41 @@ def forwards(plain: float, verify: float, draft: float) -> tuple[Any, Any]:
 def test_bound_is_tokens_a_verification_over_its_measured_cost() -> None:
     log: list[Any] = []
     plain, ours = forwards(1.0, 1.2, 0.25)
-    counts = Counts(10, 20, 12, (8, 4))
+    counts = Counts(1, 2, 1, (1, 0))  # of a request of three tokens, one by prefill
     comparison = compared(
         Scripted(PLAIN, log, 10, forwards=plain),
         Scripted(OURS, log, 12, counts, ours),
     )
     found = result_of(comparison, OURS)
-    assert found.tokens_per_verification == pytest.approx(2.2)
-    assert found.acceptance == pytest.approx(0.6)
-    assert found.accepted_at == pytest.approx((0.8, 0.4))
-    assert found.bound == pytest.approx(2.2 / (1.2 + 2 * 0.25))
-    assert found.share_of_bound == pytest.approx(1.2 * 1.7 / 2.2)
+    assert found.tokens_per_verification == pytest.approx(2)
+    assert found.acceptance == pytest.approx(0.5)
+    assert found.accepted_at == pytest.approx((1, 0))
+    assert found.bound == pytest.approx(2 / (1.2 + 2 * 0.25))
+    assert found.share_of_bound == pytest.approx(1.2 * 1.7 / 2)
+
+
+def test_a_step_without_drafts_counts_as_a_plain_one_in_the_bound() -> None:
+    log: list[Any] = []
+    plain, ours = forwards(1.0, 1.2, 0.0)
+    # Of two decoded tokens neither was drafted, but in one of the steps one was tried.
+    comparison = compared(
+        Scripted(PLAIN, log, 10, forwards=plain),
+        Scripted(OURS, log, 10, Counts(1, 2, 0, (0, 0)), ours),
+    )
+    found = result_of(comparison, OURS)
+    assert found.tokens_per_verification == pytest.approx(1)
+    assert found.bound == pytest.approx(1 / ((1.2 + 1) / 2))
 
 
 def test_prefill_gains_nothing_in_the_bound() -> None:
     log: list[Any] = []
-    plain, ours = forwards(1.0, 1.0, 0.5)
+    plain, ours = forwards(1.0, 1.0, 0.25)
     comparison = compared(
         Scripted(PLAIN, log, 10, forwards=plain, prefill=0.5),
-        Scripted(OURS, log, 12, Counts(10, 20, 20, (10, 10)), ours),
+        Scripted(OURS, log, 12, Counts(1, 2, 2, (1, 1)), ours),
     )
-    # Decoding at 3 / 2 of the speed, in half of the time.
-    assert result_of(comparison, OURS).bound == pytest.approx(1 / (0.5 + 0.5 / 1.5))
+    # Two tokens a verification for the cost of 1.5 steps, in half of the time.
+    assert result_of(comparison, OURS).bound == pytest.approx(1 / (0.5 + 0.5 * 0.75))
 
 
 def test_without_timed_forwards_there_is_no_bound() -> None:

@@ -40,7 +40,7 @@ class Result:
     Attributes:
         speed_up: Median ratio of tokens per second to plain vLLM's, over the groups.
         spread: The smallest and largest of these ratios.
-        tokens_per_verification: E, accepted tokens and the target's own.
+        tokens_per_verification: E, of those that are emitted.
         acceptance: Share of the drafted tokens that were accepted.
         accepted_at: The same by draft position, of the verifications that had a draft.
         bound: What `speed_up` would be if nothing but forwards took time; None where
@@ -203,6 +203,7 @@ def _result(block: Block, arm: Arm, reference: Arm, costs: Costs | None) -> Resu
     drafts = sum(run.counts.drafts for run in runs)
     drafted = sum(run.counts.draft_tokens for run in runs)
     accepted = sum(run.counts.accepted_tokens for run in runs)
+    spent = Spent.of(runs)
     positions = zip(*(run.counts.accepted_at for run in runs), strict=False)
     return Result(
         task=block.task.name,
@@ -212,10 +213,10 @@ def _result(block: Block, arm: Arm, reference: Arm, costs: Costs | None) -> Resu
         tokens_per_second=median(_rate(run) for run in runs),
         speed_up=median(ratios),
         spread=(min(ratios), max(ratios)),
-        tokens_per_verification=1 + accepted / drafts if drafts else 1.0,
+        tokens_per_verification=spent.tokens_per_verification,
         acceptance=accepted / drafted if drafted else None,
         accepted_at=tuple(sum(at) / drafts for at in positions) if drafts else (),
-        bound=_bound(block, arm, reference, costs, drafts, drafted, accepted),
+        bound=_bound(block, arm, reference, costs, spent),
         latency=median(request.latency for request in requests),
         same_texts=same,
         texts=texts,
@@ -236,26 +237,61 @@ def _rate(run: Run) -> float:
     return run.num_tokens / run.seconds
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What an arm's decoding took, in counts.
+
+    Attributes:
+        tokens: Decoded, the first of each request (from its prefill) left out.
+        verifications: Of one request each; a step without drafts counts as one.
+        drafts: Those that had draft tokens.
+        draft_tokens: Tokens drafted.
+    """
+
+    tokens: int
+    verifications: int
+    drafts: int
+    draft_tokens: int
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> "Spent":
+        """Adds up `runs`."""
+        tokens = sum(run.num_tokens - len(run.requests) for run in runs)
+        drafts = sum(run.counts.drafts for run in runs)
+        accepted = sum(run.counts.accepted_tokens for run in runs)
+        # Tokens accepted beyond a request's last are counted by vLLM, but not emitted;
+        # where every step drafts, the number of drafts is the better count.
+        verifications = max(drafts, tokens - accepted, 1)
+        drafted = sum(run.counts.draft_tokens for run in runs)
+        return cls(tokens, verifications, drafts, drafted)
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """E."""
+        return self.tokens / self.verifications
+
+    def cost(self, v: float, c: float) -> float:
+        """Of a verification and the drafts for it, in plain steps: `v + k c` where
+        every step drafts k tokens."""
+        share = self.drafts / self.verifications
+        k = self.draft_tokens / self.verifications
+        return share * v + (1 - share) + k * c
+
+
 def _bound(
-    block: Block,
-    arm: Arm,
-    reference: Arm,
-    costs: Costs | None,
-    drafts: int,
-    drafted: int,
-    accepted: int,
+    block: Block, arm: Arm, reference: Arm, costs: Costs | None, spent: Spent
 ) -> float | None:
     """The speed-up if forwards were all that takes time.
 
     Decoding gains E / (v + k c), with c and v measured at this load and k the tokens
-    really drafted a verification. Prefill gains nothing: it is the share p of plain
-    vLLM's time, so the whole gains 1 / (p + (1 - p) / gain).
+    really drafted. Prefill gains nothing: it is the share p of plain vLLM's time, so
+    the whole gains 1 / (p + (1 - p) / gain).
     """
-    if costs is None or not drafts or costs.v(arm) is None:
+    v = None if costs is None else costs.v(arm)
+    if costs is None or v is None or not spent.drafts:
         return None
-    v, c = costs.v(arm), costs.c(arm) or 0.0  # n-grams and suffixes cost no forward
-    assert v is not None
-    gain = (1 + accepted / drafts) / (v + drafted / drafts * c)
+    c = costs.c(arm) or 0.0  # n-grams and suffixes cost no forward
+    gain = spent.tokens_per_verification / spent.cost(v, c)
     plain = block.runs[reference.name]
     total = sum(run.seconds for run in plain)
     prefill = sum(run.prefill_seconds for run in plain) / total

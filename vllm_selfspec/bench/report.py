@@ -14,6 +14,7 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 
 Row = dict[str, Any]
 Report = dict[str, Any]
@@ -35,7 +36,7 @@ def write(document: Report, output: Path, console: Console) -> None:
     (output / "report.json").write_text(json.dumps(document, indent=1) + "\n")
     (output / "report.md").write_text(markdown(document))
     (output / "report.html").write_text(page(document))
-    console.print(markdown(document))
+    console.print(Markdown(markdown(document)))
     console.print(f"Written to {output}: report.json, report.md, report.html")
 
 
