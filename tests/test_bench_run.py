@@ -60,6 +60,8 @@ def test_every_arm_has_a_result_at_every_load_it_can_run(
 ) -> None:
     names = [arm["name"] for arm in document["arms"]]
     assert names[0] == PLAIN
+    configs = [arm["speculative_config"] or {} for arm in document["arms"]]
+    assert {c.get("model") for c in configs} == {None, "llama"}, "a name, and no path"
     groups = {arm["group"] for arm in document["arms"]}
     assert groups == {"plain", "selfspec", "ngram", "draft_model", "hf"}
     for temperature in (0, 1):

@@ -260,12 +260,15 @@ def provenance(options: Options, model: Path) -> dict[str, Any]:
 
 
 def _arm(arm: Arm) -> dict[str, Any]:
+    config = dict(arm.speculative_config or {})
+    if "model" in config:  # where it lies on this machine is nobody's business
+        config["model"] = Path(config["model"]).name
     return {
         "name": arm.name,
         "group": arm.group,
         "k": arm.k,
         "extra_bytes": arm.extra_bytes,
-        "speculative_config": arm.speculative_config,
+        "speculative_config": config or None,
         "generate": arm.generate,
     }
 
