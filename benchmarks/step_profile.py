@@ -144,7 +144,7 @@ def main(
     from vllm import LLM
 
     console = Console(highlight=False)
-    path = find_model(model, console)
+    path = find_model(model, None, console)
     config = {"method": "selfspec", "exit_layer": exit_layer}
     config |= {"num_speculative_tokens": k}
     engines = {}

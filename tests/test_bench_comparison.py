@@ -19,7 +19,6 @@ from vllm_selfspec.bench.engines import (
     Request,
     Run,
     Sampling,
-    Step,
 )
 from vllm_selfspec.bench.tasks import Prompt, Task
 from vllm_selfspec.spec_counters import Counts
@@ -48,11 +47,10 @@ class Scripted:
         counts: Counts = NO_COUNTS,
         forwards: Any = None,
         max_streams: int | None = None,
-        prefill: float = 0.0,
     ) -> None:
         self.arm, self.log, self.rate = arm, log, rate
         self.counts, self.forwards = counts, forwards or {}
-        self.max_streams, self.prefill = max_streams, prefill
+        self.max_streams = max_streams
 
     def run(self, prompts: Sequence[str], num_streams: int, sampling: Sampling) -> Run:
         self.log.append((self.arm.name, num_streams, tuple(prompts)))
@@ -61,9 +59,7 @@ class Scripted:
             for prompt in prompts
         )
         num_tokens = sum(len(request.token_ids) for request in requests)
-        seconds = num_tokens / self.rate
-        steps = (Step(self.prefill * seconds, True), Step(0.0, False))
-        return Run(requests, seconds, steps, self.counts, self.forwards)
+        return Run(requests, num_tokens / self.rate, self.counts, self.forwards)
 
 
 def compared(*engines: Scripted, loads: Any = ONE_LOAD) -> Comparison:
@@ -127,52 +123,73 @@ def test_the_number_of_turns_is_what_the_progress_bar_counts() -> None:
     assert len(turns) == num_turns(engines, [TASK], loads, samplings) == len(log)
 
 
-def forwards(plain: float, verify: float, draft: float) -> tuple[Any, Any]:
-    """Of plain vLLM and of ours, at one stream and k = 2."""
-    return (
-        {(TARGET, 1): [plain] * 3, (TARGET, 7): [9.0]},  # 7: a prefill
-        {(TARGET, 3): [verify] * 3, (DRAFT, 1): [draft] * 5, (TARGET, 9): [9.0]},
-    )
+# Forwards for three tokens, of which the prefill brings the first: two plain steps, or
+# one verification of two drafts.
+PREFILL = 0.5
+PLAIN_FORWARDS = {(TARGET, 7): [PREFILL], (TARGET, 1): [1.0, 1.0]}
+OUR_FORWARDS = {(TARGET, 7): [PREFILL], (TARGET, 3): [1.2], (DRAFT, 1): [0.25] * 2}
 
 
 def test_bound_is_tokens_a_verification_over_its_measured_cost() -> None:
     log: list[Any] = []
-    plain, ours = forwards(1.0, 1.2, 0.25)
-    counts = Counts(1, 2, 1, (1, 0))  # of a request of three tokens, one by prefill
+    no_prefill = [
+        {key: times for key, times in found.items() if key != (TARGET, 7)}
+        for found in (PLAIN_FORWARDS, OUR_FORWARDS)
+    ]
     comparison = compared(
-        Scripted(PLAIN, log, 10, forwards=plain),
-        Scripted(OURS, log, 12, counts, ours),
+        Scripted(PLAIN, log, 10, forwards=no_prefill[0]),
+        Scripted(OURS, log, 11, Counts(1, 2, 1, (1, 0)), no_prefill[1]),
     )
     found = result_of(comparison, OURS)
     assert found.tokens_per_verification == pytest.approx(2)
     assert found.acceptance == pytest.approx(0.5)
     assert found.accepted_at == pytest.approx((1, 0))
     assert found.bound == pytest.approx(2 / (1.2 + 2 * 0.25))
-    assert found.share_of_bound == pytest.approx(1.2 * 1.7 / 2)
-
-
-def test_a_step_without_drafts_counts_as_a_plain_one_in_the_bound() -> None:
-    log: list[Any] = []
-    plain, ours = forwards(1.0, 1.2, 0.0)
-    # Of two decoded tokens neither was drafted, but in one of the steps one was tried.
-    comparison = compared(
-        Scripted(PLAIN, log, 10, forwards=plain),
-        Scripted(OURS, log, 10, Counts(1, 2, 0, (0, 0)), ours),
-    )
-    found = result_of(comparison, OURS)
-    assert found.tokens_per_verification == pytest.approx(1)
-    assert found.bound == pytest.approx(1 / ((1.2 + 1) / 2))
+    assert found.share_of_bound == pytest.approx(1.1 * 1.7 / 2)
+    costs = comparison.costs(1)
+    assert costs is not None
+    assert (costs.v(OURS), costs.c(OURS)) == pytest.approx((1.2, 0.25))
 
 
 def test_prefill_gains_nothing_in_the_bound() -> None:
     log: list[Any] = []
-    plain, ours = forwards(1.0, 1.0, 0.25)
     comparison = compared(
-        Scripted(PLAIN, log, 10, forwards=plain, prefill=0.5),
-        Scripted(OURS, log, 12, Counts(1, 2, 2, (1, 1)), ours),
+        Scripted(PLAIN, log, 10, forwards=PLAIN_FORWARDS),
+        Scripted(OURS, log, 11, Counts(1, 2, 1, (1, 0)), OUR_FORWARDS),
     )
-    # Two tokens a verification for the cost of 1.5 steps, in half of the time.
-    assert result_of(comparison, OURS).bound == pytest.approx(1 / (0.5 + 0.5 * 0.75))
+    found = result_of(comparison, OURS)
+    assert found.bound == pytest.approx((PREFILL + 2) / (PREFILL + 1.7))
+    assert result_of(comparison, PLAIN).bound is None, "it is the reference"
+
+
+def test_a_verification_without_drafts_counts_as_one() -> None:
+    log: list[Any] = []
+    # Two decoded tokens, neither drafted, but in one of the steps something was tried.
+    counts = Counts(1, 2, 0, (0, 0))
+    comparison = compared(Scripted(PLAIN, log), Scripted(OURS, log, 10, counts))
+    assert result_of(comparison, OURS).tokens_per_verification == pytest.approx(1)
+
+
+def test_share_of_the_bound_is_taken_within_each_group() -> None:
+    log: list[Any] = []
+
+    class Drifting(Scripted):
+        """Slower each time, forwards and all; its own work is a tenth of a run."""
+
+        def run(self, *args: Any) -> Run:
+            run, slower = super().run(*args), len(self.log)
+            forwards = {(TARGET, 1): [0.9 * slower]}
+            return Run(run.requests, float(slower), run.counts, forwards)
+
+    class Steady(Drifting):
+        """The same, without work of its own."""
+
+        def run(self, *args: Any) -> Run:
+            run = super().run(*args)
+            return Run(run.requests, 0.9 * run.seconds, run.counts, run.forwards)
+
+    found = result_of(compared(Steady(PLAIN, log), Drifting(OURS, log)), OURS)
+    assert found.share_of_bound == pytest.approx(0.9)
 
 
 def test_without_timed_forwards_there_is_no_bound() -> None:

@@ -105,7 +105,7 @@ def test_the_report_can_be_made_again_from_its_json(
     assert text.count("| plain vLLM |") == 4, "two loads, two temperatures"
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1, "a row has every column"
-    page = report.page(document)
+    page = report.html(document)
     assert page.count("<svg") == len(report.figures(document)) >= 4
     for elsewhere in ("<script", "<link", "src=", "@import", "<img"):
         assert elsewhere not in page, "nothing is loaded"

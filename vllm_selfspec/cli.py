@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_selfspec import __version__, versions
+from vllm_selfspec.bench.serve import ServerError
 from vllm_selfspec.bench.tasks import TaskError
 from vllm_selfspec.config import (
     DEFAULT_NUM_SPECULATIVE_TOKENS,
@@ -77,6 +78,9 @@ def errors_in_one_line() -> Iterator[None]:
     """Without traceback: exits with 1 for a refused model, with 2 for wrong words."""
     try:
         yield
+    except ServerError as error:  # with the lines of its log
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
     except (*USAGE_ERRORS, *REFUSALS) as error:
         message = " ".join(str(error).split())
         typer.echo(f"Error: {message}", err=True)
@@ -252,9 +256,43 @@ def bench(
         int, typer.Option(min=2, metavar="N", help="Tokens to generate a prompt.")
     ] = 64,
     dtype: Annotated[str, typer.Option(help="Of weights and KV cache.")] = "bfloat16",
+    widen: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How often to widen 'demo' or 'plain'. Default: 8 on a CPU (0.5 B "
+            "weights), 16 on a GPU (2 B).",
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Of the report.")
     ] = Path("bench-report"),
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Run vLLM's own serving benchmark against a live server of each arm "
+            "instead, one at a time; --streams bounds the requests a server runs at "
+            "once.",
+        ),
+    ] = False,
+    rates: Annotated[
+        str, typer.Option(metavar="LIST", help="With --serve: requests a second.")
+    ] = "0.25,0.5,1",
+    requests: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --serve: requests at a rate.")
+    ] = 16,
+    goodput: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="With --serve: what a good request keeps, in ms, by ttft, tpot, e2el.",
+        ),
+    ] = "ttft:2000,tpot:200",
+    repeats: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --serve: turns of each arm.")
+    ] = 1,
 ) -> None:
     """Compare selfspec with plain vLLM and what else it offers; write a report.
 
@@ -263,6 +301,7 @@ def bench(
     """
     from vllm_selfspec.bench.comparison import Load
     from vllm_selfspec.bench.run import Options, run_bench
+    from vllm_selfspec.bench.serve import ServeOptions, parse_goodput, run_serve
     from vllm_selfspec.bench.tasks import SHIPPED
 
     with errors_in_one_line():
@@ -270,23 +309,34 @@ def bench(
             Load(n, prompts if n == 1 else max(prompts, 2 * n))
             for n in numbers("--streams", streams, int, 1)
         ]
-        run_bench(
-            Options(
-                model=model,
-                draft_model=draft_model,
-                tasks=tuple(task or SHIPPED),
-                loads=tuple(loads),
-                temperatures=tuple(numbers("--temperature", temperature, float, 0)),
-                groups=tuple(arm_groups(arms)),
-                lengths=tuple(numbers("--lengths", lengths, int, 1)),
-                max_tokens=max_tokens,
-                dtype=dtype,
-                output=output,
-            )
+        options = Options(
+            model=model,
+            draft_model=draft_model,
+            widen=widen,
+            tasks=tuple(task or SHIPPED),
+            loads=tuple(loads),
+            temperatures=tuple(numbers("--temperature", temperature, float, 0)),
+            groups=tuple(arm_groups(arms)),
+            lengths=tuple(numbers("--lengths", lengths, int, 1)),
+            max_tokens=max_tokens,
+            dtype=dtype,
+            output=output,
+        )
+        if not serve:
+            run_bench(options)
+            return
+        run_serve(
+            options,
+            ServeOptions(
+                rates=tuple(numbers("--rates", rates, float, 0.001)),
+                num_prompts=requests,
+                goodput=parse_goodput(goodput),
+                repeats=repeats,
+            ),
         )
 
 
-def numbers(flag: str, text: str, kind: type, least: int) -> list[Any]:
+def numbers(flag: str, text: str, kind: type, least: float) -> list[Any]:
     """The numbers of a list such as `1,4,8`.
 
     Raises:

@@ -45,6 +45,7 @@ class Result:
         accepted_at: The same by draft position, of the verifications that had a draft.
         bound: What `speed_up` would be if nothing but forwards took time; None where
             they were not timed.
+        share_of_bound: Median over the groups of the ratio to the group's own bound.
         latency: Median seconds of a request.
         same_texts: Requests whose tokens are plain vLLM's; in its own row, those that
             are the same when they run alone (of the first few).
@@ -62,14 +63,11 @@ class Result:
     acceptance: float | None
     accepted_at: tuple[float, ...]
     bound: float | None
+    share_of_bound: float | None
     latency: float
     same_texts: int
     texts: int
     quality: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def share_of_bound(self) -> float | None:
-        return None if self.bound is None else self.speed_up / self.bound
 
 
 @dataclass(frozen=True)
@@ -163,23 +161,21 @@ class Comparison:
     def results(self) -> Iterator[Result]:
         """One for each block and arm."""
         for block in self.blocks:
-            costs = self.costs(block.load.num_streams)
             for arm in self.arms:
                 if block.runs[arm.name]:
-                    yield _result(block, arm, self.arms[0], costs)
+                    yield _result(block, arm, self.arms[0])
 
 
 def _times_of_a_token(runs: list[Run]) -> dict[str, float]:
     total = sum(run.seconds for run in runs)
     num_tokens = sum(run.num_tokens for run in runs)
-    spent = {TARGET: 0.0, DRAFT: 0.0}
-    for run in runs:
-        for (role, _), times in run.forwards.items():
-            spent[role] += sum(times)
+    target, draft = (
+        sum(run.forward_seconds(role) for run in runs) for role in (TARGET, DRAFT)
+    )
     return {
-        "target forwards": spent[TARGET] / num_tokens,
-        "draft forwards": spent[DRAFT] / num_tokens,
-        "the rest": (total - sum(spent.values())) / num_tokens,
+        "target forwards": target / num_tokens,
+        "draft forwards": draft / num_tokens,
+        "the rest": (total - target - draft) / num_tokens,
     }
 
 
@@ -192,9 +188,13 @@ def _known(times: dict[str, float | None]) -> dict[str, float]:
     return {name: seconds for name, seconds in times.items() if seconds is not None}
 
 
-def _result(block: Block, arm: Arm, reference: Arm, costs: Costs | None) -> Result:
+def _result(block: Block, arm: Arm, reference: Arm) -> Result:
     plain, runs = block.runs[reference.name], block.runs[arm.name]
-    ratios = [_rate(run) / _rate(base) for run, base in zip(runs, plain, strict=True)]
+    pairs = list(zip(runs, plain, strict=True))
+    ratios = [_rate(run) / _rate(base) for run, base in pairs]
+    bounds = [found for run, base in pairs if (found := _bound(run, base)) is not None]
+    if arm is reference or len(bounds) < len(pairs):
+        bounds = []
     requests = [request for run in runs for request in run.requests]
     expected = [request for run in plain for request in run.requests]
     same, texts = _num_same(requests, expected)
@@ -203,7 +203,6 @@ def _result(block: Block, arm: Arm, reference: Arm, costs: Costs | None) -> Resu
     drafts = sum(run.counts.drafts for run in runs)
     drafted = sum(run.counts.draft_tokens for run in runs)
     accepted = sum(run.counts.accepted_tokens for run in runs)
-    spent = Spent.of(runs)
     positions = zip(*(run.counts.accepted_at for run in runs), strict=False)
     return Result(
         task=block.task.name,
@@ -213,10 +212,15 @@ def _result(block: Block, arm: Arm, reference: Arm, costs: Costs | None) -> Resu
         tokens_per_second=median(_rate(run) for run in runs),
         speed_up=median(ratios),
         spread=(min(ratios), max(ratios)),
-        tokens_per_verification=spent.tokens_per_verification,
+        tokens_per_verification=_tokens_per_verification(runs),
         acceptance=accepted / drafted if drafted else None,
         accepted_at=tuple(sum(at) / drafts for at in positions) if drafts else (),
-        bound=_bound(block, arm, reference, costs, spent),
+        bound=median(bounds) if bounds else None,
+        share_of_bound=(
+            median(r / b for r, b in zip(ratios, bounds, strict=True))
+            if bounds
+            else None
+        ),
         latency=median(request.latency for request in requests),
         same_texts=same,
         texts=texts,
@@ -237,65 +241,31 @@ def _rate(run: Run) -> float:
     return run.num_tokens / run.seconds
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What an arm's decoding took, in counts.
+def _tokens_per_verification(runs: Sequence[Run]) -> float:
+    """E: decoded tokens, the first of each request (from its prefill) left out, over
+    verifications of one request each; a step without drafts counts as one."""
+    tokens = sum(run.num_tokens - len(run.requests) for run in runs)
+    drafts = sum(run.counts.drafts for run in runs)
+    accepted = sum(run.counts.accepted_tokens for run in runs)
+    # Tokens accepted beyond a request's last are counted by vLLM, but not emitted;
+    # where every step drafts, the number of drafts is the better count.
+    return tokens / max(drafts, tokens - accepted, 1)
 
-    Attributes:
-        tokens: Decoded, the first of each request (from its prefill) left out.
-        verifications: Of one request each; a step without drafts counts as one.
-        drafts: Those that had draft tokens.
-        draft_tokens: Tokens drafted.
+
+def _bound(run: Run, plain: Run) -> float | None:
+    """The ratio of two runs if forwards were all that takes time.
+
+    For decoding that is E / (v + k c): with t the time of a plain step, plain vLLM
+    spends t a token, and a verification of v t after k drafts of c t each brings E
+    tokens. Added up over all forwards it holds for steps of any width and number of
+    drafts, prefill included.
     """
-
-    tokens: int
-    verifications: int
-    drafts: int
-    draft_tokens: int
-
-    @classmethod
-    def of(cls, runs: Sequence[Run]) -> "Spent":
-        """Adds up `runs`."""
-        tokens = sum(run.num_tokens - len(run.requests) for run in runs)
-        drafts = sum(run.counts.drafts for run in runs)
-        accepted = sum(run.counts.accepted_tokens for run in runs)
-        # Tokens accepted beyond a request's last are counted by vLLM, but not emitted;
-        # where every step drafts, the number of drafts is the better count.
-        verifications = max(drafts, tokens - accepted, 1)
-        drafted = sum(run.counts.draft_tokens for run in runs)
-        return cls(tokens, verifications, drafts, drafted)
-
-    @property
-    def tokens_per_verification(self) -> float:
-        """E."""
-        return self.tokens / self.verifications
-
-    def cost(self, v: float, c: float) -> float:
-        """Of a verification and the drafts for it, in plain steps: `v + k c` where
-        every step drafts k tokens."""
-        share = self.drafts / self.verifications
-        k = self.draft_tokens / self.verifications
-        return share * v + (1 - share) + k * c
-
-
-def _bound(
-    block: Block, arm: Arm, reference: Arm, costs: Costs | None, spent: Spent
-) -> float | None:
-    """The speed-up if forwards were all that takes time.
-
-    Decoding gains E / (v + k c), with c and v measured at this load and k the tokens
-    really drafted. Prefill gains nothing: it is the share p of plain vLLM's time, so
-    the whole gains 1 / (p + (1 - p) / gain).
-    """
-    v = None if costs is None else costs.v(arm)
-    if costs is None or v is None or not spent.drafts:
+    seconds, reference = (
+        one.forward_seconds(TARGET) + one.forward_seconds(DRAFT) for one in (run, plain)
+    )
+    if not seconds or not reference:
         return None
-    c = costs.c(arm) or 0.0  # n-grams and suffixes cost no forward
-    gain = spent.tokens_per_verification / spent.cost(v, c)
-    plain = block.runs[reference.name]
-    total = sum(run.seconds for run in plain)
-    prefill = sum(run.prefill_seconds for run in plain) / total
-    return 1 / (prefill + (1 - prefill) / gain)
+    return (reference / plain.num_tokens) / (seconds / run.num_tokens)
 
 
 def compare(
@@ -403,4 +373,4 @@ def num_turns(
 
 def to_dict(result: Result) -> dict[str, Any]:
     """For JSON."""
-    return {**asdict(result), "share_of_bound": result.share_of_bound}
+    return asdict(result)

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, Protocol
 
 from vllm_selfspec.bench.arms import Arm
@@ -34,14 +33,6 @@ class Request:
     first_token: float
 
 
-@dataclass(frozen=True)
-class Step:
-    """One engine step: its seconds, and whether it computed any prompt."""
-
-    seconds: float
-    has_prefill: bool
-
-
 # Seconds of a forward and its LM head, by role and number of token rows.
 Forwards = dict[tuple[str, int], list[float]]
 TARGET, DRAFT = "target", "draft"
@@ -54,14 +45,12 @@ class Run:
     Attributes:
         requests: In the order of the prompts.
         seconds: Wall time of all of it.
-        steps: Engine steps; none where the engine shows none.
         counts: What speculation did.
         forwards: Times of single forwards.
     """
 
     requests: tuple[Request, ...]
     seconds: float
-    steps: tuple[Step, ...] = ()
     counts: Counts = Counts(0, 0, 0)
     forwards: Forwards = field(default_factory=dict)
 
@@ -70,12 +59,9 @@ class Run:
         """Tokens generated."""
         return sum(len(request.token_ids) for request in self.requests)
 
-    @property
-    def prefill_seconds(self) -> float:
-        """What steps with prefill took beyond a median step without."""
-        decode = [step.seconds for step in self.steps if not step.has_prefill]
-        usual = median(decode) if decode else 0.0
-        return sum(max(0.0, s.seconds - usual) for s in self.steps if s.has_prefill)
+    def forward_seconds(self, role: str) -> float:
+        """What all forwards of the target, or of what drafts, took together."""
+        return sum(sum(times) for (of, _), times in self.forwards.items() if of == role)
 
 
 @dataclass(frozen=True)
@@ -159,7 +145,6 @@ class VllmEngine:
         return Run(
             tuple(flight.finished()),
             seconds,
-            tuple(flight.steps),
             self._counters.read() - before,
             {key: list(times) for key, times in self._timer.forwards.items()},
         )
@@ -175,7 +160,6 @@ class _Flight:
         self._last: dict[str, float] = {}
         self._tokens: dict[str, list[int]] = {}
         self._texts: dict[str, list[str]] = {}
-        self.steps: list[Step] = []
 
     @property
     def num_requests(self) -> int:
@@ -191,11 +175,8 @@ class _Flight:
         self._tokens[request_id], self._texts[request_id] = [], []
 
     def step(self) -> None:
-        has_prefill = len(self._first) < len(self._submitted)
-        start = time.perf_counter()
         outputs = self._engine.step()
         now = time.perf_counter()
-        self.steps.append(Step(now - start, has_prefill))
         for output in outputs:
             (sample,) = output.outputs
             self._tokens[output.request_id] += sample.token_ids

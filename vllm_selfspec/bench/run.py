@@ -39,12 +39,14 @@ from vllm_selfspec.demo import cpu_name, prepare_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
-# Models of the repository, by name: directory, and how often it is widened. 8 makes
-# 0.54 B parameters of the demo model and of its twin; 2 makes 0.01 B of the small one,
-# the usual share of a draft model.
-OWN_MODELS = {"demo": ("demo_model", 8), "plain": ("plain_model", 8)}
-OWN_DRAFT_MODEL = ("small_model", 2)
+# Models of the repository, by name, and how often they are widened: 8 times makes
+# 0.54 B parameters for a CPU, 16 times 2.2 B for a GPU.
+OWN_MODELS = {"demo": "demo_model", "plain": "plain_model"}
+WIDEN_CPU, WIDEN_GPU = 8, 16
+# The small one gets a fiftieth of the target's weights, usual for a draft model.
+OWN_DRAFT_MODEL, DRAFT_PART = "small_model", 4
 KV_CACHE_BYTES = 512 << 20
+MAX_MODEL_LEN = 1024
 SEED = 0
 
 
@@ -56,6 +58,8 @@ class Options:
         model: `demo`, `plain`, or a checkpoint's path or Hub name.
         draft_model: For the `draft_model` arms; None for the repository's own, where
             `model` is of the repository.
+        widen: How often a model of the repository is widened; None for what suits the
+            machine.
         tasks: As `tasks.load` takes them.
         loads: Concurrent requests, and prompts at each.
         temperatures: 0 for greedy.
@@ -68,6 +72,7 @@ class Options:
 
     model: str
     draft_model: str | None
+    widen: int | None
     tasks: tuple[str, ...]
     loads: tuple[Load, ...]
     temperatures: tuple[float, ...]
@@ -89,11 +94,9 @@ def run_bench(options: Options) -> None:
         UnsupportedModelError: If the model cannot be drafted for.
     """
     console = Console(highlight=False)
-    prepare_environment()
-    # Other plugins may patch vLLM (arctic-inference does), and so change the peers.
-    os.environ.setdefault("VLLM_PLUGINS", "selfspec")
+    prepare()
     tasks = [load(words) for words in options.tasks]
-    model = find_model(options.model, console)
+    model = find_model(options.model, options.widen, console)
     draft = find_draft_model(options, console)
     arms = available(arms_of(model, draft, list(options.groups), list(options.lengths)))
     engines = start(arms, model, options, console)
@@ -106,7 +109,7 @@ def run_bench(options: Options) -> None:
     document = {
         **provenance(options, model),
         "seconds": round(time.monotonic() - started),
-        "arms": [_arm(arm) for arm in arms],
+        "arms": [describe(arm) for arm in arms],
         "costs": _costs(comparison, options.loads),
         "steps": comparison.times_of_a_token(),
         "results": [to_dict(result) for result in comparison.results()],
@@ -116,10 +119,18 @@ def run_bench(options: Options) -> None:
     report.write(document, options.output, console)
 
 
-def find_model(name: str, console: Console) -> Path:
-    """The checkpoint directory of `name`; one of our own is widened first."""
+def prepare() -> None:
+    """The environment that all arms run in."""
+    prepare_environment()
+    # Other plugins may patch vLLM (arctic-inference does), and so change the peers.
+    os.environ.setdefault("VLLM_PLUGINS", "selfspec")
+
+
+def find_model(name: str, widen: int | None, console: Console) -> Path:
+    """The checkpoint directory of `name`; one of our own is widened first, `widen`
+    times or as suits the machine."""
     if name in OWN_MODELS:
-        return _widened(*OWN_MODELS[name], console)
+        return _widened(OWN_MODELS[name], widen or _usual_factor(), console)
     return locate(name)
 
 
@@ -130,8 +141,15 @@ def find_draft_model(options: Options, console: Console) -> Path | None:
     if options.draft_model is not None:
         return locate(options.draft_model)
     if options.model in OWN_MODELS:
-        return _widened(*OWN_DRAFT_MODEL, console)
+        factor = max(1, (options.widen or _usual_factor()) // DRAFT_PART)
+        return _widened(OWN_DRAFT_MODEL, factor, console)
     return None
+
+
+def _usual_factor() -> int:
+    from vllm.platforms import current_platform
+
+    return WIDEN_CPU if current_platform.is_cpu() else WIDEN_GPU
 
 
 def _widened(name: str, factor: int, console: Console) -> Path:
@@ -160,21 +178,13 @@ def start(
     arms: Sequence[Arm], model: Path, options: Options, console: Console
 ) -> list[Engine]:
     """An engine for each arm, in this process."""
-    from vllm.platforms import current_platform
-
-    settings: dict[str, Any] = {
-        "dtype": options.dtype,
-        "max_num_seqs": max(load.num_streams for load in options.loads),
-        "max_model_len": 1024,
-        "enable_prefix_caching": False,  # a prompt is run by each arm, all of it
+    settings = {
+        **engine_settings(options),
         "disable_log_stats": False,  # the counters
         "use_tqdm_on_load": False,
-        "enforce_eager": current_platform.is_cpu(),
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "seed": SEED,
+        "gpu_memory_utilization": 0.8 / len(arms),  # checked even so
     }
-    if not current_platform.is_cpu():
-        settings["gpu_memory_utilization"] = 0.8 / len(arms)
     engines: list[Engine] = []
     for number, arm in enumerate(arms, 1):
         console.print(f"Starting engine {number} of {len(arms)}: {arm.name}")
@@ -183,6 +193,22 @@ def start(
         else:
             engines.append(VllmEngine(arm, str(model), settings))
     return engines
+
+
+def engine_settings(options: Options) -> dict[str, Any]:
+    """What every arm is started with, by vLLM's names."""
+    from vllm.platforms import current_platform
+
+    settings: dict[str, Any] = {
+        "dtype": options.dtype,
+        "max_num_seqs": max(load.num_streams for load in options.loads),
+        "max_model_len": MAX_MODEL_LEN,
+        "enable_prefix_caching": False,  # a prompt is run by each arm, all of it
+        "seed": SEED,
+    }
+    if current_platform.is_cpu():
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+    return settings
 
 
 def _hugging_face(
@@ -259,7 +285,8 @@ def provenance(options: Options, model: Path) -> dict[str, Any]:
     }
 
 
-def _arm(arm: Arm) -> dict[str, Any]:
+def describe(arm: Arm) -> dict[str, Any]:
+    """An arm for JSON."""
     config = dict(arm.speculative_config or {})
     if "model" in config:  # where it lies on this machine is nobody's business
         config["model"] = Path(config["model"]).name

@@ -1,0 +1,361 @@
+"""`run_serve`: vLLM's own serving benchmark against a live server of each arm.
+
+One rule: one server runs at a time, and gets the same requests at the same moments as
+every other; the arms take turns, so that a drifting machine hits all alike.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_selfspec.bench import serve_report
+from vllm_selfspec.bench.arms import PLAIN, Arm, arms_of
+from vllm_selfspec.bench.run import (
+    SEED,
+    Options,
+    available,
+    describe,
+    engine_settings,
+    find_draft_model,
+    find_model,
+    prepare,
+    provenance,
+)
+from vllm_selfspec.bench.tasks import Task, load
+from vllm_selfspec.config import ConfigError
+
+START_DEADLINE_S = 900.0  # a large model under CUDA graphs takes minutes
+STOP_DEADLINE_S = 60.0
+SERVED_NAME = "model"
+# What is kept of vLLM's report: milliseconds, and tokens and requests a second.
+KEPT = (
+    "completed",
+    "failed",
+    "duration",
+    "output_throughput",
+    "request_goodput",
+    *(
+        f"{which}_{of}_ms"
+        for of in ("ttft", "tpot", "e2el")
+        for which in ("p50", "p99")
+    ),
+    "spec_decode_acceptance_rate",
+    "spec_decode_acceptance_length",
+)
+
+
+class ServerError(RuntimeError):
+    """A server that did not start, or ended."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the user asked for beyond `Options`.
+
+    Attributes:
+        rates: Requests a second, arriving as a Poisson process.
+        num_prompts: Requests at each rate.
+        goodput: Limits a good request keeps, as in vLLM's `--goodput`: milliseconds by
+            `ttft`, `tpot`, `e2el`.
+        repeats: How often every arm has its turn.
+    """
+
+    rates: tuple[float, ...]
+    num_prompts: int
+    goodput: dict[str, float]
+    repeats: int
+
+
+def parse_goodput(text: str) -> dict[str, float]:
+    """The limits of a list such as `ttft:2000,tpot:200`.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    found = {}
+    for piece in text.split(","):
+        name, _, value = piece.strip().partition(":")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if name not in ("ttft", "tpot", "e2el") or found[name] <= 0:
+            raise ConfigError(
+                "--goodput takes milliseconds by ttft, tpot, e2el such as "
+                f"ttft:2000,tpot:200, but {piece!r} is not: correct it"
+            )
+    return found
+
+
+def run_serve(options: Options, serve: ServeOptions) -> None:
+    """Serves with every arm in turn and writes `serve.json`, `.md` and `.html`.
+
+    The requests are the prompts of all tasks, mixed, at the first of the temperatures.
+    Ctrl-C stops the server that runs, and reports the turns that were finished.
+
+    Raises:
+        CheckpointError: If a model cannot be found or read.
+        TaskError: If a task cannot be read.
+        UnsupportedModelError: If the model cannot be drafted for.
+        ServerError: If a server does not start, or ends before its turn does.
+    """
+    console = Console(highlight=False)
+    prepare()
+    # The server has a process of its own for the engine, as a user's has.
+    os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    tasks = [load(words) for words in options.tasks]
+    model = find_model(options.model, options.widen, console)
+    draft = find_draft_model(options, console)
+    groups = [group for group in options.groups if group != "hf"]
+    arms = available(arms_of(model, draft, groups, list(options.lengths)))
+    options.output.mkdir(parents=True, exist_ok=True)
+    bench = _ServeBench(options, serve, model, options.output)
+    bench.write_requests(tasks)
+    points = _counted(_in_turns(bench, arms, console))
+    document = {
+        **provenance(options, model),
+        "rates": serve.rates,
+        "num_prompts": serve.num_prompts,
+        "goodput": serve.goodput,
+        "temperature": options.temperatures[0],
+        "arms": [describe(arm) for arm in arms],
+        "points": points,
+    }
+    serve_report.write(document, options.output, console)
+
+
+def _in_turns(
+    bench: "_ServeBench", arms: list[Arm], console: Console
+) -> list[dict[str, Any]]:
+    """What was measured, a row for each turn and rate; after Ctrl-C what there is."""
+    points: list[dict[str, Any]] = []
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    total = bench.serve.repeats * len(arms) * len(bench.serve.rates)
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("", total=total)
+            for repeat in range(bench.serve.repeats):
+                for arm in arms:
+
+                    def say(what: str, arm: Arm = arm) -> None:
+                        progress.update(bar, description=f"{arm.name}: {what}")
+                        if not console.is_terminal:  # a log has no bar
+                            done = int(progress.tasks[0].completed)
+                            console.print(f"{done} of {total}: {arm.name}: {what}")
+
+                    for point in bench.turn(arm, say):
+                        points.append({"repeat": repeat, "arm": arm.name, **point})
+                        progress.update(bar, advance=1)
+    except KeyboardInterrupt:
+        if not points:
+            raise
+        console.print("Stopped; this is what was finished.")
+    return points
+
+
+def _counted(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the number of texts that are plain vLLM's in place of the texts."""
+    plain = {
+        (point["repeat"], point["rate"]): point["texts"]
+        for point in points
+        if point["arm"] == PLAIN
+    }
+    found = []
+    for point in points:
+        texts = point["texts"]
+        expected = plain[point["repeat"], point["rate"]]
+        same = sum(a == b for a, b in zip(texts, expected, strict=True))
+        rest = {key: value for key, value in point.items() if key != "texts"}
+        found.append({**rest, "same_texts": same, "texts": len(texts)})
+    return found
+
+
+@dataclass(frozen=True)
+class _ServeBench:
+    """One arm's turn after another."""
+
+    options: Options
+    serve: ServeOptions
+    model: Path
+    output: Path
+
+    def requests_file(self, rate: float) -> Path:
+        return self.output / "requests" / f"{rate:g}.jsonl"
+
+    def write_requests(self, tasks: list[Task]) -> None:
+        """One file for each rate, with prompts that no other rate has where there are
+        enough: what remembers answers (suffix decoding) has not seen them."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        longest = max(len(task.prompts) for task in tasks)
+        mixed = [
+            task.prompts[i].render(tokenizer)
+            for i in range(longest)
+            for task in tasks
+            if i < len(task.prompts)
+        ]
+        num = self.serve.num_prompts
+        for index, rate in enumerate(self.serve.rates):
+            chosen = [
+                mixed[i % len(mixed)] for i in range(index * num, (index + 1) * num)
+            ]
+            file = self.requests_file(rate)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in chosen))
+
+    def turn(self, arm: Arm, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+        """Starts a server for `arm` and measures it at every rate."""
+        say("starts")
+        log = (
+            self.output / "logs" / f"{arm.name.replace(',', '').replace(' ', '_')}.log"
+        )
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with _serving(self.command(arm), log) as server:
+            server.warm_up()
+            for rate in self.serve.rates:
+                say(f"{rate:g} requests a second")
+                yield {"rate": rate, **self.measure(server, rate)}
+
+    def command(self, arm: Arm) -> list[str]:
+        """`vllm serve` for `arm`, its port left out."""
+        settings = engine_settings(self.options)
+        words = [str(Path(sys.executable).with_name("vllm")), "serve", str(self.model)]
+        words += ["--host", "127.0.0.1", "--served-model-name", SERVED_NAME]
+        for key, value in settings.items():
+            flag = key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", str(value)]
+        if arm.speculative_config:
+            words += ["--speculative-config", json.dumps(arm.speculative_config)]
+        return words
+
+    def measure(self, server: "_Server", rate: float) -> dict[str, Any]:
+        """`vllm bench serve` at one rate, run in this process."""
+        from vllm.benchmarks.serve import add_cli_args, main
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
+        flags = {
+            "--backend": "openai",
+            "--base-url": server.url,
+            "--model": SERVED_NAME,
+            "--tokenizer": self.model,
+            "--dataset-name": "custom",
+            "--dataset-path": self.requests_file(rate),
+            "--num-prompts": self.serve.num_prompts,
+            "--custom-output-len": self.options.max_tokens,
+            "--request-rate": rate,
+            "--temperature": self.options.temperatures[0],
+            "--percentile-metrics": "ttft,tpot,e2el",
+            "--metric-percentiles": "50,99",
+            "--seed": SEED,  # the same arrivals for every arm
+            "--ready-check-timeout-sec": 0,  # it would send a prompt of the benchmark
+        }
+        words = [str(word) for flag in flags.items() for word in flag]
+        words += ["--ignore-eos", "--skip-chat-template", "--disable-shuffle"]
+        words += ["--save-detailed", "--disable-tqdm", "--goodput"]
+        words += [f"{name}:{limit}" for name, limit in self.serve.goodput.items()]
+        with server.log.open("a") as log, contextlib.redirect_stdout(log):
+            found = main(parser.parse_args(words))
+        if found["completed"] < self.serve.num_prompts:
+            raise server.failed(
+                f"answered {found['completed']} of {self.serve.num_prompts} requests"
+            )
+        point = {key: found[key] for key in KEPT if key in found}
+        return {**point, "texts": found["generated_texts"]}
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A running `vllm serve`."""
+
+    process: subprocess.Popen[bytes]
+    command: list[str]
+    url: str
+    log: Path
+
+    def wait_until_up(self) -> None:
+        end = time.monotonic() + START_DEADLINE_S
+        while not self._is_healthy():
+            if self.process.poll() is not None:
+                raise self.failed(f"ended with status {self.process.returncode}")
+            if time.monotonic() > end:
+                raise self.failed(f"is not up after {START_DEADLINE_S:.0f} s")
+            time.sleep(0.5)
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def warm_up(self) -> None:
+        """One request, so that no arm's first is slower than its others."""
+        body = {"model": SERVED_NAME, "prompt": "Hello", "max_tokens": 16}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions",
+            json.dumps({**body, "ignore_eos": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            answer.read()
+
+    def failed(self, what: str) -> ServerError:
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-20:]
+        return ServerError(
+            f"a server must answer every request, but {shlex.join(self.command)} "
+            f"{what}: see {self.log}, which ends with\n" + "\n".join(tail)
+        )
+
+    def stop(self) -> None:
+        """Ends it and its engine, by force if it does not by itself."""
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_DEADLINE_S)
+        with contextlib.suppress(ProcessLookupError):  # all of its group have ended
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def _serving(command: list[str], log: Path) -> Iterator[_Server]:
+    """A server, up and running; in a group of its own, so that Ctrl-C is ours alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [*command, "--port", str(port)]
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    server = _Server(process, command, f"http://127.0.0.1:{port}", log)
+    try:
+        server.wait_until_up()
+        yield server
+    finally:
+        server.stop()
