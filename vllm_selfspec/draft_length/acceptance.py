@@ -1,0 +1,95 @@
+"""`Acceptance`: how likely the next draft tokens of each request are to be accepted.
+
+One rule: a new request is taken to be like the ones before it, and shows within a few
+steps how it differs.
+"""
+
+import numpy as np
+
+from vllm_selfspec.draft_length.types import Floats, Ints, Slots
+
+# Before anything was seen: an acceptance that is worth a try, of the weight of few
+# trials, so that a bad draft is found out within few steps.
+FIRST_GUESS = 0.7
+GUESS_TRIALS = 2.0
+# How many trials the population's figures remember.
+POPULATION_TRIALS = 500.0
+# How far requests lie apart: the deviation of their logits is about 1.
+OWN_PRECISION = 1.0
+# What a request has shown fades by this share a step: its text changes, and one that
+# was found bad is tried again.
+FADE = 0.02
+MIN_CHANCE, MAX_CHANCE = 0.005, 0.98
+
+
+class Acceptance:
+    """Acceptance by request and draft position.
+
+    With q_i the population's chance that draft token i is accepted when those before it
+    were, request r is given the chance
+
+        p_ri = sigmoid(logit q_i + b_r),   b_r ~ N(0, 1 / OWN_PRECISION),
+
+    and b_r follows what the request shows by Newton steps on its posterior: after a
+    verification in which token i was tried, with y_i = 1 if it was accepted,
+
+        b_r <- b_r + sum (y_i - p_ri) / (OWN_PRECISION + sum p_ri (1 - p_ri)),
+
+    the sum in the denominator being over all trials of the request, fading.
+    """
+
+    def __init__(self, num_slots: int, max_drafts: int) -> None:
+        """For `num_slots` requests at a time, and drafts of up to `max_drafts`."""
+        self._tried = np.zeros(max_drafts)  # by position, of all requests
+        self._taken = np.zeros(max_drafts)
+        self._own = np.zeros(num_slots)  # b
+        self._known = np.zeros(num_slots)  # the sum in the denominator
+
+    def admit(self, slot: int) -> None:
+        """A new request takes the place `slot`."""
+        self._own[slot] = self._known[slot] = 0.0
+
+    def population(self) -> Floats:
+        """q, `[max_drafts]`. A position hardly tried is taken to be like the one before
+        it."""
+        found = np.zeros(self._tried.size)
+        before = FIRST_GUESS
+        for i, (taken, tried) in enumerate(zip(self._taken, self._tried, strict=True)):
+            before = (taken + GUESS_TRIALS * before) / (tried + GUESS_TRIALS)
+            found[i] = before
+        return found
+
+    def _chances(self, slots: Slots) -> Floats:
+        """p, `[n, max_drafts]`."""
+        usual = np.clip(self.population(), MIN_CHANCE, MAX_CHANCE)
+        logit = np.log(usual / (1 - usual)) + self._own[slots, None]
+        found: Floats = np.clip(1 / (1 + np.exp(-logit)), MIN_CHANCE, MAX_CHANCE)
+        return found
+
+    def survival(self, slots: Slots) -> Floats:
+        """Chance that draft tokens 1 to i are all accepted, `[n, max_drafts]`."""
+        return np.cumprod(self._chances(slots), axis=1, dtype=np.float64)
+
+    def observe(self, slots: Slots, drafted: Ints, accepted: Ints) -> None:
+        """Learns from a verification.
+
+        Args:
+            slots: The requests that were in it, `[n]`.
+            drafted: Their verified draft tokens, 0 where none were, `[n]`.
+            accepted: How many of them were accepted, `[n]`.
+        """
+        positions = np.arange(self._tried.size)
+        # A token is a trial when all before it were accepted.
+        tried = positions < np.minimum(drafted, accepted + 1)[:, None]
+        taken = positions < accepted[:, None]
+        chance = self._chances(slots)
+        known = (1 - FADE) * self._known[slots] + (tried * chance * (1 - chance)).sum(
+            axis=1
+        )
+        moved = (tried * (taken - chance)).sum(axis=1) / (OWN_PRECISION + known)
+        self._own[slots] = (1 - FADE) * self._own[slots] + moved
+        self._known[slots] = known
+        num_tried = tried.sum(axis=0)
+        memory = np.exp(-num_tried / POPULATION_TRIALS)
+        self._tried = memory * self._tried + num_tried
+        self._taken = memory * self._taken + taken.sum(axis=0)

@@ -1,0 +1,125 @@
+"""`StepCosts`: what a verification and a draft step take, measured and kept true.
+
+One rule: only ratios matter. A factor common to all costs, such as a machine that slows
+down, changes no decision, and must not be mistaken for a cost of one kind.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_selfspec.draft_length.types import Floats, Ints
+
+# Deviations of the logarithm of a cost: of all costs alike, of each of the two kinds,
+# and of a single number of rows. First how well they are measured at start-up, then
+# how far they wander in a step.
+MEASURED = (0.3, 0.15, 0.05)
+WANDERING = (0.02, 0.002, 0.002)
+# Of one step's time around its costs; what lies further off than this many deviations
+# (a step that was interrupted) teaches no more than one at the limit.
+STEP_NOISE = 0.1
+MAX_SURPRISE = 3.0
+
+
+class StepCosts:
+    """Seconds of the engine's two kinds of forwards, by number of token rows.
+
+    Costs are interpolated linearly between measured numbers of rows, and go on with the
+    last slope beyond them. Their logarithms are the state of a Kalman filter that
+    observes the time of whole steps. All costs wander together, each kind wanders a
+    little by itself, and each number of rows a little more: so a step of one kind also
+    says how fast the machine is at present, and costs that were not seen for long are
+    readily corrected once they are.
+    """
+
+    def __init__(
+        self, num_rows: Sequence[int], verify: Sequence[float], draft: Sequence[float]
+    ) -> None:
+        """From measurements. More rows are taken to cost no less than fewer.
+
+        Args:
+            num_rows: Where it was measured, ascending, at least two.
+            verify: Seconds of the target's forward and head at each.
+            draft: Seconds of a draft step at each.
+
+        Raises:
+            ValueError: If there are not at least two, or one takes no time.
+        """
+        self._rows = np.asarray(num_rows, float)
+        # [2, num_knots]: verify, draft
+        seconds = np.asarray([verify, draft], float)
+        if self._rows.size < 2 or seconds.shape != (2, self._rows.size):
+            raise ValueError(
+                f"costs need at least two numbers of rows, but there are {num_rows}"
+            )
+        if (seconds <= 0).any() or (np.diff(self._rows) <= 0).any():
+            raise ValueError(
+                "costs must be above zero at ascending numbers of rows, but are "
+                f"{seconds.tolist()} at {num_rows}"
+            )
+        self._log = np.log(np.maximum.accumulate(seconds, axis=1))
+        self._covariance = self._spread(MEASURED)
+        self._wandering = self._spread(WANDERING)
+
+    def _spread(self, deviations: tuple[float, float, float]) -> Floats:
+        """Covariance of all costs, `[2 num_knots, 2 num_knots]`."""
+        common, of_kind, single = (deviation**2 for deviation in deviations)
+        size = self._rows.size
+        same_kind = np.kron(np.eye(2), np.ones((size, size)))
+        found: Floats = common + of_kind * same_kind + single * np.eye(2 * size)
+        return found
+
+    def verify(self, num_rows: Ints | int) -> Floats:
+        """Seconds to verify, or to decode, `num_rows` token rows."""
+        return self._seconds_of(0, num_rows)
+
+    def draft(self, num_rows: Ints | int) -> Floats:
+        """Seconds of one draft step of `num_rows` rows."""
+        return self._seconds_of(1, num_rows)
+
+    def _seconds_of(self, kind: int, num_rows: Ints | int) -> Floats:
+        found: Floats = self._weights(num_rows) @ np.exp(self._log[kind])
+        return found
+
+    def _weights(self, num_rows: Ints | int) -> Floats:
+        """Of the measured numbers of rows, `[..., num_knots]`; they add up to 1."""
+        rows = np.asarray(num_rows, float)
+        left = np.clip(
+            np.searchsorted(self._rows, rows, "right") - 1, 0, self._rows.size - 2
+        )
+        width = self._rows[left + 1] - self._rows[left]
+        # Below the first one it stays; beyond the last one it goes on.
+        share = np.maximum(0.0, (rows - self._rows[left]) / width)
+        weights = np.zeros((*rows.shape, self._rows.size))
+        np.put_along_axis(weights, left[..., None], 1 - share[..., None], -1)
+        np.put_along_axis(weights, left[..., None] + 1, share[..., None], -1)
+        return weights
+
+    def observe(
+        self, num_verified: int, num_drafting: int, num_steps: int, seconds: float
+    ) -> None:
+        """Corrects the costs by an engine step.
+
+        Args:
+            num_verified: Token rows of the target's forward.
+            num_drafting: Rows of each draft step.
+            num_steps: Draft steps.
+            seconds: What all of it took.
+        """
+        used = np.stack(
+            [
+                self._weights(num_verified),
+                num_steps * self._weights(num_drafting),
+            ]
+        )
+        parts = used * np.exp(self._log)
+        predicted = parts.sum()
+        # How the logarithm of the step's time moves with each cost's.
+        slope = (parts / predicted).ravel()
+        covariance = self._covariance + self._wandering
+        gain = covariance @ slope
+        variance = float(slope @ gain) + STEP_NOISE**2
+        limit = MAX_SURPRISE * np.sqrt(variance)
+        surprise = np.clip(np.log(seconds / predicted), -limit, limit)
+        self._log += (gain * (surprise / variance)).reshape(self._log.shape)
+        self._covariance = covariance - np.outer(gain, gain) / variance
