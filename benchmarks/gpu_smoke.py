@@ -119,7 +119,9 @@ class Engine:
     def __init__(self, model: Path, plan: str, settings: dict[str, Any]) -> None:
         from vllm import LLM
 
-        spec = None if plan == PLAIN else {"method": "selfspec", **PLANS[plan]}
+        spec = None
+        if plan != PLAIN:
+            spec = {"method": "selfspec", "draft_length": "fixed", **PLANS[plan]}
         self.llm: Any = LLM(str(model), speculative_config=spec, **settings)
         self._counters = SpecCounters()
 

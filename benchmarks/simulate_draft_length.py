@@ -190,9 +190,9 @@ class ByStopRule(Controller):
     def lengths(self, world: World, slots: Any, share: float, confidence: Any) -> Any:
         lengths = np.ones(len(slots), np.int64)
         going = np.arange(len(slots))
-        for step in range(MAX_DRAFTS - 1):
+        for step in range(MAX_DRAFTS):
             goes = self._rule.goes_on(slots[going], step, confidence[going, step])
-            going = going[goes]
+            going = going[goes & (lengths[going] < MAX_DRAFTS)]
             lengths[going] += 1
             if not len(going):
                 break

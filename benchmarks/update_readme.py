@@ -1,30 +1,42 @@
-"""Writes the README's numbers from benchmarks/results/quick/report.json.
+"""Writes the README's numbers from saved runs in benchmarks/results.
 
     python benchmarks/update_readme.py
 
-The figures are those of one run of `make bench-quick`; a test fails when they are not.
+Each table is that of one run, named in its first line; a test fails when it is not.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.bench import report as bench_report
+from vllm_selfspec.bench import report, serve_report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
-RESULTS = REPOSITORY / "benchmarks" / "results" / "quick" / "report.json"
-START, END = "<!-- numbers: ", "<!-- /numbers -->"
+RESULTS = REPOSITORY / "benchmarks" / "results"
+# By the name of the place in the README: the run, and what is made of it.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "quick": ("quick/report.json", report.markdown),
+    "all": ("demo/report.json", report.markdown),
+    "plain": ("plain/report.json", report.markdown),
+    "float32": ("float32/report.json", report.markdown),
+    "serve": ("serve/serve.json", serve_report.markdown),
+}
 
 
-def updated(text: str, report: dict[str, Any]) -> str:
-    """`text` with the numbers of `report` in their place."""
-    head, rest = text.split(START, 1)
-    mark, rest = rest.split("\n", 1)
-    _, tail = rest.split(END, 1)
-    numbers = bench_report.markdown(report).strip()
-    return f"{head}{START}{mark}\n\n{numbers}\n\n{END}{tail}"
+def updated(text: str) -> str:
+    """`text` with the figures of the saved runs in their places."""
+    for name, (path, markdown) in TABLES.items():
+        start, end = f"<!-- {name}: benchmarks/results/{path} -->", f"<!-- /{name} -->"
+        if start not in text:
+            continue
+        head, rest = text.split(start, 1)
+        _, tail = rest.split(end, 1)
+        figures = markdown(json.loads((RESULTS / path).read_text())).strip()
+        text = f"{head}{start}\n\n{figures}\n\n{end}{tail}"
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(), json.loads(RESULTS.read_text())))
+    README.write_text(updated(README.read_text()))

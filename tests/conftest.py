@@ -116,7 +116,11 @@ class Engines:
         self._engines: dict[str, Any] = {}
 
     def get(self, model: str, spec: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """The `vllm.LLM` of this configuration. `spec` is the speculative config."""
+        """The `vllm.LLM` of this configuration. `spec` is the speculative config.
+
+        The draft length is fixed unless it says otherwise: on tiny models nothing is
+        worth drafting.
+        """
         from vllm import LLM
 
         settings: dict[str, Any] = {
@@ -131,7 +135,9 @@ class Engines:
         }
         key = repr((model, spec, sorted(settings.items(), key=str)))
         if key not in self._engines:
-            config = None if spec is None else {"method": "selfspec", **spec}
+            config = None
+            if spec is not None:
+                config = {"method": "selfspec", "draft_length": "fixed", **spec}
             llm = LLM(model, speculative_config=config, **settings)
             self._engines[key] = llm
             _counters[id(llm)] = SpecCounters()

@@ -216,6 +216,22 @@ def test_where_a_tokens_time_goes_adds_up_to_it() -> None:
     ]
 
 
+def test_what_is_finished_is_saved_block_by_block() -> None:
+    log: list[Any] = []
+    saved: list[int] = []
+    loads = [Load(1, 2), Load(2, 4)]
+    compare(
+        [Scripted(PLAIN, log)],
+        [TASK],
+        loads,
+        [GREEDY],
+        lambda prompt: str(prompt.content),
+        lambda what: None,
+        lambda comparison: saved.append(len(comparison.blocks)),
+    )
+    assert saved == [1, 2]
+
+
 @pytest.mark.parametrize("num_before", [0, 4])
 def test_ctrl_c_leaves_the_blocks_that_were_finished(num_before: int) -> None:
     log: list[Any] = []

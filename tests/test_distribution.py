@@ -15,6 +15,8 @@ import pytest
 from conftest import IS_PART, IS_V2, Engines, build_tiny_model, run, token_ids
 from scipy import stats
 
+from vllm_selfspec.draft_length.costs import StepCosts
+
 pytestmark = pytest.mark.v2
 FALSE_ALARM = 1e-6
 # The V2 runner's kernels run in Triton's interpreter, at 0.2 s a sample: fewer of them,
@@ -82,9 +84,9 @@ def p_value(samples: list[tuple[int, ...]], expected: np.ndarray) -> float:
     return float(stats.chisquare(observed[keep], wanted).pvalue)
 
 
-def drafting(engines: Engines, model: str, method: str) -> Any:
+def drafting(engines: Engines, model: str, method: str, policy: str = "fixed") -> Any:
     spec = {"exit_layer": 2, "num_speculative_tokens": 2, "draft_sample_method": method}
-    return engines.get(model, spec, max_num_seqs=256)
+    return engines.get(model, {**spec, "draft_length": policy}, max_num_seqs=256)
 
 
 def samples_of(llm: Any, setting: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -107,6 +109,78 @@ def test_sampled_text_is_distributed_as_plain_vllms(
     samples = samples_of(drafting(engines, model, method), SETTINGS[setting])
     p = p_value(samples, exact(engines, model, SETTINGS[setting]))
     assert p > FALSE_ALARM, f"{setting}, {method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.skipif(IS_V2, reason="the V2 runner's drafts know the temperature alone")
+@pytest.mark.parametrize("setting", ["top_p", "top_k"])
+def test_drafts_truncated_like_the_target_are_accepted_more_often(
+    setting: str, model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, prompts = (
+        drafting(engines, model, "probabilistic"),
+        [{"prompt_token_ids": PROMPT}] * 3000,
+    )
+    sampling = params(max_tokens=NUM_TOKENS, **SETTINGS[setting])
+
+    def acceptance() -> float:
+        _, counts = run(llm, prompts, sampling)
+        return counts.accepted_tokens / counts.draft_tokens
+
+    truncated = acceptance()
+    monkeypatch.setattr("vllm_selfspec.v1_proposer._truncated", lambda *given: given)
+    # Some 6000 drafts each: their acceptance has a deviation below 0.01.
+    assert truncated > acceptance() + 0.05
+
+
+@pytest.mark.skipif(IS_V2, reason="rows stop on the host there: see v2_speculator")
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("policy", ["threshold", "thompson", "thompson-calibrated"])
+def test_rows_that_stop_drafting_leave_the_distribution_alone(
+    policy: str, method: str, model: str, engines: Engines
+) -> None:
+    llm = drafting(engines, model, method, policy)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"{policy}, {method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.skipif(IS_V2, reason="it exchanges a part of the V1 proposer's")
+def test_the_test_catches_a_rule_that_drops_the_token_it_stops_at(
+    model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_selfspec.row_stops import RowStops
+
+    llm = drafting(engines, model, "probabilistic", "threshold")
+    after = RowStops.after
+
+    def dropping(self: Any, step: int, confidence: Any) -> bool:
+        goes_on = after(self, step, confidence)
+        if step == 0:
+            self.lengths[confidence < 0.5] = 0
+        return goes_on
+
+    monkeypatch.setattr(RowStops, "after", dropping)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    assert p_value(samples, exact(engines, model, SETTINGS["T=1"])) < FALSE_ALARM, (
+        "a biased stop went unnoticed"
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["probabilistic"] if IS_PART else ["greedy", "probabilistic"]
+)
+def test_goodput_lengths_leave_the_distribution_alone(
+    method: str, model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = drafting(engines, model, method, "goodput")
+    # Costs at which the second token pays for some requests and not for others.
+    costs = StepCosts((1, 1024), (1.0, 1024.0 / 3), (1e-3, 1e-3))
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler.planner.use_costs(costs)
+    monkeypatch.setattr(StepCosts, "observe", lambda *_: None)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"goodput, {method} drafts: p = {p:.2g}"
 
 
 def accept_all_drafts(

@@ -165,6 +165,37 @@ def test_greedy_output_is_plain_vllms(
             assert counts.draft_tokens > 0, f"{what}: nothing was drafted"
 
 
+# The usual first threshold is for text; of these prompts a draft is never that sure.
+STOPPING: dict[str, Any] = {
+    "threshold": {"policy": "threshold", "start": 0.3},
+    "thompson": "thompson",
+    "thompson-calibrated": "thompson-calibrated",
+}
+
+
+@pytest.mark.skipif(IS_V2, reason="rows stop on the host there: see v2_speculator")
+@pytest.mark.parametrize("policy", STOPPING)
+@pytest.mark.parametrize("plan", ["empty", "middling", "exit"])
+def test_rows_that_stop_drafting_leave_the_text_alone(
+    policy: str, plan: str, paths: dict[str, str], engines: Engines
+) -> None:
+    # A trained model: what random ones draft has no confidence to tell apart.
+    spec = {**plans(12)[plan], "num_speculative_tokens": 4}
+    plain = engines.get(paths["demo"])
+    llm = engines.get(paths["demo"], {**spec, "draft_length": STOPPING[policy]})
+    for what, (prompts, sampling) in batches().items():
+        expected, _ = run(plain, prompts, sampling)
+        found, counts = run(llm, prompts, sampling)
+        assert_same_tokens(expected, found, what)
+        if what == "eight requests of different lengths":
+            if plan == "empty":
+                assert counts.accepted_tokens == counts.draft_tokens
+                continue
+            assert counts.drafts < counts.draft_tokens < 4 * counts.drafts, (
+                f"all drafts were of one length: {counts}"
+            )
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_empty_skip_set_accepts_every_draft_token(
     family: str, paths: dict[str, str], engines: Engines

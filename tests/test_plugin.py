@@ -24,6 +24,8 @@ DRAFTING = {
     "draft_batch",
     "draft_compile",
     "draft_view",
+    "measure",
+    "scheduler",
     "v1_proposer",
     "v2_speculator",
 }

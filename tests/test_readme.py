@@ -1,6 +1,5 @@
 """What the README says of files, keys and figures is so."""
 
-import json
 import re
 import runpy
 from pathlib import Path
@@ -51,10 +50,17 @@ def test_families_are_those_that_are_supported() -> None:
         assert architecture.removesuffix("ForCausalLM").lower() in line.lower()
 
 
-def test_figures_are_those_of_the_saved_run() -> None:
+def test_figures_are_those_of_the_saved_runs() -> None:
     script = runpy.run_path(str(REPOSITORY / "benchmarks" / "update_readme.py"))
-    report = json.loads(script["RESULTS"].read_text())
-    assert script["updated"](README, report) == README, (
-        "the README's numbers are not those of benchmarks/results/quick: "
+    assert script["updated"](README) == README, (
+        "the README's numbers are not those of benchmarks/results: "
         "run python benchmarks/update_readme.py"
     )
+
+
+def test_every_saved_run_has_its_table() -> None:
+    script = runpy.run_path(str(REPOSITORY / "benchmarks" / "update_readme.py"))
+    for name, (path, _) in script["TABLES"].items():
+        start, end = f"<!-- {name}: benchmarks/results/{path} -->", f"<!-- /{name} -->"
+        assert README.count(start) == README.count(end) == 1, name
+        assert README.index(start) < README.index(end)

@@ -242,9 +242,18 @@ def bench(
         typer.Option(
             min=1,
             metavar="N",
-            help="Prompts of a task for one stream; others run 2 a stream, if more.",
+            help="Prompts of a task for one stream, and at least so many for more.",
         ),
     ] = 8,
+    per_stream: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Prompts of a task for each of several streams. With 1 the last "
+            "requests of a turn run with ever fewer others.",
+        ),
+    ] = 2,
     temperature: Annotated[
         str, typer.Option(metavar="LIST", help="Temperatures; 0 is greedy.")
     ] = "0,1",
@@ -306,7 +315,7 @@ def bench(
 
     with errors_in_one_line():
         loads = [
-            Load(n, prompts if n == 1 else max(prompts, 2 * n))
+            Load(n, prompts if n == 1 else max(prompts, per_stream * n))
             for n in numbers("--streams", streams, int, 1)
         ]
         options = Options(

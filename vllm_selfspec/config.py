@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_selfspec.draft_length.options import DraftLength, Goodput
 from vllm_selfspec.profile import (
     PATH,
     SKIP_SET,
@@ -87,7 +88,12 @@ class SelfSpecConfig(Keys):
         "the draft's distribution, which lets more tokens through when the target "
         "samples too.",
     )
-
+    draft_length: DraftLength = Field(
+        default_factory=Goodput,
+        description="How far to draft: 'goodput' (what brings most tokens per second, "
+        "by measured costs and acceptance), 'fixed', 'threshold', 'thompson' or "
+        "'thompson-calibrated'.",
+    )
     num_speculative_tokens_per_batch_size: list[tuple[int, int, int]] | None = Field(
         default=None,
         description="vLLM's: how many tokens to draft while so many requests run, as "

@@ -191,6 +191,7 @@ class Arms:
             self.settings["gpu_memory_utilization"] = 0.42  # two engines, one GPU
         self.plain = LLM(model, **self.settings)
         config = {"method": METHOD, "num_speculative_tokens": k}
+        config |= {"draft_length": "fixed"}  # so that a plan's bound can be told
         self.drafting = LLM(model, speculative_config=config, **self.settings)
         self._counters = SpecCounters()
 

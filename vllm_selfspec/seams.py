@@ -130,7 +130,7 @@ def _propose(original: Function) -> Function:
 def _allow_v2_runner(original: Function) -> Function:
     def _get_v2_model_runner_unsupported_features(self: Any) -> Any:
         unsupported = original(self)
-        if not uses_selfspec(self):
+        if not uses_selfspec(self) or stops_rows(self):
             return unsupported
         return [feature for feature in unsupported if "'custom_class'" not in feature]
 
@@ -188,6 +188,22 @@ def _expand_in_torch(original: Function) -> Function:
         return expanded.masked_fill_(expanded == replace_from, replace_to)
 
     return expand_batch_to_tokens
+
+
+def _plan_draft_lengths(original: Function) -> Function:
+    def __init__(
+        self: Any, vllm_config: Any, executor_class: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if not plans_draft_lengths(vllm_config):
+            original(self, vllm_config, executor_class, *args, **kwargs)
+            return
+        from vllm_selfspec import scheduler
+
+        scheduler.choose(vllm_config)
+        original(self, vllm_config, executor_class, *args, **kwargs)
+        scheduler.start(self.scheduler, self.model_executor)
+
+    return __init__
 
 
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -258,6 +274,23 @@ SEAMS: tuple[Seam, ...] = (
         in_registry=True,
     ),
     Seam(
+        module="vllm.v1.engine.core",
+        target="EngineCore.__init__",
+        parameters=(
+            "self",
+            "vllm_config",
+            "executor_class",
+            "log_stats",
+            "executor_fail_callback",
+            "include_finished_set",
+        ),
+        replace=_plan_draft_lengths,
+        why="How many drafts are scheduled follows the number of requests alone, by a "
+        "table. A scheduler of our own decides; vLLM lets a config name one, but it "
+        "has no way to the workers, which measure what a forward costs.",
+        remove_when="a speculative method can say how many tokens to schedule.",
+    ),
+    Seam(
         module=_V1_REJECTION,
         target="apply_sampling_constraints",
         parameters=("logits", "cu_num_draft_tokens", "sampling_metadata"),
@@ -321,6 +354,24 @@ def uses_selfspec(vllm_config: Any) -> bool:
     """Whether this `VllmConfig` was made by `vllm_args.translate`."""
     config = vllm_config.additional_config
     return isinstance(config, dict) and "selfspec" in config
+
+
+def plans_draft_lengths(vllm_config: Any) -> bool:
+    """Whether the draft lengths are chosen step by step, for the whole batch."""
+    return _policy(vllm_config) == "goodput"
+
+
+def stops_rows(vllm_config: Any) -> bool:
+    """Whether single rows stop drafting, which the V1 runner alone can do so far."""
+    return _policy(vllm_config) not in (None, "goodput", "fixed")
+
+
+def _policy(vllm_config: Any) -> str | None:
+    """The name of the draft-length policy; None where selfspec is not used."""
+    if not uses_selfspec(vllm_config):
+        return None
+    options = vllm_config.additional_config["selfspec"].get("draft_length", {})
+    return str(options.get("policy", "fixed"))
 
 
 def mark_in_use() -> None:

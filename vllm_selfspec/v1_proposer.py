@@ -18,15 +18,19 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
 from vllm_selfspec import seams
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_view import DraftView
+from vllm_selfspec.row_stops import RowStops
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.support import family_of
 from vllm_selfspec.vllm_args import plan_of
+
+SAMPLING_EPS = 1e-5  # vLLM's: below it a temperature means greedy
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class SelfSpecProposer:
         self._is_probabilistic = (
             vllm_config.speculative_config.draft_sample_method == "probabilistic"
         )
+        self._stops = RowStops.of(vllm_config)
         self._target: nn.Module
         self._view: DraftView
 
@@ -74,6 +79,23 @@ class SelfSpecProposer:
         """
         family = family_of(self._vllm_config.model_config.architecture)
         self._view = DraftView(self._target, skip_set, family)
+
+    @torch.inference_mode()
+    def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
+        """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
+        so many draft steps; as in vLLM's dummy runs, with nothing to attend to."""
+        hidden_states, _ = runner._dummy_run(num_rows)
+        runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
+        token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
+        for _ in range(num_drafts):
+            with set_forward_context(
+                None,
+                self._vllm_config,
+                num_tokens=num_rows,
+                skip_compiled=not self._view.is_compiled,
+            ):
+                hidden_states = self._view(token_ids, token_ids.long())
+            token_ids = self._view.compute_logits(hidden_states).argmax(dim=-1).int()
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """Never called: `seams` calls `propose_for_runner`, which sees the runner."""
@@ -103,15 +125,21 @@ class SelfSpecProposer:
             sampled_token_ids,
             scheduler_output.num_spec_tokens_to_schedule,
         )
+        req_ids = runner.input_batch.req_ids
+        if self._stops is not None:
+            drafted = scheduler_output.scheduled_spec_decode_tokens
+            self._stops.observe(req_ids, drafted, sampled_token_ids)
         rows = np.flatnonzero(num_drafts)
         if not len(rows):
             return Drafts([[] for _ in sampled_token_ids])
         batch = self._draft_batch(runner, rows, num_drafts[rows])
         sampling = _for_rows(sampling_metadata, rows)
+        if self._stops is not None:
+            self._stops.begin([req_ids[row] for row in rows], num_drafts[rows])
         token_ids, probs = self._draft(batch, sampling)
-        return _to_drafts(
-            token_ids, probs, rows, num_drafts, runner.input_batch.req_ids
-        )
+        if self._stops is not None:
+            num_drafts[rows] = self._stops.lengths
+        return _to_drafts(token_ids, probs, rows, num_drafts, req_ids)
 
     def _num_drafts(
         self, input_batch: Any, sampled_token_ids: Sequence[Sequence[int]], k: int
@@ -176,6 +204,10 @@ class SelfSpecProposer:
             token_ids, probs = self._sample(logits, sampling)
             steps.append(token_ids)
             steps_probs.append(probs)
+            if self._stops is not None:
+                confidence = _confidence(logits, probs, token_ids)
+                if not self._stops.after(step, confidence):
+                    break
         drafted = torch.stack(steps, dim=1)
         if not self._samples(sampling):
             return drafted, None
@@ -191,9 +223,19 @@ class SelfSpecProposer:
         if not self._samples(sampling):
             return logits.argmax(dim=-1).int(), None
         token_ids, probs = compute_probs_and_sample_next_token(
-            logits, sampling, self._use_fp64_gumbel
+            *_truncated(logits, sampling), self._use_fp64_gumbel
         )
         return token_ids.int(), probs
+
+
+def _confidence(
+    logits: torch.Tensor, probs: torch.Tensor | None, token_ids: torch.Tensor
+) -> np.ndarray:
+    """The draft's probability of the tokens it has just drawn, `[num_rows]`."""
+    if probs is None:
+        probs = logits.softmax(dim=-1, dtype=torch.float32)
+    chosen = probs.gather(1, token_ids.long()[:, None])[:, 0]
+    return chosen.double().cpu().numpy()
 
 
 def _for_rows(sampling: SamplingMetadata, rows: np.ndarray) -> SamplingMetadata:
@@ -201,7 +243,32 @@ def _for_rows(sampling: SamplingMetadata, rows: np.ndarray) -> SamplingMetadata:
     if sampling.temperature is None:
         return sampling
     index = torch.from_numpy(rows).to(sampling.temperature.device)
-    return replace(sampling, temperature=sampling.temperature[index])
+    return replace(
+        sampling,
+        temperature=sampling.temperature[index],
+        top_k=None if sampling.top_k is None else sampling.top_k[index],
+        top_p=None if sampling.top_p is None else sampling.top_p[index],
+    )
+
+
+def _truncated(
+    logits: torch.Tensor, sampling: SamplingMetadata
+) -> tuple[torch.Tensor, SamplingMetadata]:
+    """Logits with the target's top-k and top-p applied, and what is left to apply.
+
+    The target accepts with probability min(1, p / q), so a draft that keeps to the
+    tokens which the target may choose from is accepted more often. vLLM's own drafting
+    knows of the temperature alone.
+    """
+    if sampling.top_k is None and sampling.top_p is None:
+        return logits, sampling
+    assert sampling.temperature is not None
+    is_greedy = sampling.temperature < SAMPLING_EPS
+    temperature = sampling.temperature.masked_fill(is_greedy, 1.0)
+    logits = logits.float() / temperature[:, None]
+    logits = apply_top_k_top_p(logits, sampling.top_k, sampling.top_p)
+    done = torch.where(is_greedy, sampling.temperature, 1.0)
+    return logits, replace(sampling, temperature=done)
 
 
 def _to_drafts(

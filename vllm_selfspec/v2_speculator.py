@@ -37,10 +37,12 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 )
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_selfspec import seams
+from vllm_selfspec.config import ConfigError
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_view import DraftView
 from vllm_selfspec.support import family_of
-from vllm_selfspec.vllm_args import plan_of
+from vllm_selfspec.vllm_args import draft_length_of, plan_of
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
@@ -58,10 +60,17 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        if seams.stops_rows(vllm_config):
+            raise ConfigError(
+                "the V2 model runner takes draft_length 'goodput' or 'fixed', but "
+                f"it is {draft_length_of(vllm_config)!r}: use one of those, or "
+                "VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         self.draft_tokens = self.draft_tokens.new_zeros(
             self.max_num_reqs, 1 + self.num_speculative_steps
         )
         self.hidden_states = self.hidden_states.new_empty(self.max_num_reqs, 0)
+        self._num_dummy_drafts = self.num_speculative_steps
         self._view: DraftView
 
     def load_draft_model(
@@ -175,11 +184,9 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         vLLM drops what it drafted, as with its own speculators.
         """
         num_reqs = input_batch.num_reqs
-        num_drafts = (
-            self.num_speculative_steps
-            if num_speculative_tokens is None
-            else num_speculative_tokens
-        )
+        num_drafts = num_speculative_tokens
+        if num_drafts is None:  # a dummy run
+            num_drafts = self._num_dummy_drafts
         if num_drafts > 0:
             self._copy_request_inputs(
                 num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run
@@ -200,6 +207,17 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
                 is_profile=is_profile,
             )
         return self.draft_tokens[:num_reqs, 1:]
+
+    def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
+        """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
+        so many draft steps."""
+        self._num_dummy_drafts = num_drafts
+        try:
+            _, hidden_states = runner._dummy_run(num_rows)
+        finally:
+            self._num_dummy_drafts = self.num_speculative_steps
+        with torch.inference_mode():
+            runner.model.compute_logits(hidden_states)
 
     def _prepare_first_step(
         self,

@@ -17,6 +17,8 @@ from vllm_selfspec.config import (
     SelfSpecConfig,
     resolve_plan,
 )
+from vllm_selfspec.draft_length.options import POLICIES, Goodput, schedule_of_all
+from vllm_selfspec.profile import Keys
 from vllm_selfspec.support import raise_if_unsupported
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -95,15 +97,21 @@ def _resolve(
     logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
     engine_args.additional_config = {
         **engine_args.additional_config,
-        METHOD: plan.to_dict(),
+        METHOD: {**plan.to_dict(), "draft_length": config.draft_length.model_dump()},
     }
     return {
         "num_speculative_tokens": config.num_speculative_tokens,
         "draft_sample_method": config.draft_sample_method,
-        "num_speculative_tokens_per_batch_size": (
-            config.num_speculative_tokens_per_batch_size
-        ),
+        "num_speculative_tokens_per_batch_size": _schedule(config),
     }
+
+
+def _schedule(config: SelfSpecConfig) -> list[tuple[int, int, int]] | None:
+    """The user's, or one for vLLM to capture CUDA graphs of every length by."""
+    given = config.num_speculative_tokens_per_batch_size
+    if given is None and isinstance(config.draft_length, Goodput):
+        return schedule_of_all(config.num_speculative_tokens)
+    return given
 
 
 def _user_keys(engine_args: Any) -> dict[str, Any]:
@@ -131,6 +139,12 @@ def _user_keys(engine_args: Any) -> dict[str, Any]:
             )
         keys[key] = value
     return keys
+
+
+def draft_length_of(vllm_config: Any) -> Keys:
+    """The policy that `translate` put into this `VllmConfig`."""
+    options = vllm_config.additional_config[METHOD]["draft_length"]
+    return POLICIES[options["policy"]].model_validate(options)
 
 
 def plan_of(vllm_config: Any) -> DraftPlan:

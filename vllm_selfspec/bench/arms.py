@@ -21,6 +21,7 @@ HUGGING_FACE = "Hugging Face"
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4}
 # Suffix decoding sets its own lengths; 32 is its documented maximum.
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 32}
+MOST_DRAFTS = 8  # that a controller of ours chooses from
 
 
 @dataclass(frozen=True)
@@ -96,30 +97,32 @@ def arms_of(
 
 
 def _ours(weights: ModelWeights, lengths: list[int]) -> list[Arm]:
-    """`auto`, and fixed early exits after a half, a quarter and a sixth of the layers;
-    the best of them at every length."""
+    """`auto`, and early exits after a quarter and a sixth of the layers, at fixed
+    lengths, the second at all of them; the first two with goodput lengths, too."""
     num_layers = weights.num_layers
     auto = resolve_plan(SelfSpecConfig(), num_layers).skip_set
-    plans: list[tuple[str, dict[str, Any], SkipSet, list[int]]] = [
-        ("auto", {}, auto, lengths[:1])
-    ]
-    for part in (2, 4, 6):
-        if exit_layer := num_layers // part:
-            skip_set = SkipSet.early_exit(num_layers, exit_layer)
-            ks = lengths if part == 4 else lengths[:1]
-            plans.append(
-                (f"exit_layer {exit_layer}", {"exit_layer": exit_layer}, skip_set, ks)
-            )
-    return [
-        Arm(
-            f"selfspec {name}, k {k}",
-            "selfspec",
-            {"method": METHOD, "num_speculative_tokens": k, **keys},
-            skip_set,
-        )
-        for name, keys, skip_set, ks in plans
-        for k in ks
-    ]
+    found = [_own("auto", {}, auto, lengths[0]), _own("auto", {}, auto)]
+    for part, ks in ((4, lengths), (6, lengths[:1])):
+        exit_layer = num_layers // part
+        if not exit_layer:
+            continue
+        plan = f"exit_layer {exit_layer}", {"exit_layer": exit_layer}
+        skip_set = SkipSet.early_exit(num_layers, exit_layer)
+        found += [_own(*plan, skip_set, k) for k in ks]
+        found += [_own(*plan, skip_set)] if part == 4 else []
+    return found
+
+
+def _own(
+    name: str, keys: dict[str, Any], skip_set: SkipSet, k: int | None = None
+) -> Arm:
+    """One plan of ours at a fixed length, or with goodput lengths."""
+    config = {"method": METHOD, **keys}
+    if k is None:
+        config |= {"draft_length": "goodput", "num_speculative_tokens": MOST_DRAFTS}
+        return Arm(f"selfspec {name}, goodput", "selfspec", config, skip_set)
+    config |= {"draft_length": "fixed", "num_speculative_tokens": k}
+    return Arm(f"selfspec {name}, k {k}", "selfspec", config, skip_set)
 
 
 def _peer(method: str, config: dict[str, Any], extra_bytes: int = 0) -> Arm:

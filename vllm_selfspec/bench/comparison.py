@@ -275,6 +275,7 @@ def compare(
     samplings: Sequence[Sampling],
     render: Callable[[Any], str],
     advance: Callable[[str], None],
+    save: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Comparison:
     """Runs everything.
 
@@ -286,6 +287,7 @@ def compare(
         samplings: How to generate.
         render: The text of a `Prompt`.
         advance: Called before each group that an arm runs, with what it is.
+        save: Called after each block, with all that was run so far.
 
     Returns:
         What was run: everything, or after Ctrl-C the blocks that were finished.
@@ -306,6 +308,7 @@ def compare(
                         raise
                     return comparison
                 comparison.blocks.append(block)
+                save(comparison)
     return comparison
 
 

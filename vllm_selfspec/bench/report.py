@@ -41,12 +41,17 @@ LEGEND = (
 def write(document: Report, output: Path, console: Console) -> None:
     """Writes `report.json`, `report.md` and `report.html` into the directory `output`,
     and prints the table."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_json(document, output)
     (output / "report.md").write_text(markdown(document))
     (output / "report.html").write_text(html(document))
     show(markdown(document), console)
     console.print(f"Written to {output}: report.json, report.md, report.html")
+
+
+def write_json(document: Report, output: Path) -> None:
+    """Writes `report.json` alone: what there is so far."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 def show(text: str, console: Console) -> None:

@@ -9,7 +9,7 @@ import runpy
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Options:
 def run_bench(options: Options) -> None:
     """Runs the comparison and writes `report.json`, `report.md` and `report.html`.
 
-    Ctrl-C stops after the block that was finished last, and reports what is there.
+    Ctrl-C stops after the block that was finished last, and reports what is there;
+    `report.json` is written after every block.
 
     Raises:
         CheckpointError: If a model cannot be found or read.
@@ -105,18 +106,24 @@ def run_bench(options: Options) -> None:
         for t in options.temperatures
     ]
     started = time.monotonic()
-    comparison = _compare(engines, tasks, options.loads, samplings, console)
-    document = {
-        **provenance(options, model),
-        "seconds": round(time.monotonic() - started),
-        "arms": [describe(arm) for arm in arms],
-        "costs": _costs(comparison, options.loads),
-        "steps": comparison.times_of_a_token(),
-        "results": [to_dict(result) for result in comparison.results()],
-    }
+
+    def document(comparison: Comparison) -> dict[str, Any]:
+        return {
+            **provenance(options, model),
+            "seconds": round(time.monotonic() - started),
+            "arms": [describe(arm) for arm in arms],
+            "costs": measured_costs(comparison, options.loads),
+            "steps": comparison.times_of_a_token(),
+            "results": [to_dict(result) for result in comparison.results()],
+        }
+
+    def save(comparison: Comparison) -> None:
+        report.write_json(document(comparison), options.output)
+
+    comparison = _compare(engines, tasks, options.loads, samplings, console, save)
     if len(comparison.blocks) < len(tasks) * len(samplings) * len(options.loads):
         console.print("Stopped; this is what was finished.")
-    report.write(document, options.output, console)
+    report.write(document(comparison), options.output, console)
 
 
 def prepare() -> None:
@@ -234,6 +241,7 @@ def _compare(
     loads: Sequence[Load],
     samplings: list[Sampling],
     console: Console,
+    save: Callable[[Comparison], None],
 ) -> Comparison:
     tokenizer = engines[0].tokenizer
     columns = (
@@ -259,7 +267,17 @@ def _compare(
             samplings,
             lambda prompt: prompt.render(tokenizer),
             advance,
+            save,
         )
+
+
+def command_line() -> str:
+    """How this process was started, from the repository."""
+    program = Path(sys.argv[0])
+    words = ["vllm-selfspec"]
+    if program.parent.name == BENCHMARKS.name:
+        words = ["python", f"{BENCHMARKS.name}/{program.name}"]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def provenance(options: Options, model: Path) -> dict[str, Any]:
@@ -268,7 +286,7 @@ def provenance(options: Options, model: Path) -> dict[str, Any]:
 
     on_gpu = torch.cuda.is_available()
     return {
-        "command": shlex.join(["vllm-selfspec", *sys.argv[1:]]),
+        "command": command_line(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {
             "vllm_selfspec": __version__,
@@ -300,7 +318,9 @@ def describe(arm: Arm) -> dict[str, Any]:
     }
 
 
-def _costs(comparison: Comparison, loads: Sequence[Load]) -> list[dict[str, Any]]:
+def measured_costs(
+    comparison: Comparison, loads: Sequence[Load]
+) -> list[dict[str, Any]]:
     """Measured seconds, v and c, by load and arm."""
     found = []
     for one in loads:

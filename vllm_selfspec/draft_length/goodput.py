@@ -4,6 +4,7 @@ One rule: a draft token must earn what it costs. On a machine with idle memory b
 that is little; on a busy one it is the work of a row, and then nothing is drafted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,27 @@ def best_lengths(survival: Floats, room: Ints, costs: StepCosts) -> Ints:
     return lengths.astype(np.int64)
 
 
+def best_uniform_length(
+    survival: Floats, room: Ints, costs: StepCosts, choices: Sequence[int]
+) -> Ints:
+    """The same for one length of all requests, out of `choices`: what can be replayed
+    from a CUDA graph, which is captured for whole batches."""
+    num_reqs = len(room)
+    plain = num_reqs / float(costs.verify(num_reqs))
+    step = float(costs.draft(num_reqs))
+    best, lengths = plain * (1 + MARGIN), np.zeros(num_reqs, np.int64)
+    for choice in choices:
+        tried = np.minimum(room, choice)
+        if not tried.any():
+            continue
+        kept = np.arange(survival.shape[1]) < tried[:, None]
+        seconds = float(costs.verify(num_reqs + int(tried.sum()))) + choice * step
+        rate = (num_reqs + float((survival * kept).sum())) / seconds
+        if rate > best:
+            best, lengths = rate, tried
+    return lengths
+
+
 @dataclass
 class Plan:
     """What a step drafts.
@@ -79,8 +101,23 @@ class Plan:
 class Goodput:
     """Chooses draft lengths step by step, and learns from what came of them."""
 
-    def __init__(self, num_slots: int, max_drafts: int, costs: StepCosts) -> None:
-        """For `num_slots` requests at a time, and drafts of up to `max_drafts`."""
+    def __init__(
+        self,
+        num_slots: int,
+        max_drafts: int,
+        costs: StepCosts,
+        uniform: Sequence[int] = (),
+    ) -> None:
+        """For `num_slots` requests at a time, and drafts of up to `max_drafts`.
+
+        Args:
+            num_slots: Requests at a time.
+            max_drafts: The longest draft.
+            costs: Of this model on this machine.
+            uniform: The lengths a whole batch may have; empty where each request may
+                have its own.
+        """
+        self._uniform = tuple(uniform)
         self.acceptance = Acceptance(num_slots, max_drafts)
         self.costs = costs
         self._max_drafts = max_drafts
@@ -92,7 +129,11 @@ class Goodput:
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
         room = np.minimum(room, self._max_drafts)
-        lengths = best_lengths(self.acceptance.survival(slots), room, self.costs)
+        survival = self.acceptance.survival(slots)
+        if self._uniform:
+            lengths = best_uniform_length(survival, room, self.costs, self._uniform)
+        else:
+            lengths = best_lengths(survival, room, self.costs)
         if lengths.any():
             return Plan(lengths)
         return self._trial(num_reqs, room)

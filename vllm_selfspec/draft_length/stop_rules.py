@@ -41,7 +41,7 @@ class StopRule(Protocol):
         ...
 
     def goes_on(self, slots: Slots, step: int, confidence: Floats) -> Bools:
-        """Whether to draft another token.
+        """Whether to draft another token; asked after every token, the last one too.
 
         Args:
             slots: The rows that have not stopped, `[n]`.

@@ -1,0 +1,192 @@
+"""Is the goodput length as good as the best fixed one at every load, and never slower?
+
+    python benchmarks/draft_length.py -o benchmarks/results/draft_length
+
+In one process and in turns: plain vLLM, fixed lengths, the goodput length with the same
+draft, and with a draft that is always wrong. At 1, 4, 8 and 16 streams, and with a load
+that swings from 1 to 16 and back within a run. The bound of a fixed length is
+E / (v + k c); goodput has none of its own, it should follow the best of them.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_selfspec.bench import report
+from vllm_selfspec.bench.arms import PLAIN, Arm
+from vllm_selfspec.bench.comparison import Load, compare, num_turns, to_dict
+from vllm_selfspec.bench.engines import Engine, Sampling, VllmEngine
+from vllm_selfspec.bench.run import (
+    KV_CACHE_BYTES,
+    Options,
+    describe,
+    engine_settings,
+    find_model,
+    measured_costs,
+    prepare,
+    provenance,
+)
+from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.skip_set import SkipSet
+
+LENGTHS = (1, 2, 4, 8)
+# Layer 3 of the demo model agrees with it, layer 1 of its twin hardly.
+EXIT_LAYER, NUM_LAYERS = 3, 12
+# A draft of one MLP and no attention knows nothing of the text.
+WRONG = {
+    "attention": list(range(NUM_LAYERS)),
+    "mlp": list(range(1, NUM_LAYERS)),
+}
+SWING = (1, 16, 1)
+
+
+def arms() -> list[Arm]:
+    """Plain vLLM first."""
+    good = SkipSet.early_exit(NUM_LAYERS, EXIT_LAYER)
+    exits = {"method": "selfspec", "exit_layer": EXIT_LAYER}
+    most = {"draft_length": "goodput", "num_speculative_tokens": LENGTHS[-1]}
+    found = [Arm(PLAIN, "plain")]
+    for k in LENGTHS:
+        config = {**exits, "draft_length": "fixed", "num_speculative_tokens": k}
+        found.append(Arm(f"selfspec, k {k}", "selfspec", config, good))
+    found.append(Arm("selfspec, goodput", "selfspec", {**exits, **most}, good))
+    wrong = {"method": "selfspec", "skip_layers": WRONG, **most}
+    skip_set = SkipSet.from_dict(NUM_LAYERS, WRONG)
+    found.append(Arm("selfspec, goodput, wrong draft", "selfspec", wrong, skip_set))
+    return found
+
+
+def swing(engines: list[Any], prompts: list[str], sampling: Sampling) -> list[Any]:
+    """A load from 1 to 16 streams and back, by every arm in turn: tokens a second over
+    plain vLLM's, and the times of the steps around each change."""
+    found = []
+    for engine in engines:
+        steps: list[float] = []
+        changes, tokens, waiting = [], 0, list(prompts)
+        started = time.perf_counter()
+        for num_streams in SWING:
+            changes.append(len(steps))
+            num = 2 * num_streams
+            chosen, waiting = waiting[:num], waiting[num:]
+            with timed_steps(engine, steps):
+                run = engine.run(chosen, num_streams, sampling)
+            tokens += run.num_tokens
+        seconds = time.perf_counter() - started
+        rate = tokens / seconds
+        found.append(
+            {
+                "arm": engine.arm.name,
+                "tokens_per_second": rate,
+                "speed_up": rate / (found[0]["tokens_per_second"] if found else rate),
+                "changes_at_step": changes,
+                "step_seconds": [round(t, 4) for t in steps],
+            }
+        )
+    return found
+
+
+class timed_steps:
+    """Appends the seconds of every engine step to a list."""
+
+    def __init__(self, engine: Any, steps: list[float]) -> None:
+        self._core, self._steps = engine.llm.llm_engine, steps
+
+    def __enter__(self) -> None:
+        step = type(self._core).step.__get__(self._core)
+
+        def timed() -> Any:
+            started = time.perf_counter()
+            found = step()
+            self._steps.append(time.perf_counter() - started)
+            return found
+
+        self._core.step = timed
+
+    def __exit__(self, *_: object) -> None:
+        del self._core.step
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="'demo' or 'plain'.")] = "demo",
+    task: Annotated[str, typer.Option(help="Prompts.")] = "chat",
+    streams: Annotated[str, typer.Option(help="Loads.")] = "1,4,8,16",
+    groups: Annotated[int, typer.Option(help="Turns of every arm at a load.")] = 3,
+    swings: Annotated[int, typer.Option(help="Turns with a swinging load.")] = 2,
+    max_tokens: Annotated[int, typer.Option(help="A prompt.")] = 48,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory of the report.")
+    ] = Path("draft-length"),
+) -> None:
+    """Compare fixed and goodput lengths with plain vLLM at several loads."""
+    prepare()
+    console = Console(highlight=False)
+    loads = tuple(
+        Load(n, groups * (1 if n == 1 else 2 * n)) for n in map(int, streams.split(","))
+    )
+    options = Options(
+        model=model,
+        draft_model=None,
+        widen=None,
+        tasks=(task,),
+        loads=loads,
+        temperatures=(0.0,),
+        groups=(),
+        lengths=LENGTHS,
+        max_tokens=max_tokens,
+        dtype="bfloat16",
+        output=output,
+    )
+    path = find_model(model, None, console)
+    settings = engine_settings(options) | {
+        "disable_log_stats": False,
+        "use_tqdm_on_load": False,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "max_num_seqs": max(SWING),
+    }
+    engines: list[Engine] = []
+    for arm in arms():
+        console.print(f"Starting {arm.name}")
+        engines.append(VllmEngine(arm, str(path), settings))
+    sampling = Sampling(0.0, max_tokens)
+    tasks = [load(task)]
+    tokenizer = engines[0].tokenizer
+    warm = [prompt.render(tokenizer) for prompt in load("text").prompts]
+    for engine in engines:  # what a controller knows after its first requests
+        engine.run(warm[:2], 1, sampling)
+    total, done = num_turns(engines, tasks, loads, [sampling]), 0
+
+    def advance(what: str) -> None:
+        nonlocal done
+        done += 1
+        console.print(f"{done} of {total}: {what}")
+
+    comparison = compare(
+        engines, tasks, loads, [sampling], lambda p: p.render(tokenizer), advance
+    )
+    document = {
+        **provenance(options, path),
+        "arms": [describe(arm) for arm in arms()],
+        "costs": measured_costs(comparison, loads),
+        "steps": comparison.times_of_a_token(),
+        "results": [to_dict(result) for result in comparison.results()],
+    }
+    report.write(document, output, console)
+    prompts = [prompt.render(tokenizer) for prompt in tasks[0].prompts]
+    turns = []
+    for turn in range(swings):
+        console.print(f"Swing {turn + 1} of {swings}")
+        turns.append(swing(engines, prompts, replace(sampling, max_tokens=32)))
+    (output / "swing.json").write_text(json.dumps(turns) + "\n")
+    for number, arm in enumerate(arms()):
+        gain = median(turn[number]["speed_up"] for turn in turns)
+        console.print(f"load {SWING}: {arm.name}: {gain:.2f}x")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,183 @@
+"""The planning scheduler: what it plans, cuts and learns."""
+
+from typing import Any
+
+import pytest
+from conftest import IS_V2, Engines, prompts_of, run, token_ids
+
+from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
+from vllm_selfspec.scheduler import DraftPlanner
+
+NUM_DRAFTS = 4
+SPEC: dict[str, Any] = {
+    "exit_layer": 2,
+    "num_speculative_tokens": NUM_DRAFTS,
+    "draft_length": "goodput",
+}
+# Verifying costs nothing, drafting next to nothing; and the other way round.
+CHEAP = ((1, 64), (1.0, 1.0), (0.001, 0.001))
+DEAR = ((1, 64), (1.0, 64.0), (1.0, 1.0))
+
+
+def planner(costs: tuple[Any, Any, Any] | None = CHEAP, **kwargs: Any) -> DraftPlanner:
+    found = DraftPlanner(max_num_reqs=2, num_spec_tokens=NUM_DRAFTS)
+    if costs is not None:
+        found.use_costs(StepCosts(*costs), **kwargs)
+    return found
+
+
+def test_before_costs_are_known_everybody_drafts_all_it_may() -> None:
+    found = planner(costs=None)
+    assert found.plan({"a": 4, "b": 1}, ["a", "b"]) == 4
+    assert found.lengths == {"a": 4, "b": 1}
+    found.observe({"a": 4}, {"a": 2})
+    found.observe_step(5, 1, 4, 1.0)
+
+
+def test_lengths_differ_by_what_requests_have_shown() -> None:
+    found = planner(costs=((1, 8), (1.0, 1.6), (0.1, 0.1)))
+    for _ in range(40):
+        found.plan({"good": 4, "bad": 4}, ["good", "bad"])
+        found.observe({"good": 4, "bad": 4}, {"good": 4, "bad": 0})
+    found.plan({"good": 4, "bad": 4}, ["good", "bad"])
+    assert found.lengths["good"] == 4 > found.lengths["bad"]
+
+
+def test_one_length_for_all_where_graphs_hold_whole_batches() -> None:
+    found = planner(costs=((1, 8), (1.0, 1.6), (0.1, 0.1)), uniform=[1, 2, 4])
+    for _ in range(40):
+        found.plan({"good": 4, "bad": 4}, ["good", "bad"])
+        found.observe({"good": 4, "bad": 4}, {"good": 4, "bad": 0})
+    assert found.plan({"good": 4, "bad": 4}, ["good", "bad"]) in (1, 2, 4)
+    assert len(set(found.lengths.values())) == 1
+
+
+def test_places_of_requests_that_ended_are_given_out_again() -> None:
+    found = planner()
+    for number in range(20):
+        running = [f"r{number}", f"r{number + 1}"]
+        found.plan(dict.fromkeys(running, 4), running)
+        assert set(found.lengths) == set(running)
+    found.observe({"gone": 4}, {"gone": 4})  # its last step comes in late
+    assert found.plan({}, []) == 0
+
+
+def test_no_more_is_planned_than_a_request_has_room_for() -> None:
+    found = planner()
+    assert found.plan({"a": 1, "b": 0}, ["a", "b"]) == 1
+    assert found.lengths == {"a": 1, "b": 0}
+
+
+def test_every_captured_length_is_in_the_schedule_that_vllm_captures_by() -> None:
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    for most in (1, 2, 4, 5, 8, 32):
+        lookup = build_dynamic_sd_schedule_lookup(
+            [list(entry) for entry in schedule_of_all(most)], 64, most
+        )
+        assert set(lookup) == {0, *captured_lengths(most)}
+        assert max(captured_lengths(most)) == most
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def with_costs(llm: Any, costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs that a step's real time does not change: a tiny model's are no model's."""
+    scheduler_of(llm).planner.use_costs(StepCosts(*costs))
+    monkeypatch.setattr(StepCosts, "observe", lambda *_: None)
+
+
+def greedy(**overrides: Any) -> Any:
+    from vllm import SamplingParams
+
+    defaults = {"temperature": 0, "max_tokens": 16 if IS_V2 else 32, "ignore_eos": True}
+    return SamplingParams(**{**defaults, **overrides})
+
+
+@pytest.mark.v2
+def test_the_workers_measure_their_costs_at_start_up(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    llm = engines.get(tiny_models["llama"], SPEC)
+    costs = scheduler_of(llm).planner._goodput.costs
+    for rows in (1, 8, 40):
+        assert float(costs.draft(rows)) > 0 and 0 < float(costs.verify(rows)) < 10
+
+
+@pytest.mark.v2
+def test_where_drafts_are_dear_the_engine_is_plain_vllm(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, llm = (engines.get(tiny_models["llama"], s) for s in (None, SPEC))
+    with_costs(llm, DEAR, monkeypatch)
+    expected, _ = run(plain, prompts_of(3), greedy())
+    found, counts = run(llm, prompts_of(3), greedy())
+    assert token_ids(found) == token_ids(expected)
+    assert counts.draft_tokens == 0, "not even a trial: it would cost many steps"
+
+
+@pytest.mark.v2
+def test_where_drafts_are_cheap_all_of_them_are_made(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, llm = (engines.get(tiny_models["llama"], s) for s in (None, SPEC))
+    with_costs(llm, CHEAP, monkeypatch)
+    expected, _ = run(plain, prompts_of(3), greedy())
+    found, counts = run(llm, prompts_of(3), greedy())
+    assert token_ids(found) == token_ids(expected)
+    assert counts.draft_tokens > 3 * counts.drafts, counts
+
+
+def test_drafts_beyond_a_requests_length_are_not_verified(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engines.get(tiny_models["llama"], SPEC)
+    with_costs(llm, CHEAP, monkeypatch)
+    planner, planned = scheduler_of(llm).planner, []
+    plan = DraftPlanner.plan
+
+    def uneven(self: Any, room_of: dict[str, int], running: Any) -> int:
+        steps = plan(self, room_of, running)
+        self.lengths = {r: min(k, i) for i, (r, k) in enumerate(self.lengths.items())}
+        planned.append(sum(self.lengths.values()))
+        return steps
+
+    monkeypatch.setattr(DraftPlanner, "plan", uneven)
+    expected, _ = run(
+        engines.get(tiny_models["llama"]), prompts_of(4), greedy(max_tokens=20)
+    )
+    found, counts = run(llm, prompts_of(4), greedy(max_tokens=20))
+    assert token_ids(found) == token_ids(expected)
+    # What was planned in the last step of a request is not verified any more.
+    assert 0 < counts.draft_tokens <= sum(planned)
+    assert counts.draft_tokens < 4 * counts.drafts
+    assert planner is scheduler_of(llm).planner
+
+
+def test_a_schedule_of_the_users_bounds_the_lengths(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = [[1, 2, 4], [3, 8, 0]]
+    spec = {**SPEC, "num_speculative_tokens_per_batch_size": schedule}
+    llm = engines.get(tiny_models["llama"], spec)
+    with_costs(llm, CHEAP, monkeypatch)
+    _, few = run(llm, prompts_of(2), greedy())
+    _, many = run(llm, prompts_of(4), greedy())
+    assert few.draft_tokens > 0 == many.draft_tokens
+
+
+def test_a_scheduler_of_the_users_is_left_alone(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    class Own(Scheduler):
+        """Somebody else's."""
+
+    llm = engines.get(tiny_models["llama"], SPEC, scheduler_cls=Own)
+    assert type(scheduler_of(llm)) is Own
+    _, counts = run(llm, prompts_of(2), greedy())
+    assert counts.draft_tokens > 3 * counts.drafts, "drafts have full length then"

@@ -1,0 +1,68 @@
+"""`measure_costs`: times a worker's forwards at start-up, for the draft lengths.
+
+One rule: what is timed is what will run, on the live engine: the target's forward and
+LM head, without and with draft steps after it, at growing numbers of rows. There is no
+context to attend to yet; what that adds is learnt while serving.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+# Rows to measure at most; beyond, costs go on as between the last two. All workers of
+# an engine must run the same forwards, so this does not depend on what was measured.
+MAX_ROWS_GPU, MAX_ROWS_CPU = 256, 64
+# One time says enough where it is long.
+REPEATS, MAX_ROWS_REPEATED = 3, 8
+NUM_DRAFTS = 2
+MIN_SHARE = 0.01
+
+
+def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
+    """Seconds of a verification and of a draft step.
+
+    Args:
+        worker: vLLM's, after its KV cache was made.
+
+    Returns:
+        Numbers of rows, ascending, at least two, and the seconds of both at each.
+    """
+    runner = worker.model_runner
+    drafter = getattr(runner, "speculator", None) or runner.drafter
+    config = runner.vllm_config
+    most = min(
+        config.scheduler_config.max_num_batched_tokens,
+        config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens),
+    )
+    most = min(most, MAX_ROWS_GPU if torch.cuda.is_available() else MAX_ROWS_CPU)
+    num_rows = [1 << i for i in range(max(2, most.bit_length()))]
+    verify, draft = [], []
+    for n in num_rows:
+        repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
+        alone = _seconds(partial(drafter.dummy_step, runner, n, 0), repeats)
+        drafting = _seconds(partial(drafter.dummy_step, runner, n, NUM_DRAFTS), repeats)
+        verify.append(alone)
+        # Noise must not make a draft step cost nothing.
+        draft.append(max((drafting - alone) / NUM_DRAFTS, MIN_SHARE * alone))
+    return num_rows, verify, draft
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> float:
+    run()  # kernels and caches of this size
+    times = []
+    for _ in range(repeats):
+        _wait()
+        started = time.perf_counter()
+        run()
+        _wait()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,244 @@
+"""Says, step by step, how many draft tokens each request gets.
+
+One rule: vLLM's schedulers stay as they are. A subclass of whichever one vLLM chose
+names the number of draft steps before a step is run, cuts each request's drafts to its
+own length before they are verified, and tells the controller what came of it.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.goodput import Goodput
+from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
+from vllm_selfspec.draft_length.slots import Slots
+from vllm_selfspec.measure import measure_costs
+
+logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
+
+
+def choose(vllm_config: Any) -> None:
+    """Names the planning scheduler in place of the one that vLLM would take.
+
+    A scheduler class of the user's own is left alone, as are data-parallel engines;
+    drafts then have full length.
+    """
+    config = vllm_config.scheduler_config
+    planning = {Scheduler: PlanningScheduler, AsyncScheduler: PlanningAsyncScheduler}
+    found = config.get_scheduler_cls()
+    # Data-parallel ranks that draft differently would wait for each other for ever.
+    if found in planning and vllm_config.parallel_config.data_parallel_size == 1:
+        config.scheduler_cls = planning[found]
+        # vLLM warns of schedulers that it does not know. This one is its own, and
+        # every release that is supported was tried with it.
+        logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
+    elif not has_schedule_of_users(vllm_config):
+        vllm_config.speculative_config.num_speculative_tokens_per_batch_size = None
+
+
+def has_schedule_of_users(vllm_config: Any) -> bool:
+    """Whether the user bounds the lengths by batch size; otherwise the schedule is only
+    there for the graphs that vLLM captures by it."""
+    schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
+    if schedule is None:
+        return False
+    found = [tuple(entry) for entry in schedule]
+    return found != schedule_of_all(vllm_config.num_speculative_tokens)
+
+
+def _is_not_of_ours(record: logging.LogRecord) -> bool:
+    return PlanningScheduler.__module__ not in record.getMessage()
+
+
+def start(scheduler: Any, executor: Any) -> None:
+    """Has the workers measure what forwards cost, and plans by that."""
+    if isinstance(scheduler, _Planning):
+        # A step is done when its slowest worker is.
+        num_rows, *seconds = zip(*executor.collective_rpc(measure_costs), strict=True)
+        verify, draft = (np.max(times, axis=0) for times in seconds)
+        costs = StepCosts(num_rows[0], verify, draft)
+        scheduler.planner.use_costs(costs, uniform_lengths(scheduler.vllm_config))
+
+
+def uniform_lengths(vllm_config: Any) -> list[int]:
+    """The lengths a whole batch may have where CUDA graphs hold whole decode batches;
+    empty where there are none, and each request may have its own."""
+    if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return []
+    return captured_lengths(vllm_config.num_speculative_tokens)
+
+
+class DraftPlanner:
+    """`Goodput` in the terms of vLLM's scheduler.
+
+    Attributes:
+        lengths: Draft tokens that a request may have verified in its next step, by
+            request id, of those that draft at all.
+    """
+
+    def __init__(self, max_num_reqs: int, num_spec_tokens: int) -> None:
+        self._num_slots, self._num_spec_tokens = max_num_reqs, num_spec_tokens
+        self._slots = Slots(max_num_reqs)
+        self._goodput: Goodput | None = None
+        self.lengths: dict[str, int] = {}
+
+    def use_costs(self, costs: StepCosts, uniform: Sequence[int] = ()) -> None:
+        """Plans from now on; before it, every request drafts all it may.
+
+        Args:
+            costs: Of this model on this machine.
+            uniform: The lengths a whole batch may have; empty where each request may
+                have its own.
+        """
+        self._goodput = Goodput(self._num_slots, self._num_spec_tokens, costs, uniform)
+
+    def plan(self, room_of: dict[str, int], running: Iterable[str]) -> int:
+        """The number of draft steps after this step; fills `lengths`.
+
+        Args:
+            room_of: The most that each request which samples in this step may draft.
+            running: All requests that run.
+        """
+        if self._goodput is None:
+            self.lengths = room_of
+            return max(room_of.values(), default=0)
+        self._slots.keep(running)
+        for req_id in room_of:
+            if req_id not in self._slots:
+                self._goodput.acceptance.admit(self._slots.add(req_id))
+        plan = self._goodput.plan(
+            self._slots.of([*room_of]), np.array([*room_of.values()], np.int64)
+        )
+        self.lengths = dict(zip(room_of, plan.lengths.tolist(), strict=True))
+        return plan.num_steps
+
+    def observe(self, drafted: dict[str, int], accepted: dict[str, int]) -> None:
+        """Learns from a verification; by request."""
+        if self._goodput is None:
+            return
+        known = [req_id for req_id in drafted if req_id in self._slots]
+        self._goodput.acceptance.observe(
+            self._slots.of(known),
+            np.array([drafted[req_id] for req_id in known], np.int64),
+            np.array([accepted[req_id] for req_id in known], np.int64),
+        )
+
+    def observe_step(
+        self, num_verified: int, num_drafting: int, num_steps: int, seconds: float
+    ) -> None:
+        """Learns from what a step without prefill took."""
+        if self._goodput is not None:
+            self._goodput.costs.observe(num_verified, num_drafting, num_steps, seconds)
+
+
+class _Planning:
+    """What both schedulers get; to be mixed into one of vLLM's."""
+
+    vllm_config: Any
+    requests: dict[str, Request]
+    running: list[Request]
+    dynamic_sd_lookup: list[int] | None
+    num_spec_tokens: int
+    max_num_running_reqs: int
+    max_model_len: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not has_schedule_of_users(self.vllm_config):
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (
+                self.max_num_running_reqs + 1
+            )
+        self.planner = DraftPlanner(self.max_num_running_reqs, self.num_spec_tokens)
+        self._updated: float | None = None  # when the last step ended, if busy since
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        most = scheduler_output.num_spec_tokens_to_schedule
+        room_of = {
+            req_id: min(most, self._room(self.requests[req_id]))
+            for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items()
+            if _samples(self.requests[req_id], num_tokens)
+        }
+        running = [request.request_id for request in self.running]
+        num_steps = self.planner.plan(room_of, running)
+        scheduler_output.num_spec_tokens_to_schedule = min(most, num_steps)
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _room(self, request: Request) -> int:
+        """The most it can use: this step brings one token at least, and the next one
+        a token more than it verifies."""
+        context: int = self.max_model_len - request.num_tokens - 1
+        output: int = request.max_tokens - request.num_output_tokens - 2
+        return max(0, min(context, output))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
+        """vLLM's; what came of the drafts is told to the planner first."""
+        self._observe(scheduler_output, model_runner_output)
+        found = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+        self._updated = time.perf_counter() if self.requests else None
+        return found
+
+    def _observe(self, output: SchedulerOutput, result: Any) -> None:
+        drafted, accepted = {}, {}
+        for req_id, row in result.req_id_to_index.items():
+            num_tokens = output.num_scheduled_tokens.get(req_id, 0)
+            drafts = output.scheduled_spec_decode_tokens.get(req_id, ())
+            sampled = result.sampled_token_ids[row] if result.sampled_token_ids else ()
+            if num_tokens == 1 + len(drafts) and len(sampled):
+                drafted[req_id] = len(drafts)
+                accepted[req_id] = len(sampled) - 1
+        self.planner.observe(drafted, accepted)
+        is_decode = len(drafted) == len(output.num_scheduled_tokens) > 0
+        if is_decode and self._updated is not None:
+            self.planner.observe_step(
+                output.total_num_scheduled_tokens,
+                len(drafted),
+                output.num_spec_tokens_to_schedule,
+                time.perf_counter() - self._updated,
+            )
+
+
+def _samples(request: Request, num_tokens: int) -> bool:
+    """Whether a step with `num_tokens` of it reaches its newest token."""
+    computed: int = request.num_computed_tokens + num_tokens
+    return computed >= int(request.num_tokens)
+
+
+class PlanningScheduler(_Planning, Scheduler):
+    """vLLM's scheduler, planning; drafts come to it as tokens."""
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """vLLM's, with each request's drafts cut to its length."""
+        lengths = self.planner.lengths
+        draft_token_ids.draft_token_ids = [
+            tokens[: lengths.get(req_id, 0)]
+            for req_id, tokens in zip(
+                draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+            )
+        ]
+        super().update_draft_token_ids(draft_token_ids)
+
+
+class PlanningAsyncScheduler(_Planning, AsyncScheduler):
+    """vLLM's scheduler that runs ahead of the worker, planning; drafts stay there, and
+    are known here by their number alone."""
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[req_id]
+            if request.spec_token_ids:
+                length = self.planner.lengths.get(req_id, 0)
+                request.spec_token_ids = request.spec_token_ids[:length]
