@@ -84,8 +84,9 @@ def test_costs_and_bounds_are_measured_where_a_model_drafts(
     document: dict[str, Any],
 ) -> None:
     ours = [arm["name"] for arm in document["arms"] if arm["group"] == "selfspec"]
-    assert len(ours) >= 3
-    for name in ours:
+    fixed = [name for name in ours if "goodput" not in name]
+    assert len(ours) > len(fixed) >= 2
+    for name in fixed:
         costs = [cost for cost in document["costs"] if cost["arm"] == name]
         assert {cost["num_streams"] for cost in costs} == {1, 3}
         assert all(cost["v"] > 0 and cost["c"] > 0 for cost in costs)
@@ -130,11 +131,11 @@ def test_the_grid_has_plans_lengths_and_the_memory_they_take(
     path = Path(tiny_models["llama"])
     arms = arms_of(path, path, ["selfspec", "ngram", "suffix", "draft_model"], [4, 2])
     assert arms[0].name == PLAIN
-    quarter = {"exit_layer": NUM_LAYERS // 4}
+    fixed = {"exit_layer": NUM_LAYERS // 4, "draft_length": "fixed"}
     lengths = [
         arm.k
         for arm in arms
-        if arm.speculative_config and quarter.items() <= arm.speculative_config.items()
+        if arm.speculative_config and fixed.items() <= arm.speculative_config.items()
     ]
     assert lengths == [4, 2], "the likeliest plan has a grid"
     for arm in arms:

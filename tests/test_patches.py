@@ -144,8 +144,10 @@ def test_a_generation_through_the_registry_needs_no_seam(
     )
     assert tokens == token_ids(expected)
     assert accepted == counts.accepted_tokens > 0
-    # What is left mends sampling on a CPU, and has nothing to do with the method.
-    assert all("rejection_sampler" in name for name in attached), attached
+    # What is left mends sampling on a CPU, or plans draft lengths; neither is the
+    # method's.
+    rest = ("rejection_sampler", "EngineCore")
+    assert all(any(word in name for word in rest) for name in attached), attached
 
 
 SAID_OF_FLAGS: list[tuple[list[str], Any]] = [

@@ -21,6 +21,8 @@ HUGGING_FACE = "Hugging Face"
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4}
 # Suffix decoding sets its own lengths; 32 is its documented maximum.
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 32}
+# Where the target samples, drafts drawn from a distribution are accepted more often.
+DRAWN = {"draft_sample_method": "probabilistic"}
 MOST_DRAFTS = 8  # that a controller of ours chooses from
 
 
@@ -78,7 +80,7 @@ def arms_of(
         found.append(Arm("vLLM suffix", "suffix", SUFFIX))
     if "draft_model" in groups and draft_model is not None:
         extra = ModelWeights.from_checkpoint(draft_model).streamed
-        config = {"method": "draft_model", "model": str(draft_model)}
+        config = {"method": "draft_model", "model": str(draft_model), **DRAWN}
         found += [
             _peer("draft_model", {**config, "num_speculative_tokens": k}, extra)
             for k in lengths
@@ -117,7 +119,7 @@ def _own(
     name: str, keys: dict[str, Any], skip_set: SkipSet, k: int | None = None
 ) -> Arm:
     """One plan of ours at a fixed length, or with goodput lengths."""
-    config = {"method": METHOD, **keys}
+    config = {"method": METHOD, **keys, **DRAWN}
     if k is None:
         config |= {"draft_length": "goodput", "num_speculative_tokens": MOST_DRAFTS}
         return Arm(f"selfspec {name}, goodput", "selfspec", config, skip_set)
