@@ -22,6 +22,7 @@ from vllm_selfspec.bench import report
 from vllm_selfspec.bench.arms import PLAIN, Arm
 from vllm_selfspec.bench.comparison import Load, compare, num_turns, to_dict
 from vllm_selfspec.bench.engines import Engine, Sampling, VllmEngine
+from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.bench.run import (
     KV_CACHE_BYTES,
     Options,
@@ -112,6 +113,23 @@ class timed_steps:
         del self._core.step
 
 
+def plot(turn: list[dict[str, Any]]) -> Any:
+    """Step times of a swinging load: plain vLLM's, and those of changing lengths."""
+    figure, axes = new_plot(1, 1, 10, 4)
+    axis = axes[0][0]
+    for row in turn:
+        if row["arm"] == PLAIN or "goodput" in row["arm"]:
+            milliseconds = [1000 * t for t in row["step_seconds"]]
+            axis.plot(milliseconds, linewidth=0.8, label=row["arm"])
+            for at in row["changes_at_step"][1:]:
+                axis.axvline(at, color="grey", linewidth=0.5)
+    axis.set_xlabel("step")
+    axis.set_ylabel("ms")
+    axis.set_yscale("log")
+    axis.legend()
+    return figure
+
+
 def main(
     model: Annotated[str, typer.Argument(help="'demo' or 'plain'.")] = "demo",
     task: Annotated[str, typer.Option(help="Prompts.")] = "chat",
@@ -183,6 +201,7 @@ def main(
         console.print(f"Swing {turn + 1} of {swings}")
         turns.append(swing(engines, prompts, replace(sampling, max_tokens=32)))
     (output / "swing.json").write_text(json.dumps(turns) + "\n")
+    plot(turns[-1]).savefig(output / "swing.svg", bbox_inches="tight")
     for number, arm in enumerate(arms()):
         gain = median(turn[number]["speed_up"] for turn in turns)
         console.print(f"load {SWING}: {arm.name}: {gain:.2f}x")

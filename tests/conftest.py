@@ -118,8 +118,8 @@ class Engines:
     def get(self, model: str, spec: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The `vllm.LLM` of this configuration. `spec` is the speculative config.
 
-        The draft length is fixed unless it says otherwise: on tiny models nothing is
-        worth drafting.
+        Unless it says otherwise the draft length is fixed, because on tiny models
+        nothing is worth drafting, and drafts are greedy, as most tests are.
         """
         from vllm import LLM
 
@@ -137,7 +137,12 @@ class Engines:
         if key not in self._engines:
             config = None
             if spec is not None:
-                config = {"method": "selfspec", "draft_length": "fixed", **spec}
+                config = {
+                    "method": "selfspec",
+                    "draft_length": "fixed",
+                    "draft_sample_method": "greedy",
+                    **spec,
+                }
             llm = LLM(model, speculative_config=config, **settings)
             self._engines[key] = llm
             _counters[id(llm)] = SpecCounters()

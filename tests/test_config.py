@@ -102,6 +102,15 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "finding"),
     [
+        ({"draft_length": "best"}, "is 'best', but must be one of goodput, fixed, thr"),
+        (
+            {"draft_length": {"policy": "threshold", "start": 2}},
+            "start is 2, but must be at most 1.0: lower it",
+        ),
+        (
+            {"draft_length": {"policy": "fixed", "start": 1}},
+            "there is no key 'start': remove it, or use one of policy",
+        ),
         ({"num_speculative_tokens": 0}, "is 0, but must be at least 1: raise it"),
         ({"num_speculative_tokens": 33}, "is 33, but must be at most 32: lower it"),
         ({"num_speculative_tokens": "4"}, "is '4', but must be a whole number: write"),
@@ -307,6 +316,13 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "method": st.just("selfspec"),
     "num_speculative_tokens": st.integers(1, 8),
     "draft_sample_method": st.sampled_from(["greedy", "probabilistic"]),
+    "draft_length": st.sampled_from(
+        [
+            *("goodput", "fixed", "threshold", "thompson", "thompson-calibrated"),
+            *({"policy": "fixed"}, {"policy": "threshold", "start": 0.5, "target": 1}),
+            *({"policy": "thompson", "seed": 3}, {"policy": "thompson-calibrated"}),
+        ]
+    ),
     "num_speculative_tokens_per_batch_size": st.sampled_from(
         [None, [[1, 1, 1]], [[1, 2, 1], [3, 8, 0]]]
     ),
@@ -315,6 +331,10 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     "method": junk,
     "num_speculative_tokens": junk | st.sampled_from([0, 33, "4", 4.5]),
     "draft_sample_method": junk | st.sampled_from(["Greedy", "gumbel"]),
+    "draft_length": junk
+    | st.sampled_from(["Goodput", {"policy": "best"}, {"policy": "fixed", "start": 1}])
+    | st.sampled_from([{"policy": "threshold", "start": 2}, {"start": 0.5}])
+    | st.sampled_from([{"policy": "thompson", "seed": -1}]),
     "num_speculative_tokens_per_batch_size": junk
     | st.sampled_from([[], [[1, 8]], [[2, 3, 1]], [[1, 4, 1], [4, 8, 1]], [[1, 2, -1]]])
     | st.sampled_from([[[1, 2, 99]], [[3, 2, 1]], [[1, 2.0, 1]], [[1, 2, 1], []]]),
@@ -396,6 +416,25 @@ def _is_schedule(value: Any, most: int) -> bool:
     return sizes == [*range(1, len(sizes) + 1)]
 
 
+def _is_draft_length(value: Any) -> bool:
+    """Whether it is a policy, or one with parameters within their bounds."""
+    shares, seeds = ("start", "target"), ("seed",)
+    parameters = {
+        **{"goodput": (), "fixed": (), "threshold": shares},
+        **{"thompson": seeds, "thompson-calibrated": seeds},
+    }
+    given = dict(value) if isinstance(value, dict) else {"policy": value}
+    policy = given.pop("policy", None)
+    if not isinstance(policy, str) or policy not in parameters:
+        return False
+    return all(
+        key in parameters[policy]
+        and isinstance(number, int | float)
+        and (_is_int(number, 0, 10**9) if key in seeds else 0 <= number <= 1)
+        for key, number in given.items()
+    )
+
+
 def faults_of(config: dict[str, Any]) -> set[str]:
     """The keys at fault, read from the rules by other code than that under test."""
     value = config.get
@@ -407,8 +446,9 @@ def faults_of(config: dict[str, Any]) -> set[str]:
         "num_speculative_tokens": _is_int(
             value("num_speculative_tokens", 4), 1, MAX_NUM_SPECULATIVE_TOKENS
         ),
-        "draft_sample_method": value("draft_sample_method", "greedy")
+        "draft_sample_method": value("draft_sample_method", "probabilistic")
         in ("greedy", "probabilistic"),
+        "draft_length": _is_draft_length(value("draft_length", "goodput")),
         "num_speculative_tokens_per_batch_size": schedule is None
         or _is_schedule(schedule, num_drafts if _is_int(num_drafts, 1, 32) else 32),
         "exit_layer": exit_layer is None

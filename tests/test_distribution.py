@@ -124,7 +124,7 @@ def test_sampled_text_is_distributed_as_plain_vllms(
 def test_drafts_are_accepted_more_often_the_more_they_are_like_the_target(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a trained model: what a random one drafts is not like it in the first place."""
+    """Of a trained model: what a random one drafts is not like it anyway."""
     prompts = [prompt.render(None) for prompt in load("code").prompts]
     sampling = params(max_tokens=24, **SETTINGS["top_p"])
 

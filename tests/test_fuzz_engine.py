@@ -105,6 +105,7 @@ def sample_of(fuzzed: list[Fuzzed]) -> list[Fuzzed]:
             case.skip_set,
             case.spec.get("num_speculative_tokens"),
             case.spec.get("draft_sample_method"),
+            repr(case.spec.get("draft_length")),
         ): case
         for case in fuzzed
         if not case.faults
@@ -135,5 +136,7 @@ def test_accepted_configurations_generate_what_plain_vllm_does(
     for case in sample:
         outputs, counts = run(engines.get(model, case.spec), prompts, params)
         assert token_ids(outputs) == token_ids(plain), f"{case} changes the text"
+        if case.spec.get("draft_length") == "goodput":
+            continue  # a tiny model's drafts are hardly ever worth it
         wanted = drafts_for(case.spec, len(prompts))
         assert (counts.draft_tokens > 0) == wanted, f"{case} drafts {counts}"

@@ -7,6 +7,7 @@ from conftest import IS_V2, Engines, prompts_of, run, token_ids
 
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
+from vllm_selfspec.draft_stats import DraftStats
 from vllm_selfspec.scheduler import DraftPlanner
 
 NUM_DRAFTS = 4
@@ -20,8 +21,15 @@ CHEAP = ((1, 64), (1.0, 1.0), (0.001, 0.001))
 DEAR = ((1, 64), (1.0, 64.0), (1.0, 1.0))
 
 
+class Config:
+    """As much of a `VllmConfig` as statistics look at."""
+
+    class model_config:
+        served_model_name = "m"
+
+
 def planner(costs: tuple[Any, Any, Any] | None = CHEAP, **kwargs: Any) -> DraftPlanner:
-    found = DraftPlanner(max_num_reqs=2, num_spec_tokens=NUM_DRAFTS)
+    found = DraftPlanner(2, NUM_DRAFTS, DraftStats(Config()))
     if costs is not None:
         found.use_costs(StepCosts(*costs), **kwargs)
     return found
@@ -181,3 +189,29 @@ def test_a_scheduler_of_the_users_is_left_alone(
     assert type(scheduler_of(llm)) is Own
     _, counts = run(llm, prompts_of(2), greedy())
     assert counts.draft_tokens > 3 * counts.drafts, "drafts have full length then"
+
+
+def test_what_was_planned_is_shown_among_vllms_metrics(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prometheus_client import REGISTRY, generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
+
+    llm = engines.get(tiny_models["llama"], SPEC, served_model_name="shown")
+    with_costs(llm, CHEAP, monkeypatch)
+    run(llm, prompts_of(3), greedy())
+    scheduler_of(llm).planner.stats._written -= 60  # it is time
+    run(llm, prompts_of(3), greedy())
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(generate_latest(REGISTRY).decode())
+        for sample in family.samples
+        if sample.labels.get("model_name") == "shown"
+    }
+    count = samples["vllm:selfspec_draft_length_count", "shown"]
+    none = samples["vllm:selfspec_draft_length_bucket", "0.0", "shown"]
+    assert 0 <= none < count
+    assert samples["vllm:selfspec_draft_length_sum", "shown"] > 2 * count
+    assert samples["vllm:selfspec_steps_total", "drafting", "shown"] > 0
+    assert samples["vllm:selfspec_draft_seconds_total", "shown"] > 0
+    assert 0 < samples["vllm:selfspec_controller", "acceptance_1", "shown"] < 1

@@ -83,10 +83,12 @@ class SelfSpecConfig(Keys):
         "Excludes skip_layers.",
     )
     draft_sample_method: Literal["greedy", "probabilistic"] = Field(
-        default="greedy",
-        description="vLLM's: how draft tokens are drawn. 'probabilistic' samples from "
-        "the draft's distribution, which lets more tokens through when the target "
-        "samples too.",
+        default="probabilistic",
+        description="vLLM's: how draft tokens are drawn where the target samples. "
+        "'probabilistic' draws from the draft's own distribution, of which far more "
+        "are accepted; 'greedy' takes the likeliest, and saves the memory of the "
+        "distributions: with the V2 runner max_num_seqs x num_speculative_tokens x "
+        "vocabulary x 4 bytes.",
     )
     draft_length: DraftLength = Field(
         default_factory=Goodput,

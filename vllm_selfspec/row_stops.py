@@ -13,6 +13,7 @@ from vllm_selfspec.draft_length.options import stop_rule
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_length.stop_rules import StopRule
 from vllm_selfspec.draft_length.types import Floats, Ints
+from vllm_selfspec.draft_stats import DraftStats
 from vllm_selfspec.vllm_args import draft_length_of
 
 
@@ -21,10 +22,12 @@ class RowStops:
 
     Attributes:
         lengths: Draft tokens of each row so far decided on, `[num_rows]`.
+        stats: What was decided.
     """
 
-    def __init__(self, rule: StopRule, max_num_reqs: int) -> None:
+    def __init__(self, rule: StopRule, max_num_reqs: int, stats: DraftStats) -> None:
         """For a batch of up to `max_num_reqs` requests."""
+        self.stats = stats
         self._rule, self._slots = rule, Slots(max_num_reqs)
         self._rows: Ints = np.zeros(0, np.int64)  # slots of the rows that draft
         self._most: Ints = self._rows
@@ -36,7 +39,9 @@ class RowStops:
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         most = vllm_config.speculative_config.num_speculative_tokens
         rule = stop_rule(draft_length_of(vllm_config), max_num_reqs, most)
-        return None if rule is None else cls(rule, max_num_reqs)
+        return (
+            None if rule is None else cls(rule, max_num_reqs, DraftStats(vllm_config))
+        )
 
     def observe(
         self,
@@ -60,11 +65,16 @@ class RowStops:
             for req_id, sampled in zip(req_ids, sampled_token_ids, strict=False)
             if sampled and drafted.get(req_id)
         ]
+        num_sampled = sum(map(bool, sampled_token_ids))
+        self.stats.lengths[0] += num_sampled - len(seen)
         if seen:
             known, lengths, accepted = zip(*seen, strict=True)
             self._rule.observe(
                 self._slots.of(known), np.array(lengths), np.array(accepted)
             )
+            self.stats.lengths.update(lengths)
+        self.stats.gauges = self._rule.beliefs()
+        self.stats.publish("rows")
 
     def begin(self, req_ids: Sequence[str], most: Ints) -> None:
         """A propose for these requests, each drafting at most so many, `[num_rows]`."""
@@ -80,6 +90,9 @@ class RowStops:
         """
         drawn = np.flatnonzero(self.lengths > step)  # the others ran along
         goes_on = self._rule.goes_on(self._rows[drawn], step, confidence[drawn])
-        goes_on &= self.lengths[drawn] < self._most[drawn]
+        self.stats.stops["rule"] += int((~goes_on).sum())
+        has_room = self.lengths[drawn] < self._most[drawn]
+        self.stats.stops["limit"] += int((goes_on & ~has_room).sum())
+        goes_on &= has_room
         self.lengths[drawn] += goes_on
         return bool(goes_on.any())

@@ -21,6 +21,7 @@ from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.goodput import Goodput
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
+from vllm_selfspec.draft_stats import DraftStats
 from vllm_selfspec.measure import measure_costs
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -83,9 +84,13 @@ class DraftPlanner:
     Attributes:
         lengths: Draft tokens that a request may have verified in its next step, by
             request id, of those that draft at all.
+        stats: What was planned, and what came of it.
     """
 
-    def __init__(self, max_num_reqs: int, num_spec_tokens: int) -> None:
+    def __init__(
+        self, max_num_reqs: int, num_spec_tokens: int, stats: DraftStats
+    ) -> None:
+        self.stats = stats
         self._num_slots, self._num_spec_tokens = max_num_reqs, num_spec_tokens
         self._slots = Slots(max_num_reqs)
         self._goodput: Goodput | None = None
@@ -119,10 +124,16 @@ class DraftPlanner:
             self._slots.of([*room_of]), np.array([*room_of.values()], np.int64)
         )
         self.lengths = dict(zip(room_of, plan.lengths.tolist(), strict=True))
+        if room_of:
+            drafting = "trial" if plan.is_trial else "drafting"
+            self.stats.steps[drafting if plan.num_steps else "plain"] += 1
+            seconds = float(self._goodput.costs.draft(len(room_of)))
+            self.stats.draft_seconds += plan.num_steps * seconds
         return plan.num_steps
 
     def observe(self, drafted: dict[str, int], accepted: dict[str, int]) -> None:
         """Learns from a verification; by request."""
+        self.stats.lengths.update(drafted.values())
         if self._goodput is None:
             return
         known = [req_id for req_id in drafted if req_id in self._slots]
@@ -139,11 +150,18 @@ class DraftPlanner:
         if self._goodput is not None:
             self._goodput.costs.observe(num_verified, num_drafting, num_steps, seconds)
 
+    def publish(self) -> None:
+        """Shows the statistics, if it is time."""
+        if self._goodput is not None:
+            self.stats.gauges = self._goodput.beliefs()
+        self.stats.publish("scheduler")
+
 
 class _Planning:
     """What both schedulers get; to be mixed into one of vLLM's."""
 
     vllm_config: Any
+    log_stats: bool
     requests: dict[str, Request]
     running: list[Request]
     dynamic_sd_lookup: list[int] | None
@@ -157,7 +175,11 @@ class _Planning:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (
                 self.max_num_running_reqs + 1
             )
-        self.planner = DraftPlanner(self.max_num_running_reqs, self.num_spec_tokens)
+        self.planner = DraftPlanner(
+            self.max_num_running_reqs,
+            self.num_spec_tokens,
+            DraftStats(self.vllm_config),
+        )
         self._updated: float | None = None  # when the last step ended, if busy since
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -188,6 +210,8 @@ class _Planning:
             scheduler_output, model_runner_output
         )
         self._updated = time.perf_counter() if self.requests else None
+        if self.log_stats:
+            self.planner.publish()
         return found
 
     def _observe(self, output: SchedulerOutput, result: Any) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 from typing import Any
 
+from vllm_selfspec import draft_stats
 from vllm_selfspec.config import (
     METHOD,
     ConfigError,
@@ -94,6 +95,7 @@ def _resolve(
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config, engine_args)
     plan = resolve_plan(config, model_config.get_total_num_hidden_layers())
+    draft_stats.share_directory()
     logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
     engine_args.additional_config = {
         **engine_args.additional_config,

@@ -152,3 +152,9 @@ class Goodput:
             return Plan(np.zeros(num_reqs, np.int64))
         self._owed = 0.0
         return Plan(tried, is_trial=True)
+
+    def beliefs(self) -> dict[str, float]:
+        """What it takes new requests to be like, to be shown: acceptance by position,
+        given that the tokens before were accepted."""
+        found = self.acceptance.population()
+        return {f"acceptance_{i}": float(q) for i, q in enumerate(found, 1)}

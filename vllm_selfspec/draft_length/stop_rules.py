@@ -60,6 +60,10 @@ class StopRule(Protocol):
         """
         ...
 
+    def beliefs(self) -> dict[str, float]:
+        """What it takes new requests to be like, to be shown."""
+        ...
+
 
 class Threshold:
     """D&V's adaptive exit: stop where the draft is less sure than a threshold.
@@ -113,6 +117,10 @@ class Threshold:
             kept * self._prior[1] + (1 - kept) * float(rate.mean()),
         )
 
+    def beliefs(self) -> dict[str, float]:
+        """See `StopRule`."""
+        return {"threshold": self._prior[0], "acceptance": self._prior[1]}
+
 
 class Thompson:
     """EESD's Beta-TS: a draw from the posterior of acceptance decides to go on.
@@ -153,6 +161,10 @@ class Thompson:
         total = new.sum(axis=0)
         self._prior = np.exp(-total.sum() / REMEMBERED_TRIALS) * self._prior + total
         self._prior = np.maximum(self._prior, 0.05)
+
+    def beliefs(self) -> dict[str, float]:
+        """See `StopRule`."""
+        return {"acceptance": float(self._prior[0] / self._prior.sum())}
 
 
 class CalibratedThompson:
@@ -250,6 +262,11 @@ class CalibratedThompson:
         tokens = float((accepted + 1).mean()) if len(slots) else 1.0
         spent = 1 + self._token_cost * float(drafted.mean() if len(slots) else 0)
         self._rate += 0.05 * (tokens / spent - self._rate)
+
+    def beliefs(self) -> dict[str, float]:
+        """See `StopRule`."""
+        bias, scale = map(float, self._mean)
+        return {"confidence_bias": bias, "confidence_scale": scale}
 
 
 def _features(confidence: Floats) -> Floats:

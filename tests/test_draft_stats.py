@@ -1,0 +1,100 @@
+"""Counts of drafting add up, go by a file, and read well."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_selfspec.draft_stats import DIRECTORY, DraftStats, MetricsCollector
+
+
+class Config:
+    class model_config:
+        served_model_name = ["m", "an alias"]
+
+
+def stats(**counts: Any) -> DraftStats:
+    found = DraftStats(Config())
+    for name, value in counts.items():
+        kept = getattr(found, name)
+        if isinstance(kept, dict):
+            kept.update(value)
+        else:
+            setattr(found, name, value)
+    return found
+
+
+def written(directory: Path, *every: DraftStats) -> str:
+    """What a scrape shows."""
+    for number, one in enumerate(every):
+        (directory / f"{number}.json").write_text(json.dumps(one.to_dict()))
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(directory))
+    text: str = generate_latest(registry).decode()
+    return text
+
+
+def test_engines_of_a_model_are_added_up(tmp_path: Path) -> None:
+    text = written(
+        tmp_path,
+        stats(lengths={0: 2, 3: 1}, steps={"plain": 2}, gauges={"threshold": 0.6}),
+        stats(lengths={3: 4, 1: 1}, draft_seconds=1.5, gauges={"threshold": 0.8}),
+    )
+    for line in (
+        'vllm:selfspec_draft_length_bucket{le="0.0",model_name="m"} 2.0',
+        'vllm:selfspec_draft_length_bucket{le="1.0",model_name="m"} 3.0',
+        'vllm:selfspec_draft_length_bucket{le="3.0",model_name="m"} 8.0',
+        'vllm:selfspec_draft_length_bucket{le="+Inf",model_name="m"} 8.0',
+        'vllm:selfspec_draft_length_sum{model_name="m"} 16.0',
+        'vllm:selfspec_steps_total{kind="plain",model_name="m"} 2.0',
+        'vllm:selfspec_draft_seconds_total{model_name="m"} 1.5',
+        'vllm:selfspec_controller{model_name="m",what="threshold"} 0.7',
+    ):
+        assert line in text, text
+
+
+def test_a_file_that_is_half_gone_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "9.json").write_text('{"model_na')
+    assert 'le="+Inf",model_name="m"} 1.0' in written(tmp_path, stats(lengths={2: 1}))
+
+
+def test_counts_are_written_once_a_second_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DIRECTORY, str(tmp_path))
+    found = stats(lengths={2: 1})
+    found.publish("part")
+    assert not [*tmp_path.iterdir()], "a second has not passed"
+    found._written -= 1.1
+    found.publish("part")
+    (file,) = tmp_path.iterdir()
+    assert str(os.getpid()) in file.name
+    assert json.loads(file.read_text())["lengths"] == {"2": 1}
+
+
+def test_without_a_directory_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = stats(lengths={2: 1})
+    for directory in (None, str(tmp_path / "gone")):
+        monkeypatch.setenv(DIRECTORY, directory or "")
+        if directory is None:
+            monkeypatch.delenv(DIRECTORY)
+        found._written -= 1.1
+        found.publish("part")
+
+
+def test_a_line_tells_what_was_done_since_the_last_one() -> None:
+    found = stats(lengths={0: 1, 3: 3}, draft_seconds=2.0)
+    assert "mean draft length: 2.25, no drafts: 25%, drafting: 2.00 s" in found._line()
+    found._last = json.loads(json.dumps(found.to_dict()), object_hook=_whole_keys)
+    assert found._line() == ""
+    found.lengths.update([1, 1])
+    assert "mean draft length: 1.00, no drafts: 0%" in found._line()
+
+
+def _whole_keys(found: dict[str, Any]) -> dict[Any, Any]:
+    return {int(k) if k.isdigit() else k: v for k, v in found.items()}
