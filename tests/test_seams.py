@@ -4,6 +4,7 @@ where it doesn't."""
 import ast
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -107,7 +108,7 @@ def test_every_target_is_in_the_source_of_each_release_as_recorded(
 def test_every_vllm_name_that_is_imported_exists_in_each_release(version: str) -> None:
     imports = {
         (node.module, alias.name)
-        for file in PACKAGE.glob("*.py")
+        for file in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm.")
         for alias in node.names
@@ -121,8 +122,15 @@ def test_every_vllm_name_that_is_imported_exists_in_each_release(version: str) -
 
 INSTALLED = VERSIONS[0]
 SPEC_DECODE = "vllm.v1.worker.gpu.spec_decode"
-# What the classes of the V2 adapter extend, nearest first.
+SCHEDULER = ("vllm.v1.core.sched.scheduler", "Scheduler")
+# What the classes that extend one of vLLM's extend, nearest first.
 BASES = {
+    "_Planning": (SCHEDULER,),
+    "PlanningScheduler": (SCHEDULER,),
+    "PlanningAsyncScheduler": (
+        ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
+        SCHEDULER,
+    ),
     "SelfSpecSpeculator": (
         (
             f"{SPEC_DECODE}.target_dependent_ar.speculator",
@@ -143,7 +151,7 @@ BASES = {
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", BASES)
-def test_the_v2_adapter_fits_the_classes_it_extends_in_each_release(
+def test_every_class_fits_those_it_extends_in_each_release(
     name: str, version: str
 ) -> None:
     def inherited(method: str, version: str = version) -> tuple[str, ...] | None:
@@ -151,8 +159,11 @@ def test_the_v2_adapter_fits_the_classes_it_extends_in_each_release(
         found = (signature(root, m, f"{c}.{method}") for m, c in BASES[name])
         return next((names for names in found if names is not None), None)
 
-    module = ast.parse((PACKAGE / "v2_speculator.py").read_text())
-    (ours,) = [n for n in module.body if getattr(n, "name", "") == name]
+    files = ("v2_speculator.py", "scheduler.py")
+    modules = [ast.parse((PACKAGE / file).read_text()) for file in files]
+    (ours,) = [
+        n for module in modules for n in module.body if getattr(n, "name", "") == name
+    ]
     methods = {n.name: n for n in ours.body if isinstance(n, ast.FunctionDef)}
     overridden = 0
     for method, node in methods.items():
@@ -173,6 +184,20 @@ def test_the_v2_adapter_fits_the_classes_it_extends_in_each_release(
     inherited_here = {m for m in used - set(methods) if inherited(m, INSTALLED)}
     for method in inherited_here:
         assert inherited(method) == inherited(method, INSTALLED), method
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_the_planning_scheduler_reads_is_there_in_each_release(
+    version: str,
+) -> None:
+    module = ast.parse((PACKAGE / "scheduler.py").read_text())
+    (ours,) = [n for n in module.body if getattr(n, "name", "") == "_Planning"]
+    annotated = [node for node in ours.body if isinstance(node, ast.AnnAssign)]
+    names = [ast.unparse(node.target) for node in annotated]
+    path = Path(*SCHEDULER[0].split(".")).with_suffix(".py")
+    source = (source_of(version) / path).read_text()
+    missing = [n for n in names if not re.search(rf"self\.{n}\b\s*[:=]", source)]
+    assert len(names) > 5 and not missing
 
 
 def test_the_source_reader_tells_what_is_not_there(tmp_path: Path) -> None:

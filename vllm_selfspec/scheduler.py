@@ -106,6 +106,11 @@ class DraftPlanner:
         """
         self._goodput = Goodput(self._num_slots, self._num_spec_tokens, costs, uniform)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all requests get one length."""
+        return self._goodput is not None and self._goodput.is_uniform
+
     def plan(self, room_of: dict[str, int], running: Iterable[str]) -> int:
         """The number of draft steps after this step; fills `lengths`.
 
@@ -198,6 +203,9 @@ class _Planning:
         """The most it can use: this step brings one token at least, and the next one
         a token more than it verifies."""
         context: int = self.max_model_len - request.num_tokens - 1
+        if self.planner.is_uniform:
+            # One shorter row would cost the whole batch its graph.
+            return max(0, context)
         output: int = request.max_tokens - request.num_output_tokens - 2
         return max(0, min(context, output))
 

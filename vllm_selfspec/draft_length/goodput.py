@@ -123,6 +123,11 @@ class Goodput:
         self._max_drafts = max_drafts
         self._owed = 0.0  # seconds that trials may take by now
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all requests get one length."""
+        return bool(self._uniform)
+
     def plan(self, slots: Slots, room: Ints) -> Plan:
         """Lengths for the requests `slots`, each at most its `room`, `[num_reqs]`."""
         num_reqs = len(slots)
