@@ -18,6 +18,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 # By the name of the place in the README: the run, and what is made of it.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quick": ("quick/report.json", report.markdown),
+    "all": ("demo/report.json", report.markdown),
+    "float32": ("float32/report.json", report.markdown),
 }
 
 

@@ -10,7 +10,12 @@ import pytest
 
 from vllm_selfspec.draft_length.acceptance import Acceptance
 from vllm_selfspec.draft_length.costs import StepCosts
-from vllm_selfspec.draft_length.goodput import MARGIN, Goodput, best_lengths
+from vllm_selfspec.draft_length.goodput import (
+    MARGIN,
+    Goodput,
+    best_lengths,
+    best_uniform_length,
+)
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
     Thompson,
@@ -117,6 +122,28 @@ def test_the_busier_the_machine_the_less_is_drafted() -> None:
     ]
     totals = [found.mean() for found in lengths]
     assert totals[0] >= 3 and totals[0] > totals[1] > totals[2]
+
+
+def test_beside_prompts_a_row_is_drafted_only_for_what_a_token_is_worth() -> None:
+    # Eight rows are free, and of more every one costs an eighth of a step.
+    many = np.cumprod(np.full((4, 6), 0.6), axis=1), np.full(4, 6)
+    alone = best_lengths(*many, costs())
+    beside = best_lengths(*many, costs(), num_others=56)
+    assert alone.sum() > 0 == beside.sum()
+    # Where rows stay free, prompts change nothing.
+    flat = StepCosts(ROWS, [1.0] * len(ROWS), [0.1] * len(ROWS))
+    assert (best_lengths(*many, flat) == best_lengths(*many, flat, num_others=32)).all()
+
+
+def test_a_uniform_length_is_the_best_of_those_there_are() -> None:
+    survival = np.cumprod(np.full((2, 8), 0.8), axis=1)
+    room, lengths = np.full(2, 8), (1, 2, 4, 8)
+    found = best_uniform_length(survival, room, costs(), lengths)
+    rates = {k: rate_of([k, k], survival, costs()) for k in lengths}
+    assert found.tolist() == [max(rates, key=lambda k: rates[k])] * 2
+    assert best_uniform_length(survival, room, costs(free_rows=0.1), lengths).sum() == 0
+    short = best_uniform_length(survival, np.array([8, 1]), costs(), lengths)
+    assert short[1] == 1
 
 
 def test_a_request_that_is_never_right_is_not_drafted_for() -> None:

@@ -26,6 +26,9 @@ from vllm_selfspec.measure import measure_costs
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
+# How fast the rows of prompts in a step follow the last one's: within some five steps.
+OTHERS_RATE = 0.2
+
 
 def choose(vllm_config: Any) -> None:
     """Names the planning scheduler in place of the one that vLLM would take.
@@ -94,6 +97,7 @@ class DraftPlanner:
         self._num_slots, self._num_spec_tokens = max_num_reqs, num_spec_tokens
         self._slots = Slots(max_num_reqs)
         self._goodput: Goodput | None = None
+        self._num_others = 0.0
         self.lengths: dict[str, int] = {}
 
     def use_costs(self, costs: StepCosts, uniform: Sequence[int] = ()) -> None:
@@ -111,13 +115,17 @@ class DraftPlanner:
         """Whether all requests get one length."""
         return self._goodput is not None and self._goodput.is_uniform
 
-    def plan(self, room_of: dict[str, int], running: Iterable[str]) -> int:
+    def plan(
+        self, room_of: dict[str, int], running: Iterable[str], num_others: int = 0
+    ) -> int:
         """The number of draft steps after this step; fills `lengths`.
 
         Args:
             room_of: The most that each request which samples in this step may draft.
             running: All requests that run.
+            num_others: Rows of prompts in this step; the next ones have about as many.
         """
+        self._num_others += OTHERS_RATE * (num_others - self._num_others)
         if self._goodput is None:
             self.lengths = room_of
             return max(room_of.values(), default=0)
@@ -126,7 +134,9 @@ class DraftPlanner:
             if req_id not in self._slots:
                 self._goodput.acceptance.admit(self._slots.add(req_id))
         plan = self._goodput.plan(
-            self._slots.of([*room_of]), np.array([*room_of.values()], np.int64)
+            self._slots.of([*room_of]),
+            np.array([*room_of.values()], np.int64),
+            round(self._num_others),
         )
         self.lengths = dict(zip(room_of, plan.lengths.tolist(), strict=True))
         if room_of:
@@ -195,7 +205,13 @@ class _Planning:
             if _samples(self.requests[req_id], num_tokens)
         }
         running = [request.request_id for request in self.running]
-        num_steps = self.planner.plan(room_of, running)
+        num_others = sum(
+            num_tokens
+            for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items()
+            if self.requests[req_id].num_computed_tokens
+            < self.requests[req_id].num_prompt_tokens
+        )
+        num_steps = self.planner.plan(room_of, running, num_others)
         scheduler_output.num_spec_tokens_to_schedule = min(most, num_steps)
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
 

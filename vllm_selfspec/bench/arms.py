@@ -52,6 +52,12 @@ class Arm:
         """The most tokens drafted a step; 0 where nothing is."""
         return int((self.speculative_config or {}).get("num_speculative_tokens", 0))
 
+    @property
+    def has_one_length(self) -> bool:
+        """Whether all its drafts have `k` tokens, so that v is the cost of one number
+        of rows."""
+        return (self.speculative_config or {}).get("draft_length") != "goodput"
+
 
 GROUPS = ("plain", "selfspec", "ngram", "suffix", "draft_model", "hf")
 

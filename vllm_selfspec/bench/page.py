@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 92rem; margin: 2rem auto;
        padding: 0 1rem; color: #1a1a1a; background: #fff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0;
+        font-size: 13px; white-space: nowrap; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:nth-child(2), td:nth-child(2) { text-align: left; }
 th { position: sticky; top: 0; background: #fff; }

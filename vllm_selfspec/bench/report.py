@@ -82,7 +82,8 @@ def provenance(document: Report) -> str:
         f"`{document['command']}`, {document['date']}: {document['device']}, "
         f"{document['num_cores']} cores; vLLM {versions['vllm']}, {document['dtype']}, "
         f"model {document['model']} ({size:.2f} G weights a step), "
-        f"{document['max_tokens']} tokens a prompt."
+        f"{document['max_tokens']} tokens a prompt"
+        f"{'.' if document.get('is_complete', True) else '; stopped before its end.'}"
     )
 
 

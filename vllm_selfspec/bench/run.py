@@ -108,9 +108,11 @@ def run_bench(options: Options) -> None:
     started = time.monotonic()
 
     def document(comparison: Comparison) -> dict[str, Any]:
+        num_blocks = len(tasks) * len(samplings) * len(options.loads)
         return {
             **provenance(options, model),
             "seconds": round(time.monotonic() - started),
+            "is_complete": len(comparison.blocks) == num_blocks,
             "arms": [describe(arm) for arm in arms],
             "costs": measured_costs(comparison, options.loads),
             "steps": comparison.times_of_a_token(),
@@ -121,9 +123,10 @@ def run_bench(options: Options) -> None:
         report.write_json(document(comparison), options.output)
 
     comparison = _compare(engines, tasks, options.loads, samplings, console, save)
-    if len(comparison.blocks) < len(tasks) * len(samplings) * len(options.loads):
+    found = document(comparison)
+    if not found["is_complete"]:
         console.print("Stopped; this is what was finished.")
-    report.write(document(comparison), options.output, console)
+    report.write(found, options.output, console)
 
 
 def prepare() -> None:
@@ -329,7 +332,7 @@ def measured_costs(
             continue
         for arm in comparison.arms[1:]:
             v, c = costs.v(arm), costs.c(arm)
-            if v is not None:
+            if v is not None and arm.has_one_length:
                 found.append(
                     {
                         "num_streams": one.num_streams,

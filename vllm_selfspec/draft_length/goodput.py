@@ -20,7 +20,9 @@ MARGIN = 0.01
 EXPLORE_SHARE = 0.005
 
 
-def best_lengths(survival: Floats, room: Ints, costs: StepCosts) -> Ints:
+def best_lengths(
+    survival: Floats, room: Ints, costs: StepCosts, num_others: int = 0
+) -> Ints:
     """The lengths that maximise expected tokens per second.
 
     A batch of R requests that drafts at most d tokens each, n in all, takes
@@ -29,10 +31,16 @@ def best_lengths(survival: Floats, room: Ints, costs: StepCosts) -> Ints:
     likeliest ones: a token is never likelier than the one before it, so they are whole
     prefixes. All n and d are tried.
 
+    Beside m rows of prompts a step's time is mostly theirs, and tokens per second of
+    that step would say to draft whatever the rows cost. But prompts end: a token is
+    worth the time it takes without them, at the best rate, and is drafted where a step
+    of m + R + n rows takes less than that longer.
+
     Args:
         survival: Chance that tokens 1 to i are all accepted, `[num_reqs, max_drafts]`.
         room: The most each request may draft, `[num_reqs]`.
         costs: Of this model on this machine.
+        num_others: m, rows of prompts that are computed in the same steps.
 
     Returns:
         Draft tokens of each request, `[num_reqs]`.
@@ -44,40 +52,83 @@ def best_lengths(survival: Floats, room: Ints, costs: StepCosts) -> Ints:
     order = np.lexsort((depth[allowed], -survival[allowed]))
     gain, depth = survival[allowed][order], depth[allowed][order]
     request = np.nonzero(allowed)[0][order]
-    plain = num_reqs / float(costs.verify(num_reqs))
-    best, lengths = plain * (1 + MARGIN), np.zeros(num_reqs, np.int64)
-    step = float(costs.draft(num_reqs))
-    verify = costs.verify(num_reqs + np.arange(1, gain.size + 1))
+    choices = []
     for deepest in range(1, int(room.max(initial=0)) + 1):
         within = depth <= deepest
-        tokens = num_reqs + np.cumsum(gain[within])
-        rate = tokens / (verify[: tokens.size] + deepest * step)
-        most = int(rate.argmax())
-        if rate[most] > best:
-            best = rate[most]
-            lengths = np.bincount(request[within][: most + 1], minlength=num_reqs)
-    return lengths.astype(np.int64)
+        gains = np.cumsum(gain[within])
+        choices.append(_Choice(deepest, np.arange(1, gains.size + 1), gains))
+    chosen = _best(choices, num_reqs, costs, num_others)
+    if chosen is None:
+        return np.zeros(num_reqs, np.int64)
+    deepest, num_drafts = chosen
+    first = request[depth <= deepest][:num_drafts]
+    return np.bincount(first, minlength=num_reqs).astype(np.int64)
 
 
 def best_uniform_length(
-    survival: Floats, room: Ints, costs: StepCosts, choices: Sequence[int]
+    survival: Floats,
+    room: Ints,
+    costs: StepCosts,
+    lengths: Sequence[int],
+    num_others: int = 0,
 ) -> Ints:
-    """The same for one length of all requests, out of `choices`: what can be replayed
+    """The same for one length of all requests, out of `lengths`: what can be replayed
     from a CUDA graph, which is captured for whole batches."""
-    num_reqs = len(room)
-    plain = num_reqs / float(costs.verify(num_reqs))
+    position = np.arange(survival.shape[1])
+    choices = []
+    for length in lengths:
+        tried = np.minimum(room, length)
+        kept = survival * (position < tried[:, None])
+        if tried.any():
+            choices.append(
+                _Choice(length, np.array([tried.sum()]), np.array([kept.sum()]))
+            )
+    chosen = _best(choices, len(room), costs, num_others)
+    return np.minimum(room, chosen[0] if chosen else 0)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Ways to draft at most `deepest` tokens a request.
+
+    Attributes:
+        deepest: d, the number of draft steps.
+        num_drafts: n, draft tokens of the batch, `[num_ways]`.
+        gain: How many of them are expected to be accepted, `[num_ways]`.
+    """
+
+    deepest: int
+    num_drafts: Ints
+    gain: Floats
+
+
+def _best(
+    choices: Sequence[_Choice], num_reqs: int, costs: StepCosts, num_others: int
+) -> tuple[int, int] | None:
+    """d and n of the best way, or None where drafting is not worth it."""
     step = float(costs.draft(num_reqs))
-    best, lengths = plain * (1 + MARGIN), np.zeros(num_reqs, np.int64)
+    best = num_reqs / float(costs.verify(num_reqs)) * (1 + MARGIN)
+    found = None
     for choice in choices:
-        tried = np.minimum(room, choice)
-        if not tried.any():
-            continue
-        kept = np.arange(survival.shape[1]) < tried[:, None]
-        seconds = float(costs.verify(num_reqs + int(tried.sum()))) + choice * step
-        rate = (num_reqs + float((survival * kept).sum())) / seconds
-        if rate > best:
-            best, lengths = rate, tried
-    return lengths
+        seconds = costs.verify(num_reqs + choice.num_drafts) + choice.deepest * step
+        rate = (num_reqs + choice.gain) / seconds
+        most = int(rate.argmax())
+        if rate[most] > best:
+            best = float(rate[most])
+            found = choice.deepest, int(choice.num_drafts[most])
+    if not num_others:
+        return found
+    least, found = 0.0, None
+    alone = float(costs.verify(num_others + num_reqs))
+    for choice in choices:
+        rows = num_others + num_reqs + choice.num_drafts
+        longer = costs.verify(rows) - alone + choice.deepest * step
+        profit = choice.gain / best - longer
+        most = int(profit.argmax())
+        if profit[most] > least:
+            least = float(profit[most])
+            found = choice.deepest, int(choice.num_drafts[most])
+    return found
 
 
 @dataclass
@@ -128,28 +179,37 @@ class Goodput:
         """Whether all requests get one length."""
         return bool(self._uniform)
 
-    def plan(self, slots: Slots, room: Ints) -> Plan:
-        """Lengths for the requests `slots`, each at most its `room`, `[num_reqs]`."""
+    def plan(self, slots: Slots, room: Ints, num_others: int = 0) -> Plan:
+        """Lengths of a batch.
+
+        Args:
+            slots: Its requests, `[num_reqs]`.
+            room: The most each may draft, `[num_reqs]`.
+            num_others: Rows of prompts that are computed in the same steps.
+        """
         num_reqs = len(slots)
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
         room = np.minimum(room, self._max_drafts)
         survival = self.acceptance.survival(slots)
         if self._uniform:
-            lengths = best_uniform_length(survival, room, self.costs, self._uniform)
+            lengths = best_uniform_length(
+                survival, room, self.costs, self._uniform, num_others
+            )
         else:
-            lengths = best_lengths(survival, room, self.costs)
+            lengths = best_lengths(survival, room, self.costs, num_others)
         if lengths.any():
             return Plan(lengths)
-        return self._trial(num_reqs, room)
+        return self._trial(num_reqs, room, num_others)
 
-    def _trial(self, num_reqs: int, room: Ints) -> Plan:
+    def _trial(self, num_reqs: int, room: Ints, num_others: int) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         tried = np.minimum(room, 1)
-        plain = float(self.costs.verify(num_reqs))
+        num_rows = num_others + num_reqs
+        plain = float(self.costs.verify(num_rows))
         self._owed += EXPLORE_SHARE * plain
         price = (
-            float(self.costs.verify(num_reqs + int(tried.sum())))
+            float(self.costs.verify(num_rows + int(tried.sum())))
             - plain
             + float(self.costs.draft(num_reqs))
         )
