@@ -34,7 +34,13 @@ def start(model: str, output: Path, *flags: str) -> subprocess.Popen[str]:
     ]
     env = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        # As at a terminal: what a shell starts in the background ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

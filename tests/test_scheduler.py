@@ -147,8 +147,8 @@ def test_drafts_beyond_a_requests_length_are_not_verified(
     planner, planned = scheduler_of(llm).planner, []
     plan = DraftPlanner.plan
 
-    def uneven(self: Any, room_of: dict[str, int], running: Any) -> int:
-        steps = plan(self, room_of, running)
+    def uneven(self: Any, room_of: dict[str, int], *others: Any) -> int:
+        steps = plan(self, room_of, *others)
         self.lengths = {r: min(k, i) for i, (r, k) in enumerate(self.lengths.items())}
         planned.append(sum(self.lengths.values()))
         return steps
