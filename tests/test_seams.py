@@ -193,7 +193,7 @@ def test_what_the_planning_scheduler_reads_is_there_in_each_release(
     module = ast.parse((PACKAGE / "scheduler.py").read_text())
     (ours,) = [n for n in module.body if getattr(n, "name", "") == "_Planning"]
     annotated = [node for node in ours.body if isinstance(node, ast.AnnAssign)]
-    names = [ast.unparse(node.target) for node in annotated]
+    names = {ast.unparse(node.target) for node in annotated} - {"costs"}  # ours
     path = Path(*SCHEDULER[0].split(".")).with_suffix(".py")
     source = (source_of(version) / path).read_text()
     missing = [n for n in names if not re.search(rf"self\.{n}\b\s*[:=]", source)]

@@ -30,18 +30,23 @@ logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 OTHERS_RATE = 0.2
 
 
-def choose(vllm_config: Any) -> None:
+def choose(vllm_config: Any, executor: Any) -> None:
     """Names the planning scheduler in place of the one that vLLM would take.
 
     A scheduler class of the user's own is left alone, as are data-parallel engines;
     drafts then have full length.
+
+    Args:
+        vllm_config: Of the engine; its scheduler is not made yet.
+        executor: vLLM's, with workers that are ready to run.
     """
     config = vllm_config.scheduler_config
     planning = {Scheduler: PlanningScheduler, AsyncScheduler: PlanningAsyncScheduler}
     found = config.get_scheduler_cls()
     # Data-parallel ranks that draft differently would wait for each other for ever.
     if found in planning and vllm_config.parallel_config.data_parallel_size == 1:
-        config.scheduler_cls = planning[found]
+        named = {"costs": measured(executor), "__module__": __name__}
+        config.scheduler_cls = type("PlanningScheduler", (planning[found],), named)
         # vLLM warns of schedulers that it does not know. This one is its own, and
         # every release that is supported was tried with it.
         logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
@@ -63,14 +68,18 @@ def _is_not_of_ours(record: logging.LogRecord) -> bool:
     return PlanningScheduler.__module__ not in record.getMessage()
 
 
-def start(scheduler: Any, executor: Any) -> None:
-    """Has the workers measure what forwards cost, and plans by that."""
-    if isinstance(scheduler, _Planning):
-        # A step is done when its slowest worker is.
-        num_rows, *seconds = zip(*executor.collective_rpc(measure_costs), strict=True)
-        verify, draft = (np.max(times, axis=0) for times in seconds)
-        costs = StepCosts(num_rows[0], verify, draft)
-        scheduler.planner.use_costs(costs, uniform_lengths(scheduler.vllm_config))
+def measured(executor: Any) -> StepCosts:
+    """What forwards cost, as the workers measure it."""
+    # A step is done when its slowest worker is.
+    num_rows, *seconds = zip(*executor.collective_rpc(measure_costs), strict=True)
+    verify, draft = (np.max(times, axis=0) for times in seconds)
+    logger.info(
+        "selfspec: a step of %s rows takes %s ms, a draft step %s",
+        list(num_rows[0]),
+        np.round(1000 * verify, 1).tolist(),
+        np.round(1000 * draft, 1).tolist(),
+    )
+    return StepCosts(num_rows[0], verify, draft)
 
 
 def uniform_lengths(vllm_config: Any) -> list[int]:
@@ -175,6 +184,7 @@ class DraftPlanner:
 class _Planning:
     """What both schedulers get; to be mixed into one of vLLM's."""
 
+    costs: StepCosts
     vllm_config: Any
     log_stats: bool
     requests: dict[str, Request]
@@ -195,6 +205,7 @@ class _Planning:
             self.num_spec_tokens,
             DraftStats(self.vllm_config),
         )
+        self.planner.use_costs(self.costs, uniform_lengths(self.vllm_config))
         self._updated: float | None = None  # when the last step ended, if busy since
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

@@ -191,19 +191,15 @@ def _expand_in_torch(original: Function) -> Function:
 
 
 def _plan_draft_lengths(original: Function) -> Function:
-    def __init__(
-        self: Any, vllm_config: Any, executor_class: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        if not plans_draft_lengths(vllm_config):
-            original(self, vllm_config, executor_class, *args, **kwargs)
-            return
-        from vllm_selfspec import scheduler
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        kv_cache_config = original(self, vllm_config)
+        if plans_draft_lengths(vllm_config):
+            from vllm_selfspec import scheduler
 
-        scheduler.choose(vllm_config)
-        original(self, vllm_config, executor_class, *args, **kwargs)
-        scheduler.start(self.scheduler, self.model_executor)
+            scheduler.choose(vllm_config, self.model_executor)
+        return kv_cache_config
 
-    return __init__
+    return _initialize_kv_caches
 
 
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -275,19 +271,14 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         module="vllm.v1.engine.core",
-        target="EngineCore.__init__",
-        parameters=(
-            "self",
-            "vllm_config",
-            "executor_class",
-            "log_stats",
-            "executor_fail_callback",
-            "include_finished_set",
-        ),
+        target="EngineCore._initialize_kv_caches",
+        parameters=("self", "vllm_config"),
         replace=_plan_draft_lengths,
         why="How many drafts are scheduled follows the number of requests alone, by a "
         "table. A scheduler of our own decides; vLLM lets a config name one, but it "
-        "has no way to the workers, which measure what a forward costs.",
+        "has no way to the workers, which measure what a forward costs. This is called "
+        "when they are ready and the scheduler is not made yet; EngineCore's process "
+        "loads plugins no earlier than in its __init__.",
         remove_when="a speculative method can say how many tokens to schedule.",
     ),
     Seam(
