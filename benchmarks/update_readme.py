@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.bench import report, serve_report
+from vllm_selfspec.bench import report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
@@ -19,7 +19,6 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quick": ("quick/report.json", report.markdown),
     "all": ("demo/report.json", report.markdown),
-    "serve": ("serve/serve.json", serve_report.markdown),
     "float32": ("float32/report.json", report.markdown),
 }
 

@@ -284,6 +284,20 @@ def test_prometheus_counts_drafts_and_acceptances(
     assert accepted >= 3 * drafts
 
 
+def test_an_engine_process_plans_draft_lengths_and_shows_it(
+    model: str, tmp_path: Path
+) -> None:
+    """It loads plugins later than an engine within its own process does."""
+    with serving(model, "selfspec", tmp_path / "log") as server:
+        assert "selfspec: a step of [1, 2, 4" in server.log.read_text(), "measured"
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        for _ in range(2):  # counts are written with the first step after a second
+            complete(client, PROMPTS[0])
+            time.sleep(1.2)
+        complete(client, PROMPTS[1])
+        assert server.metric("vllm:selfspec_steps_total") > 10
+
+
 def test_an_invalid_plan_ends_vllm_serve_with_our_words(model: str) -> None:
     spec = '{"method": "selfspec", "exit_layer": 99}'
     done = subprocess.run(
