@@ -10,6 +10,8 @@ E / (v + k c); goodput has none of its own, it should follow the best of them.
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -92,25 +94,23 @@ def swing(engines: list[Any], prompts: list[str], sampling: Sampling) -> list[An
     return found
 
 
-class timed_steps:
+@contextmanager
+def timed_steps(engine: Any, steps: list[float]) -> Iterator[None]:
     """Appends the seconds of every engine step to a list."""
+    core = engine.llm.llm_engine
+    step = core.step
 
-    def __init__(self, engine: Any, steps: list[float]) -> None:
-        self._core, self._steps = engine.llm.llm_engine, steps
+    def timed() -> Any:
+        started = time.perf_counter()
+        found = step()
+        steps.append(time.perf_counter() - started)
+        return found
 
-    def __enter__(self) -> None:
-        step = type(self._core).step.__get__(self._core)
-
-        def timed() -> Any:
-            started = time.perf_counter()
-            found = step()
-            self._steps.append(time.perf_counter() - started)
-            return found
-
-        self._core.step = timed
-
-    def __exit__(self, *_: object) -> None:
-        del self._core.step
+    core.step = timed  # before the class's own
+    try:
+        yield
+    finally:
+        del core.step
 
 
 def plot(turn: list[dict[str, Any]]) -> Any:

@@ -26,6 +26,7 @@ from vllm_selfspec.draft_length.stop_rules import (
     Thompson,
     Threshold,
 )
+from vllm_selfspec.draft_length.trials import sigmoid
 
 MAX_DRAFTS = 8
 FIXED = (0, 1, 2, 4, 8)
@@ -120,10 +121,6 @@ class World:
             self._own[slot] = self._random.standard_normal()
             self._left[slot] = REQUEST_TOKENS
             yield int(slot)
-
-
-def sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
 
 
 class Controller:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -61,15 +61,19 @@ class DraftStats:
             "gauges": self.gauges,
         }
 
-    def publish(self, name: str) -> None:
+    def publish(
+        self, name: str, beliefs: Callable[[], dict[str, float]] = dict
+    ) -> None:
         """Writes the counts for the server, and a line for the log, if it is time.
 
         Args:
             name: Tells the parts of an engine apart that count for themselves.
+            beliefs: The gauges; asked when it is time, for this is called each step.
         """
         now = time.monotonic()
         if now - self._written >= WRITE_EVERY_S:
             self._written = now
+            self.gauges = beliefs()
             self._write(name)
         if now - self._logged >= LOG_EVERY_S:
             self._logged = now

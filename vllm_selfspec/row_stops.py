@@ -73,8 +73,7 @@ class RowStops:
                 self._slots.of(known), np.array(lengths), np.array(accepted)
             )
             self.stats.lengths.update(lengths)
-        self.stats.gauges = self._rule.beliefs()
-        self.stats.publish("rows")
+        self.stats.publish("rows", self._rule.beliefs)
 
     def begin(self, req_ids: Sequence[str], most: Ints) -> None:
         """A propose for these requests, each drafting at most so many, `[num_rows]`."""

@@ -177,8 +177,7 @@ class DraftPlanner:
     def publish(self) -> None:
         """Shows the statistics, if it is time."""
         if self._goodput is not None:
-            self.stats.gauges = self._goodput.beliefs()
-        self.stats.publish("scheduler")
+            self.stats.publish("scheduler", self._goodput.beliefs)
 
 
 class _Planning:

@@ -5,7 +5,7 @@ One rule: a page loads nothing from elsewhere.
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 STYLE = """
@@ -46,6 +46,13 @@ def paragraph(text: str) -> str:
 def heading(text: str) -> str:
     """Of a section."""
     return f"<h2>{html.escape(text)}</h2>"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; all columns but `arm` are numbers."""
+    sides = ["---" if name == "arm" else "---:" for name in columns]
+    lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(sides)}|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def table(lines: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from vllm_selfspec.bench.page import (
     figure,
     heading,
     legend,
+    markdown_table,
     new_plot,
     page,
     paragraph,
@@ -108,15 +109,14 @@ def rows_of(document: Report, temperature: float) -> list[str]:
     columns = ["streams", "arm", *names, "all", "E", "accepted", "v", "c", "bound"]
     columns += ["of it", "latency", "same text", "extra"]
     columns += ["quality"] if has_scores else []
-    lines = [f"| {' | '.join(columns)} |"]
-    lines.append("|" + "|".join("---" if c == "arm" else "---:" for c in columns) + "|")
+    lines = []
     for (num_streams, arm), rows in by_arm(document, temperature).items():
         values = [str(num_streams), arm]
         values += [f"{rows[name]['speed_up']:.2f}x" for name in names]
         values += _summary(list(rows.values()), document, arm)
         values += [_quality(list(rows.values()))] if has_scores else []
-        lines.append(f"| {' | '.join(values)} |")
-    return lines
+        lines.append(values)
+    return markdown_table(columns, lines)
 
 
 def by_arm(

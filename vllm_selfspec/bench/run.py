@@ -238,6 +238,17 @@ def _hugging_face(
     return HuggingFaceEngine(arm, target.eval(), tokenizer)
 
 
+def progress_bar(console: Console) -> Progress:
+    """How far it is, how long it will take, and what is being done."""
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
 def _compare(
     engines: list[Engine],
     tasks: list[Task],
@@ -247,13 +258,7 @@ def _compare(
     save: Callable[[Comparison], None],
 ) -> Comparison:
     tokenizer = engines[0].tokenizer
-    columns = (
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         total = num_turns(engines, tasks, loads, samplings)
         bar = progress.add_task("", total=total, completed=-1)
 

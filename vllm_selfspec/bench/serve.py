@@ -17,11 +17,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_selfspec.bench import serve_report
 from vllm_selfspec.bench.arms import PLAIN, Arm, arms_of
@@ -34,6 +34,7 @@ from vllm_selfspec.bench.run import (
     find_draft_model,
     find_model,
     prepare,
+    progress_bar,
     provenance,
 )
 from vllm_selfspec.bench.tasks import Task, load
@@ -144,28 +145,20 @@ def _in_turns(
 ) -> list[dict[str, Any]]:
     """What was measured, a row for each turn and rate; after Ctrl-C what there is."""
     points: list[dict[str, Any]] = []
-    columns = (
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
     total = bench.serve.repeats * len(arms) * len(bench.serve.rates)
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with progress_bar(console) as progress:
             bar = progress.add_task("", total=total)
-            for repeat in range(bench.serve.repeats):
-                for arm in arms:
 
-                    def say(what: str, arm: Arm = arm) -> None:
-                        progress.update(bar, description=f"{arm.name}: {what}")
-                        if not console.is_terminal:  # a log has no bar
-                            done = int(progress.tasks[0].completed)
-                            console.print(f"{done} of {total}: {arm.name}: {what}")
+            def say(what: str) -> None:
+                progress.update(bar, description=what)
+                if not console.is_terminal:  # a log has no bar
+                    console.print(f"{len(points)} of {total}: {what}")
 
-                    for point in bench.turn(arm, say):
-                        points.append({"repeat": repeat, "arm": arm.name, **point})
-                        progress.update(bar, advance=1)
+            for repeat, arm in product(range(bench.serve.repeats), arms):
+                for point in bench.turn(arm, say):
+                    points.append({"repeat": repeat, "arm": arm.name, **point})
+                    progress.update(bar, advance=1)
     except KeyboardInterrupt:
         if not points:
             raise
@@ -226,7 +219,7 @@ class _ServeBench:
 
     def turn(self, arm: Arm, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
         """Starts a server for `arm` and measures it at every rate."""
-        say("starts")
+        say(f"{arm.name}: starts")
         log = (
             self.output / "logs" / f"{arm.name.replace(',', '').replace(' ', '_')}.log"
         )
@@ -234,7 +227,7 @@ class _ServeBench:
         with _serving(self.command(arm), log) as server:
             server.warm_up()
             for rate in self.serve.rates:
-                say(f"{rate:g} requests a second")
+                say(f"{arm.name}: {rate:g} requests a second")
                 yield {"rate": rate, **self.measure(server, rate)}
 
     def command(self, arm: Arm) -> list[str]:

@@ -14,6 +14,7 @@ from vllm_selfspec.bench.page import (
     color,
     figure,
     legend,
+    markdown_table,
     new_plot,
     page,
     paragraph,
@@ -128,8 +129,7 @@ COLUMNS = (
 
 def rows_of(document: Report) -> list[str]:
     """A Markdown table: a row for each rate and arm."""
-    lines = [f"| {' | '.join(COLUMNS)} |"]
-    lines.append("|" + "|".join("---" if c == "arm" else "---:" for c in COLUMNS) + "|")
+    lines = []
     for row in summary(document):
         accepted = row.get("spec_decode_acceptance_rate")
         values = [
@@ -146,8 +146,8 @@ def rows_of(document: Report) -> list[str]:
             "" if accepted is None else f"{accepted / 100:.0%}",
             f"{row['same_texts']}/{row['texts']}",
         ]
-        lines.append(f"| {' | '.join(values)} |")
-    return lines
+        lines.append(values)
+    return markdown_table(COLUMNS, lines)
 
 
 def html(document: Report) -> str:

@@ -6,6 +6,7 @@ steps how it differs.
 
 import numpy as np
 
+from vllm_selfspec.draft_length.trials import logit, sigmoid, trials
 from vllm_selfspec.draft_length.types import Floats, Ints, Slots
 
 # Before anything was seen: an acceptance that is worth a try, of the weight of few
@@ -62,8 +63,8 @@ class Acceptance:
     def _chances(self, slots: Slots) -> Floats:
         """p, `[n, max_drafts]`."""
         usual = np.clip(self.population(), MIN_CHANCE, MAX_CHANCE)
-        logit = np.log(usual / (1 - usual)) + self._own[slots, None]
-        found: Floats = np.clip(1 / (1 + np.exp(-logit)), MIN_CHANCE, MAX_CHANCE)
+        own = self._own[slots, None]
+        found: Floats = np.clip(sigmoid(logit(usual) + own), MIN_CHANCE, MAX_CHANCE)
         return found
 
     def survival(self, slots: Slots) -> Floats:
@@ -78,10 +79,7 @@ class Acceptance:
             drafted: Their verified draft tokens, 0 where none were, `[n]`.
             accepted: How many of them were accepted, `[n]`.
         """
-        positions = np.arange(self._tried.size)
-        # A token is a trial when all before it were accepted.
-        tried = positions < np.minimum(drafted, accepted + 1)[:, None]
-        taken = positions < accepted[:, None]
+        tried, taken = trials(drafted, accepted, self._tried.size)
         chance = self._chances(slots)
         known = (1 - FADE) * self._known[slots] + (tried * chance * (1 - chance)).sum(
             axis=1

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vllm_selfspec.draft_length.trials import logit, sigmoid, trials
 from vllm_selfspec.draft_length.types import Bools, Floats, Ints, Slots
 
 # D&V, section 3.2 and its code: see `Threshold`.
@@ -240,7 +241,7 @@ class CalibratedThompson:
             self._drawn[slots] = self._mean + noise @ spread.T
             self._survival[slots] = 1.0
         self._confidence[slots, step] = confidence
-        chance = _sigmoid((self._drawn[slots] * _features(confidence)).sum(axis=-1))
+        chance = sigmoid((self._drawn[slots] * _features(confidence)).sum(axis=-1))
         self._survival[slots] *= chance
         self._usual[slots] += 0.1 * (chance - self._usual[slots])
         gain = self._survival[slots] * self._usual[slots]
@@ -249,11 +250,10 @@ class CalibratedThompson:
 
     def observe(self, slots: Slots, drafted: Ints, accepted: Ints) -> None:
         """See `StopRule`."""
-        positions = np.arange(self._confidence.shape[1])
-        tried = positions < np.minimum(drafted, accepted + 1)[:, None]
-        is_accepted = (positions < accepted[:, None])[tried]
+        tried, taken = trials(drafted, accepted, self._confidence.shape[1])
+        is_accepted = taken[tried]
         x = _features(self._confidence[slots][tried])
-        chance = _sigmoid(x @ self._mean)
+        chance = sigmoid(x @ self._mean)
         kept = np.exp(-len(x) / REMEMBERED_TRIALS)
         self._precision = kept * self._precision + (1 - kept) * self._first_precision
         self._precision += (x * (chance * (1 - chance))[:, None]).T @ x
@@ -272,9 +272,4 @@ class CalibratedThompson:
 def _features(confidence: Floats) -> Floats:
     """x, `[..., 2]`."""
     s = np.clip(confidence, CONFIDENCE_LIMIT, 1 - CONFIDENCE_LIMIT)
-    return np.stack([np.ones_like(s), np.log(s / (1 - s))], axis=-1)
-
-
-def _sigmoid(z: Floats) -> Floats:
-    found: Floats = 1 / (1 + np.exp(-z))
-    return found
+    return np.stack([np.ones_like(s), logit(s)], axis=-1)
