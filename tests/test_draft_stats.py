@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,26 @@ def test_without_a_directory_nothing_is_written(
             monkeypatch.delenv(DIRECTORY)
         found._written -= 1.1
         found.publish("part")
+
+
+def test_a_process_shows_what_its_own_engines_do_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script with an engine of its own may well start a server."""
+    monkeypatch.setenv(DIRECTORY, str(tmp_path))  # made by the process that started it
+    shown = "import os; from vllm_selfspec import draft_stats as d; "
+    shown += "from prometheus_client import REGISTRY; "
+    shown += "d.share_directory(); d.share_directory(); "
+    shown += "print(os.environ[d.DIRECTORY]); "
+    shown += "print(sum(c._directory.is_dir() for c in REGISTRY._collector_to_names "
+    shown += "if isinstance(c, d.MetricsCollector)))"
+    done = subprocess.run(
+        [sys.executable, "-c", shown], capture_output=True, text=True, check=True
+    )
+    directory, num_collectors = done.stdout.split()
+    assert directory != str(tmp_path)
+    assert num_collectors == "1"
+    assert not Path(directory).exists(), "it goes with its process"
 
 
 def test_a_line_tells_what_was_done_since_the_last_one() -> None:

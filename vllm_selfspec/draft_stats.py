@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -110,11 +111,11 @@ class DraftStats:
         return "selfspec: " + ", ".join(f"{k}: {v}" for k, v in found.items())
 
 
+@cache
 def share_directory() -> None:
     """Makes the directory for this process and all that it starts, and shows what is
-    written there at vLLM's `/metrics`. Again is idle."""
-    if DIRECTORY in os.environ:
-        return
+    written there at vLLM's `/metrics`. Once a process; one that was started by another
+    that serves has a directory of its own."""
     import prometheus_client
 
     directory = tempfile.mkdtemp(prefix="selfspec-")
