@@ -170,6 +170,23 @@ def run(llm: Any, prompts: list[Any], params: Any) -> tuple[list[Any], Counts]:
     return outputs, read() - before
 
 
+def scheduler_of(llm: Any) -> Any:
+    """The engine's scheduler, in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def with_costs(llm: Any, costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans by costs that a step's real time does not change: a tiny model's are no
+    model's."""
+    from vllm_selfspec.draft_length.costs import StepCosts
+    from vllm_selfspec.draft_length.goodput import Goodput
+
+    scheduler = scheduler_of(llm)
+    limits = (scheduler.max_num_running_reqs, scheduler.num_spec_tokens)
+    scheduler.planner.goodput = Goodput(*limits, StepCosts(*costs))
+    monkeypatch.setattr(StepCosts, "observe", lambda *_: None)
+
+
 def drafter_of(runner: Any) -> Any:
     """Our part of vLLM's model runner, V1 or V2; None in a plain engine."""
     return getattr(runner, "speculator", None) or getattr(runner, "drafter", None)

@@ -20,11 +20,11 @@ from conftest import (
     build_tiny_model,
     run,
     token_ids,
+    with_costs,
 )
 from scipy import stats
 
 from vllm_selfspec.bench.tasks import load
-from vllm_selfspec.draft_length.costs import StepCosts
 
 pytestmark = pytest.mark.v2
 FALSE_ALARM = 1e-6
@@ -120,7 +120,22 @@ def test_sampled_text_is_distributed_as_plain_vllms(
     assert p > FALSE_ALARM, f"{setting}, {method} drafts: p = {p:.2g}"
 
 
-@pytest.mark.skipif(IS_V2, reason="the V2 runner's drafts know the temperature alone")
+@pytest.mark.parametrize("setting", ["T=0.7", "top_p", "top_k"])
+def test_a_draft_that_skips_nothing_is_drawn_as_the_target_is(
+    setting: str, model: str, engines: Engines
+) -> None:
+    """Whatever the target would not choose would be drawn, and rejected, otherwise."""
+    spec = {"skip_layers": {}, "num_speculative_tokens": 2}
+    llm = engines.get(model, {**spec, "draft_sample_method": "probabilistic"})
+    prompts = [{"prompt_token_ids": PROMPT}] * 8
+    sampling = params(max_tokens=14, **SETTINGS[setting])
+    _, counts = run(llm, prompts, sampling)
+    assert counts.draft_tokens > 40
+    # Rounding of p / q may cost a token in a thousand.
+    assert counts.accepted_tokens >= counts.draft_tokens - 1
+
+
+@pytest.mark.skipif(IS_V2, reason="a trained model takes hours in the interpreter")
 def test_drafts_are_accepted_more_often_the_more_they_are_like_the_target(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,14 +150,17 @@ def test_drafts_are_accepted_more_often_the_more_they_are_like_the_target(
         return counts.accepted_tokens / counts.draft_tokens
 
     greedy, truncated = acceptance("greedy"), acceptance("probabilistic")
-    monkeypatch.setattr("vllm_selfspec.v1_proposer._truncated", lambda *given: given)
+    monkeypatch.setattr(
+        "vllm_selfspec.v1_proposer.truncated", lambda logits, *limits: logits
+    )
     # Some 1000 drafts each: their acceptance has a deviation below 0.02.
     assert truncated > acceptance("probabilistic") + 0.08
     assert truncated > greedy + 0.2
 
 
-@pytest.mark.skipif(IS_V2, reason="rows stop on the host there: see v2_speculator")
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize(
+    "method", ["probabilistic"] if IS_PART else ["greedy", "probabilistic"]
+)
 @pytest.mark.parametrize("policy", ["threshold", "thompson", "thompson-calibrated"])
 def test_rows_that_stop_drafting_leave_the_distribution_alone(
     policy: str, method: str, model: str, engines: Engines
@@ -153,7 +171,7 @@ def test_rows_that_stop_drafting_leave_the_distribution_alone(
     assert p > FALSE_ALARM, f"{policy}, {method} drafts: p = {p:.2g}"
 
 
-@pytest.mark.skipif(IS_V2, reason="it exchanges a part of the V1 proposer's")
+@pytest.mark.skipif(IS_V2, reason="its few samples show greater errors alone")
 def test_the_test_catches_a_rule_that_drops_the_token_it_stops_at(
     model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,10 +202,8 @@ def test_goodput_lengths_leave_the_distribution_alone(
     llm = drafting(engines, model, method, "goodput")
     # Costs at which the second token pays for some requests and not for others: beside
     # 256 plain rows in 60 s, 0.1 s for a row is worth it above an acceptance of 0.43.
-    costs = StepCosts((1, 256, 1024), (50.0, 60.0, 137.0), (1e-3, 1e-3, 1e-3))
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    scheduler.planner.use_costs(costs)
-    monkeypatch.setattr(StepCosts, "observe", lambda *_: None)
+    costs = ((1, 256, 1024), (50.0, 60.0, 137.0), (1e-3, 1e-3, 1e-3))
+    with_costs(llm, costs, monkeypatch)
     samples = samples_of(llm, SETTINGS["T=1"])
     p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
     assert p > FALSE_ALARM, f"goodput, {method} drafts: p = {p:.2g}"

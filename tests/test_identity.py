@@ -173,7 +173,6 @@ STOPPING: dict[str, Any] = {
 }
 
 
-@pytest.mark.skipif(IS_V2, reason="rows stop on the host there: see v2_speculator")
 @pytest.mark.parametrize("policy", STOPPING)
 @pytest.mark.parametrize("plan", ["empty", "middling", "exit"])
 def test_rows_that_stop_drafting_leave_the_text_alone(

@@ -23,6 +23,7 @@ PACKAGE = Path(vllm_selfspec.__file__).parent
 DRAFTING = {
     "draft_batch",
     "draft_compile",
+    "draft_truncation",
     "draft_view",
     "measure",
     "scheduler",
@@ -310,6 +311,18 @@ def test_a_deployment_that_cannot_draft_is_refused_before_weights_are_read(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         create(model, {"method": METHOD}, **changed)
+
+
+@pytest.mark.parametrize("policy", ["threshold", "thompson", "thompson-calibrated"])
+def test_rows_that_stop_have_a_step_scheduled_when_they_have(
+    policy: str, model: str
+) -> None:
+    spec = {"method": METHOD, "draft_length": policy}
+    config = create(model, spec)
+    assert config.scheduler_config.async_scheduling is False
+    assert create(model, spec, async_scheduling=False)
+    with pytest.raises(ValueError, match=f"'{policy}' stops single .* leave it out"):
+        create(model, spec, async_scheduling=True)
 
 
 @pytest.fixture

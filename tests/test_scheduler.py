@@ -3,9 +3,18 @@
 from typing import Any
 
 import pytest
-from conftest import IS_V2, Engines, prompts_of, run, token_ids
+from conftest import (
+    IS_V2,
+    Engines,
+    prompts_of,
+    run,
+    scheduler_of,
+    token_ids,
+    with_costs,
+)
 
 from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.goodput import Goodput
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_stats import DraftStats
 from vllm_selfspec.scheduler import DraftPlanner
@@ -28,19 +37,9 @@ class Config:
         served_model_name = "m"
 
 
-def planner(costs: tuple[Any, Any, Any] | None = CHEAP, **kwargs: Any) -> DraftPlanner:
-    found = DraftPlanner(2, NUM_DRAFTS, DraftStats(Config()))
-    if costs is not None:
-        found.use_costs(StepCosts(*costs), **kwargs)
-    return found
-
-
-def test_before_costs_are_known_everybody_drafts_all_it_may() -> None:
-    found = planner(costs=None)
-    assert found.plan({"a": 4, "b": 1}, ["a", "b"]) == 4
-    assert found.lengths == {"a": 4, "b": 1}
-    found.observe({"a": 4}, {"a": 2})
-    found.observe_step(5, 1, 4, 1.0)
+def planner(costs: tuple[Any, Any, Any] = CHEAP, **kwargs: Any) -> DraftPlanner:
+    goodput = Goodput(2, NUM_DRAFTS, StepCosts(*costs), **kwargs)
+    return DraftPlanner(goodput, 2, DraftStats(Config()))
 
 
 def test_lengths_differ_by_what_requests_have_shown() -> None:
@@ -88,16 +87,6 @@ def test_every_captured_length_is_in_the_schedule_that_vllm_captures_by() -> Non
         assert max(captured_lengths(most)) == most
 
 
-def scheduler_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def with_costs(llm: Any, costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs that a step's real time does not change: a tiny model's are no model's."""
-    scheduler_of(llm).planner.use_costs(StepCosts(*costs))
-    monkeypatch.setattr(StepCosts, "observe", lambda *_: None)
-
-
 def greedy(**overrides: Any) -> Any:
     from vllm import SamplingParams
 
@@ -110,7 +99,7 @@ def test_the_workers_measure_their_costs_at_start_up(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
     llm = engines.get(tiny_models["llama"], SPEC)
-    costs = scheduler_of(llm).planner._goodput.costs
+    costs = scheduler_of(llm).planner.goodput.costs
     for rows in (1, 8, 40):
         assert float(costs.draft(rows)) > 0 and 0 < float(costs.verify(rows)) < 10
 

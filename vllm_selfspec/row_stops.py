@@ -1,10 +1,10 @@
-"""`RowStops`: a stop rule in the terms of the V1 proposer.
+"""`RowStops`: a stop rule in the terms of a batch that drafts, in either model runner.
 
 One rule: a token that was drawn stays; what a rule decides is whether the row draws
 another (`draft_length.stop_rules` says why that is lossless).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,33 +46,30 @@ class RowStops:
     def observe(
         self,
         req_ids: Sequence[str],
-        drafted: Mapping[str, Sequence[int]],
-        sampled_token_ids: Sequence[Sequence[int]],
+        drafted: Ints,
+        num_sampled: Ints,
     ) -> None:
         """Learns from a verification.
 
         Args:
             req_ids: The running batch.
-            drafted: Draft tokens that were verified, by request.
-            sampled_token_ids: The tokens this step emitted, by row of the batch.
+            drafted: Draft tokens of each that were verified, `[num_reqs]`.
+            num_sampled: Tokens that this step emitted for each, 0 where the prompt goes
+                on, `[num_reqs]`.
         """
         self._slots.keep(req_ids)
         for req_id in req_ids:
             if req_id not in self._slots:
                 self._rule.admit(self._slots.add(req_id))
-        seen = [
-            (req_id, len(drafted[req_id]), len(sampled) - 1)
-            for req_id, sampled in zip(req_ids, sampled_token_ids, strict=False)
-            if sampled and drafted.get(req_id)
-        ]
-        num_sampled = sum(map(bool, sampled_token_ids))
-        self.stats.lengths[0] += num_sampled - len(seen)
-        if seen:
-            known, lengths, accepted = zip(*seen, strict=True)
+        samples = num_sampled > 0
+        self.stats.lengths.update(drafted[samples].tolist())
+        seen = np.flatnonzero(samples & (drafted > 0))
+        if len(seen):
             self._rule.observe(
-                self._slots.of(known), np.array(lengths), np.array(accepted)
+                self._slots.of([req_ids[row] for row in seen]),
+                drafted[seen],
+                num_sampled[seen] - 1,
             )
-            self.stats.lengths.update(lengths)
         self.stats.publish("rows", self._rule.beliefs)
 
     def begin(self, req_ids: Sequence[str], most: Ints) -> None:

@@ -7,7 +7,7 @@ own length before they are verified, and tells the controller what came of it.
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -70,14 +70,16 @@ def _is_not_of_ours(record: logging.LogRecord) -> bool:
 
 def measured(executor: Any) -> StepCosts:
     """What forwards cost, as the workers measure it."""
+    started = time.perf_counter()
     # A step is done when its slowest worker is.
     num_rows, *seconds = zip(*executor.collective_rpc(measure_costs), strict=True)
     verify, draft = (np.max(times, axis=0) for times in seconds)
     logger.info(
-        "selfspec: a step of %s rows takes %s ms, a draft step %s",
+        "selfspec: a step of %s rows takes %s ms, a draft step %s (measured in %.1f s)",
         list(num_rows[0]),
         np.round(1000 * verify, 1).tolist(),
         np.round(1000 * draft, 1).tolist(),
+        time.perf_counter() - started,
     )
     return StepCosts(num_rows[0], verify, draft)
 
@@ -94,35 +96,17 @@ class DraftPlanner:
     """`Goodput` in the terms of vLLM's scheduler.
 
     Attributes:
+        goodput: What decides.
         lengths: Draft tokens that a request may have verified in its next step, by
             request id, of those that draft at all.
         stats: What was planned, and what came of it.
     """
 
-    def __init__(
-        self, max_num_reqs: int, num_spec_tokens: int, stats: DraftStats
-    ) -> None:
-        self.stats = stats
-        self._num_slots, self._num_spec_tokens = max_num_reqs, num_spec_tokens
+    def __init__(self, goodput: Goodput, max_num_reqs: int, stats: DraftStats) -> None:
+        self.goodput, self.stats = goodput, stats
         self._slots = Slots(max_num_reqs)
-        self._goodput: Goodput | None = None
         self._num_others = 0.0
         self.lengths: dict[str, int] = {}
-
-    def use_costs(self, costs: StepCosts, uniform: Sequence[int] = ()) -> None:
-        """Plans from now on; before it, every request drafts all it may.
-
-        Args:
-            costs: Of this model on this machine.
-            uniform: The lengths a whole batch may have; empty where each request may
-                have its own.
-        """
-        self._goodput = Goodput(self._num_slots, self._num_spec_tokens, costs, uniform)
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all requests get one length."""
-        return self._goodput is not None and self._goodput.is_uniform
 
     def plan(
         self, room_of: dict[str, int], running: Iterable[str], num_others: int = 0
@@ -135,14 +119,11 @@ class DraftPlanner:
             num_others: Rows of prompts in this step; the next ones have about as many.
         """
         self._num_others += OTHERS_RATE * (num_others - self._num_others)
-        if self._goodput is None:
-            self.lengths = room_of
-            return max(room_of.values(), default=0)
         self._slots.keep(running)
         for req_id in room_of:
             if req_id not in self._slots:
-                self._goodput.acceptance.admit(self._slots.add(req_id))
-        plan = self._goodput.plan(
+                self.goodput.acceptance.admit(self._slots.add(req_id))
+        plan = self.goodput.plan(
             self._slots.of([*room_of]),
             np.array([*room_of.values()], np.int64),
             round(self._num_others),
@@ -151,17 +132,15 @@ class DraftPlanner:
         if room_of:
             drafting = "trial" if plan.is_trial else "drafting"
             self.stats.steps[drafting if plan.num_steps else "plain"] += 1
-            seconds = float(self._goodput.costs.draft(len(room_of)))
+            seconds = float(self.goodput.costs.draft(len(room_of)))
             self.stats.draft_seconds += plan.num_steps * seconds
         return plan.num_steps
 
     def observe(self, drafted: dict[str, int], accepted: dict[str, int]) -> None:
         """Learns from a verification; by request."""
         self.stats.lengths.update(drafted.values())
-        if self._goodput is None:
-            return
         known = [req_id for req_id in drafted if req_id in self._slots]
-        self._goodput.acceptance.observe(
+        self.goodput.acceptance.observe(
             self._slots.of(known),
             np.array([drafted[req_id] for req_id in known], np.int64),
             np.array([accepted[req_id] for req_id in known], np.int64),
@@ -171,13 +150,11 @@ class DraftPlanner:
         self, num_verified: int, num_drafting: int, num_steps: int, seconds: float
     ) -> None:
         """Learns from what a step without prefill took."""
-        if self._goodput is not None:
-            self._goodput.costs.observe(num_verified, num_drafting, num_steps, seconds)
+        self.goodput.costs.observe(num_verified, num_drafting, num_steps, seconds)
 
     def publish(self) -> None:
         """Shows the statistics, if it is time."""
-        if self._goodput is not None:
-            self.stats.publish("scheduler", self._goodput.beliefs)
+        self.stats.publish("scheduler", self.goodput.beliefs)
 
 
 class _Planning:
@@ -199,12 +176,14 @@ class _Planning:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (
                 self.max_num_running_reqs + 1
             )
-        self.planner = DraftPlanner(
+        goodput = Goodput(
             self.max_num_running_reqs,
             self.num_spec_tokens,
-            DraftStats(self.vllm_config),
+            self.costs,
+            uniform_lengths(self.vllm_config),
         )
-        self.planner.use_costs(self.costs, uniform_lengths(self.vllm_config))
+        stats = DraftStats(self.vllm_config)
+        self.planner = DraftPlanner(goodput, self.max_num_running_reqs, stats)
         self._updated: float | None = None  # when the last step ended, if busy since
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -229,7 +208,7 @@ class _Planning:
         """The most it can use: this step brings one token at least, and the next one
         a token more than it verifies."""
         context: int = self.max_model_len - request.num_tokens - 1
-        if self.planner.is_uniform:
+        if self.planner.goodput.is_uniform:
             # One shorter row would cost the whole batch its graph.
             return max(0, context)
         output: int = request.max_tokens - request.num_output_tokens - 2

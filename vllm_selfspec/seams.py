@@ -130,7 +130,7 @@ def _propose(original: Function) -> Function:
 def _allow_v2_runner(original: Function) -> Function:
     def _get_v2_model_runner_unsupported_features(self: Any) -> Any:
         unsupported = original(self)
-        if not uses_selfspec(self) or stops_rows(self):
+        if not uses_selfspec(self):
             return unsupported
         return [feature for feature in unsupported if "'custom_class'" not in feature]
 
@@ -139,7 +139,8 @@ def _allow_v2_runner(original: Function) -> Function:
 
 def _allow_async_scheduling(original: Function) -> Function:
     def __post_init__(self: Any) -> None:
-        if not (uses_selfspec(self) and self.use_v2_model_runner):
+        is_async = uses_selfspec(self) and not stops_rows(self)
+        if not (is_async and self.use_v2_model_runner):
             original(self)
             return
         self.speculative_config.method = "ngram_gpu"
@@ -160,6 +161,25 @@ def _make_speculator(original: Function) -> Function:
         return SelfSpecSpeculator(vllm_config, device)
 
     return init_speculator
+
+
+def _share_sampling_states(original: Function) -> Function:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if uses_selfspec(self.vllm_config):
+            self.speculator.use_sampling_states(self.sampler.sampling_states)
+
+    return load_model
+
+
+def _hand_over_row_lengths(original: Function) -> Function:
+    def take_draft_token_ids(self: Any) -> Any:
+        drafts = original(self)
+        if drafts is None or not stops_rows(self.vllm_config):
+            return drafts
+        return self.speculator.cut(drafts)
+
+    return take_draft_token_ids
 
 
 def _pass_empty_logits(original: Function) -> Function:
@@ -270,6 +290,24 @@ SEAMS: tuple[Seam, ...] = (
         in_registry=True,
     ),
     Seam(
+        module=_V2_RUNNER,
+        target="GPUModelRunner.load_model",
+        parameters=("self", "load_dummy_weights", "args", "model", "kwargs"),
+        replace=_share_sampling_states,
+        why="A speculator is told the requests' temperatures, and no top-k and top-p; "
+        "drafts outside of those are never accepted.",
+        remove_when="propose gets the sampling states.",
+    ),
+    Seam(
+        module=_V2_RUNNER,
+        target="GPUModelRunner.take_draft_token_ids",
+        parameters=("self",),
+        replace=_hand_over_row_lengths,
+        why="Drafts of all requests are handed over at the batch's length; rows that "
+        "stopped early have fewer.",
+        remove_when="a speculator can say how many tokens each row drafted.",
+    ),
+    Seam(
         module="vllm.v1.engine.core",
         target="EngineCore._initialize_kv_caches",
         parameters=("self", "vllm_config"),
@@ -353,7 +391,7 @@ def plans_draft_lengths(vllm_config: Any) -> bool:
 
 
 def stops_rows(vllm_config: Any) -> bool:
-    """Whether single rows stop drafting, which the V1 runner alone can do so far."""
+    """Whether single rows stop drafting; lengths are then known on the host alone."""
     return _policy(vllm_config) not in (None, "goodput", "fixed")
 
 

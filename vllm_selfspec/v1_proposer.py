@@ -18,19 +18,17 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
 from vllm_selfspec import seams
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_compile import compile_view
+from vllm_selfspec.draft_truncation import truncated
 from vllm_selfspec.draft_view import DraftView
 from vllm_selfspec.row_stops import RowStops
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.support import family_of
 from vllm_selfspec.vllm_args import plan_of
-
-SAMPLING_EPS = 1e-5  # vLLM's: below it a temperature means greedy
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,11 @@ class SelfSpecProposer:
         req_ids = runner.input_batch.req_ids
         if self._stops is not None:
             drafted = scheduler_output.scheduled_spec_decode_tokens
-            self._stops.observe(req_ids, drafted, sampled_token_ids)
+            self._stops.observe(
+                req_ids,
+                np.array([len(drafted.get(req_id, ())) for req_id in req_ids]),
+                np.array([*map(len, sampled_token_ids)]),
+            )
         rows = np.flatnonzero(num_drafts)
         if not len(rows):
             return Drafts([[] for _ in sampled_token_ids])
@@ -222,8 +224,10 @@ class SelfSpecProposer:
         """The next draft token of each row, int32, and what it was drawn from."""
         if not self._samples(sampling):
             return logits.argmax(dim=-1).int(), None
+        assert sampling.temperature is not None
+        logits = truncated(logits, sampling.temperature, sampling.top_k, sampling.top_p)
         token_ids, probs = compute_probs_and_sample_next_token(
-            *_truncated(logits, sampling), self._use_fp64_gumbel
+            logits, sampling, self._use_fp64_gumbel
         )
         return token_ids.int(), probs
 
@@ -249,26 +253,6 @@ def _for_rows(sampling: SamplingMetadata, rows: np.ndarray) -> SamplingMetadata:
         top_k=None if sampling.top_k is None else sampling.top_k[index],
         top_p=None if sampling.top_p is None else sampling.top_p[index],
     )
-
-
-def _truncated(
-    logits: torch.Tensor, sampling: SamplingMetadata
-) -> tuple[torch.Tensor, SamplingMetadata]:
-    """Logits with the target's top-k and top-p applied, and what is left to apply.
-
-    The target accepts with probability min(1, p / q), so a draft that keeps to the
-    tokens which the target may choose from is accepted more often. vLLM's own drafting
-    knows of the temperature alone.
-    """
-    if sampling.top_k is None and sampling.top_p is None:
-        return logits, sampling
-    assert sampling.temperature is not None
-    is_greedy = sampling.temperature < SAMPLING_EPS
-    temperature = sampling.temperature.masked_fill(is_greedy, 1.0)
-    logits = logits.float() / temperature[:, None]
-    logits = apply_top_k_top_p(logits, sampling.top_k, sampling.top_p)
-    done = torch.where(is_greedy, sampling.temperature, 1.0)
-    return logits, replace(sampling, temperature=done)
 
 
 def _to_drafts(

@@ -18,7 +18,12 @@ from vllm_selfspec.config import (
     SelfSpecConfig,
     resolve_plan,
 )
-from vllm_selfspec.draft_length.options import POLICIES, Goodput, schedule_of_all
+from vllm_selfspec.draft_length.options import (
+    POLICIES,
+    STOPPING,
+    Goodput,
+    schedule_of_all,
+)
 from vllm_selfspec.profile import Keys
 from vllm_selfspec.support import raise_if_unsupported
 
@@ -95,6 +100,8 @@ def _resolve(
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config, engine_args)
     plan = resolve_plan(config, model_config.get_total_num_hidden_layers())
+    if isinstance(config.draft_length, STOPPING):
+        _schedule_after_drafting(engine_args, config.draft_length)
     draft_stats.share_directory()
     logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
     engine_args.additional_config = {
@@ -106,6 +113,18 @@ def _resolve(
         "draft_sample_method": config.draft_sample_method,
         "num_speculative_tokens_per_batch_size": _schedule(config),
     }
+
+
+def _schedule_after_drafting(engine_args: Any, policy: Any) -> None:
+    """Switches asynchronous scheduling off: a step that is scheduled before the rows of
+    the last one stop would verify, and reserve, the full length for each."""
+    if engine_args.async_scheduling:
+        raise ConfigError(
+            f"draft_length {policy.policy!r} stops single requests while they draft, "
+            "so a step is scheduled after that, but async_scheduling is True: leave it "
+            "out, or use draft_length 'goodput' or 'fixed'"
+        )
+    engine_args.async_scheduling = False
 
 
 def _schedule(config: SelfSpecConfig) -> list[tuple[int, int, int]] | None:

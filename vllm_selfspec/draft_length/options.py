@@ -69,6 +69,10 @@ POLICIES: dict[str, type[Keys]] = {
 }
 
 
+# Those that stop single rows while they draft.
+STOPPING = (ThresholdExit, BetaThompson, CalibrationThompson)
+
+
 def _named(value: Any) -> Any:
     """A policy by its name, or its name and parameters."""
     if isinstance(value, Keys):
