@@ -25,7 +25,7 @@ bench-quick: .venv/installed .venv/peers
 	$(BIN)/python benchmarks/update_readme.py
 
 QUICK := --task code --task chat --arms selfspec,ngram,suffix,draft_model --lengths 4 \
-	--streams 1,8 --temperature 0 --prompts 4 --max-tokens 40
+	--streams 1,8 --temperature 0 --prompts 3 --per-stream 1 --max-tokens 40
 
 .venv/peers: .venv/installed .ci/install-peers.sh
 	.ci/install-peers.sh

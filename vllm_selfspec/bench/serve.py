@@ -119,6 +119,7 @@ def run_serve(options: Options, serve: ServeOptions) -> None:
     prepare()
     # The server has a process of its own for the engine, as a user's has.
     os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # what it asks is here
     tasks = [load(words) for words in options.tasks]
     model = find_model(options.model, options.widen, console)
     draft = find_draft_model(options, console)
