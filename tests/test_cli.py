@@ -12,10 +12,11 @@ from click.testing import Result
 from conftest import NUM_LAYERS, build_tiny_model
 from typer.testing import CliRunner
 
-from vllm_selfspec import __version__, cli, versions
+from vllm_selfspec import __version__, cli, preview, versions
 from vllm_selfspec.config import SelfSpecConfig, resolve_plan
 from vllm_selfspec.cost import ModelWeights, bound, expected_tokens
 from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.target_model import TargetModel
 
 SKIP = '{"attention": [1, 2], "mlp": [2]}'
 
@@ -89,7 +90,7 @@ def test_json_shows_the_plan_that_vllm_would_draft_with(
     model: str, arguments: tuple[str, ...], keys: dict[str, Any]
 ) -> None:
     found = shown_json(model, *arguments)
-    plan = resolve_plan(SelfSpecConfig.parse(keys), NUM_LAYERS)
+    plan = resolve_plan(SelfSpecConfig.parse(keys), TargetModel(NUM_LAYERS))
     assert found["plan"] == {"source": plan.source, **plan.skip_set.to_dict()}
     weights = ModelWeights.from_checkpoint(Path(model))
     c = weights.draft_share(plan.skip_set)
@@ -325,7 +326,7 @@ def test_demo_reports_a_refusal_in_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_sizes_have_three_digits(num_bytes: int, text: str) -> None:
-    assert cli.decimal(num_bytes) == text
+    assert preview.decimal(num_bytes) == text
 
 
 @pytest.mark.parametrize("use", ("", "; cli.app(['show', sys.argv[1]])"))

@@ -26,6 +26,7 @@ from vllm_selfspec.config import (
 )
 from vllm_selfspec.profile import ProfileError
 from vllm_selfspec.skip_set import SkipSet, SkipSetError
+from vllm_selfspec.target_model import TargetModel
 
 NUM_LAYERS = 4
 REFUSALS = (ConfigError, SkipSetError, ProfileError)
@@ -41,7 +42,7 @@ FUZZ = settings(
 
 def plan(**keys: Any) -> DraftPlan:
     """The plan of these keys for a model of `NUM_LAYERS` layers."""
-    return resolve_plan(SelfSpecConfig.parse(keys), NUM_LAYERS)
+    return resolve_plan(SelfSpecConfig.parse(keys), TargetModel(NUM_LAYERS))
 
 
 def refusal(**keys: Any) -> str:
@@ -196,7 +197,7 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"skip_layers": {"mlp": [2]}, "num_layers": 12}')
     message = refusal(skip_layers=str(path))
-    assert "found for a model of 12 layers, but this model has 4" in message
+    assert "another model, but this model has 4 layers in place of 12" in message
     assert "use a profile of this model, or skip_layers 'auto'" in message
 
 
@@ -497,7 +498,7 @@ def test_any_configuration_works_or_is_refused_by_the_name_of_a_key(
     keys = written(config, tmp_path_factory.getbasetemp() / "fuzzed.json")
     faults = faults_of(config)
     try:
-        found = resolve_plan(SelfSpecConfig.parse(keys), NUM_LAYERS)
+        found = resolve_plan(SelfSpecConfig.parse(keys), TargetModel(NUM_LAYERS))
     except REFUSALS as error:
         assert faults, f"refused without a reason: {config!r:.300}: {error}"
         assert names_one_of(str(error), faults), f"{faults} but: {error}"

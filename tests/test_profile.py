@@ -15,6 +15,7 @@ from vllm_selfspec.profile import (
     read_profile,
     shown,
 )
+from vllm_selfspec.target_model import TargetModel
 
 
 def refusal(path: Path) -> str:
@@ -49,7 +50,7 @@ def test_a_profile_says_what_to_skip_and_for_which_model(tmp_path: Path) -> None
     assert profile.skip_layers.attention == (1, 2)
     assert profile.skip_layers.mlp == (2,)
     assert (profile.num_layers, profile.model) == (4, "some/model")
-    profile.check_fits(4)
+    profile.check_fits(TargetModel(4))
 
 
 def test_a_profile_of_another_depth_is_refused() -> None:
@@ -57,15 +58,34 @@ def test_a_profile_of_another_depth_is_refused() -> None:
         {"skip_layers": {}, "num_layers": 12, "model": "other/model"}
     )
     with pytest.raises(ProfileError) as error:
-        profile.check_fits(4)
+        profile.check_fits(TargetModel(4))
     message = str(error.value)
-    assert "found for a model of 12 layers (other/model)" in message, "the value found"
-    assert "this model has 4" in message, "the rule"
+    assert "found for other/model" in message, "the rule"
+    assert "this model has 4 layers in place of 12" in message, "the value found"
     assert "use a profile of this model, or skip_layers 'auto'" in message, "the fix"
 
 
 def test_a_profile_without_a_depth_fits_any() -> None:
-    Profile.model_validate({"skip_layers": {"mlp": [1]}}).check_fits(4)
+    Profile.model_validate({"skip_layers": {"mlp": [1]}}).check_fits(TargetModel(4))
+
+
+def test_a_profile_of_another_architecture_is_refused_with_what_differs() -> None:
+    profile = Profile.model_validate(
+        {
+            "skip_layers": {"mlp": [1]},
+            "architecture": {
+                "architectures": ["LlamaForCausalLM"],
+                "vocab_size": 32000,
+            },
+        }
+    )
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32016}
+    with pytest.raises(ProfileError, match="vocab_size 32016 in place of 32000"):
+        profile.check_fits(TargetModel.of(4, "x", config))
+    config = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 32000}
+    with pytest.raises(ProfileError, match="Qwen3ForCausalLM in place of LlamaFor"):
+        profile.check_fits(TargetModel.of(4, "x", config))
+    profile.check_fits(TargetModel.of(4, "x", {"vocab_size": 32000}))
 
 
 def test_a_missing_profile_is_refused(tmp_path: Path) -> None:
@@ -140,7 +160,7 @@ def test_a_profile_too_large_is_refused_unread(tmp_path: Path) -> None:
         (
             '{"skip_layers": {}, "layers": 4}',
             "there is no key 'layers': remove it, or use one of skip_layers, "
-            "num_layers, model, note",
+            "num_layers, model, architecture, note",
         ),
         (
             '{"skip_layers": {}, "num_layers": "4"}',

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_selfspec import catalogue
 from vllm_selfspec.draft_length.options import DraftLength, Goodput
 from vllm_selfspec.profile import (
     PATH,
@@ -29,6 +30,7 @@ from vllm_selfspec.profile import (
     shown,
 )
 from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet, SkipSetError
+from vllm_selfspec.target_model import TargetModel
 
 METHOD = "selfspec"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
@@ -183,13 +185,14 @@ class DraftPlan:
         return cls(SkipSet.from_dict(data["num_layers"], data), data["source"])
 
 
-def resolve_plan(config: SelfSpecConfig, num_layers: int) -> DraftPlan:
-    """Turns the user's words into sublayers of a model with `num_layers` layers.
+def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> DraftPlan:
+    """Turns the user's words into sublayers of a model.
 
     Raises:
         SkipSetError: If the model has no such layer, or everything would be skipped.
         ProfileError: If a profile is missing, malformed or of another model.
     """
+    num_layers = target.num_layers
     if config.exit_layer is not None:
         return DraftPlan(
             SkipSet.early_exit(num_layers, config.exit_layer), "exit_layer"
@@ -197,13 +200,17 @@ def resolve_plan(config: SelfSpecConfig, num_layers: int) -> DraftPlan:
     if isinstance(config.skip_layers, SkipLayers):
         return _plan_of(config.skip_layers, num_layers, "skip_layers")
     if config.skip_layers == "auto":
+        entry = catalogue.find(target)
+        if entry is not None:
+            source = f"auto: the catalogue's plan for {entry.model}"
+            return _plan_of(entry.skip_layers, num_layers, source)
         return DraftPlan(
             SkipSet.evenly_spread(num_layers),
             f"auto: no catalogue entry for this model, so {DEFAULT_SKIP_RATIO:.0%} of "
             "the sublayers, evenly spread, first and last layer kept",
         )
     profile = read_profile(Path(config.skip_layers))
-    profile.check_fits(num_layers)
+    profile.check_fits(target)
     return _plan_of(profile.skip_layers, num_layers, f"profile {config.skip_layers}")
 
 

@@ -28,6 +28,7 @@ from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.cost import CheckpointError, ModelWeights, bound, locate
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.spec_counters import Counts, SpecCounters
+from vllm_selfspec.target_model import TargetModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
@@ -150,9 +151,10 @@ def widened_demo_model(console: Console) -> Path:
     return path
 
 
-def fixed_plans(num_layers: int) -> dict[str, SkipSet]:
+def fixed_plans(target: TargetModel) -> dict[str, SkipSet]:
     """The plans the demo compares, by the words a user would write."""
-    plans = {"auto": resolve_plan(SelfSpecConfig(), num_layers).skip_set}
+    num_layers = target.num_layers
+    plans = {"auto": resolve_plan(SelfSpecConfig(), target).skip_set}
     for part in (6, 4, 2):
         if exit_layer := num_layers // part:
             plans[f"exit_layer {exit_layer}"] = SkipSet.early_exit(
@@ -172,7 +174,7 @@ class Arms:
     def __init__(self, model: str, k: int, max_tokens: int, console: Console) -> None:
         self.model, self.k, self.max_tokens = model, k, max_tokens
         self.weights = ModelWeights.from_checkpoint(Path(model))
-        self.plans = fixed_plans(self.weights.num_layers)
+        self.plans = fixed_plans(TargetModel.read(Path(model), model))
         console.print("Starting plain vLLM and vLLM with selfspec ...")
         from vllm import LLM
         from vllm.platforms import current_platform

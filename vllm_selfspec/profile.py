@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_selfspec.target_model import TargetModel
+
 # A layer index. The upper bound is far above any model; it keeps a malformed profile
 # from costing memory before it is checked against the model.
 LayerIndex = Annotated[int, Field(ge=0, lt=10_000, strict=True)]
@@ -87,18 +89,32 @@ class Profile(Keys):
         max_length=4096,
         description="Name of the model it was found for; shown, not checked.",
     )
+    architecture: dict[str, int | tuple[str, ...]] | None = Field(
+        default=None,
+        description="Of that model, by keys of its config.json; checked if given.",
+    )
     note: str | None = Field(
         default=None, max_length=4096, description="Anything worth remembering."
     )
 
-    def check_fits(self, num_layers: int) -> None:
-        """Raises `ProfileError` if it was found for a model of another depth."""
-        if self.num_layers is not None and self.num_layers != num_layers:
+    def is_for(self, target: TargetModel) -> bool:
+        """Whether it was found for such a model, as far as it says."""
+        return not self._differences(target)
+
+    def check_fits(self, target: TargetModel) -> None:
+        """Raises `ProfileError` if it was found for a model of another architecture."""
+        differences = self._differences(target)
+        if differences:
             raise ProfileError(
-                f"the profile was found for a model of {self.num_layers} layers"
-                f"{f' ({self.model})' if self.model else ''}, but this model has "
-                f"{num_layers}: use a profile of this model, or skip_layers 'auto'"
+                f"the profile was found for {self.model or 'another model'}, but this "
+                f"model has {', '.join(differences)}: use a profile of this model, or "
+                "skip_layers 'auto'"
             )
+
+    def _differences(self, target: TargetModel) -> list[str]:
+        if self.num_layers not in (None, target.num_layers):
+            return [f"{target.num_layers} layers in place of {self.num_layers}"]
+        return target.differences(self.architecture or {})
 
 
 def read_profile(path: Path) -> Profile:

@@ -26,6 +26,7 @@ from vllm_selfspec.draft_length.options import (
 )
 from vllm_selfspec.profile import Keys
 from vllm_selfspec.support import raise_if_unsupported
+from vllm_selfspec.target_model import TargetModel
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
@@ -99,7 +100,7 @@ def _resolve(
     what `SpeculativeConfig` knows."""
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config, engine_args)
-    plan = resolve_plan(config, model_config.get_total_num_hidden_layers())
+    plan = resolve_plan(config, _target_of(model_config))
     if isinstance(config.draft_length, STOPPING):
         _schedule_after_drafting(engine_args, config.draft_length)
     draft_stats.share_directory()
@@ -113,6 +114,14 @@ def _resolve(
         "draft_sample_method": config.draft_sample_method,
         "num_speculative_tokens_per_batch_size": _schedule(config),
     }
+
+
+def _target_of(model_config: Any) -> TargetModel:
+    return TargetModel.of(
+        model_config.get_total_num_hidden_layers(),
+        str(model_config.model),
+        model_config.hf_text_config.to_dict(),
+    )
 
 
 def _schedule_after_drafting(engine_args: Any, policy: Any) -> None:

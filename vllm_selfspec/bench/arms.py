@@ -12,6 +12,7 @@ from typing import Any
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.cost import ModelWeights
 from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.target_model import TargetModel
 
 PLAIN = "plain vLLM"
 HUGGING_FACE = "Hugging Face"
@@ -77,7 +78,7 @@ def arms_of(
     weights = ModelWeights.from_checkpoint(model)
     found = [Arm(PLAIN, "plain")]
     if "selfspec" in groups:
-        found += _ours(weights, lengths)
+        found += _ours(TargetModel.read(model, str(model)), lengths)
     if "ngram" in groups:
         found += [
             _peer("ngram", {**NGRAM, "num_speculative_tokens": k}) for k in (3, 5)
@@ -104,11 +105,11 @@ def arms_of(
     return found
 
 
-def _ours(weights: ModelWeights, lengths: list[int]) -> list[Arm]:
+def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
     """`auto`, and early exits after a quarter and a sixth of the layers, at fixed
     lengths, the second at all of them; the first two with goodput lengths, too."""
-    num_layers = weights.num_layers
-    auto = resolve_plan(SelfSpecConfig(), num_layers).skip_set
+    num_layers = target.num_layers
+    auto = resolve_plan(SelfSpecConfig(), target).skip_set
     found = [_own("auto", {}, auto, lengths[0]), _own("auto", {}, auto)]
     for part, ks in ((4, lengths), (6, lengths[:1])):
         exit_layer = num_layers // part
