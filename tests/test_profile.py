@@ -160,7 +160,7 @@ def test_a_profile_too_large_is_refused_unread(tmp_path: Path) -> None:
         (
             '{"skip_layers": {}, "layers": 4}',
             "there is no key 'layers': remove it, or use one of skip_layers, "
-            "num_layers, model, architecture, note",
+            "num_layers, model, architecture, note, figures, provenance",
         ),
         (
             '{"skip_layers": {}, "num_layers": "4"}',

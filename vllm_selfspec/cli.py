@@ -5,6 +5,8 @@ them imports them itself.
 """
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from vllm_selfspec.preview import Preview
 from vllm_selfspec.profile import ProfileError
 from vllm_selfspec.skip_set import SkipSetError
 from vllm_selfspec.support import UnsupportedModelError
+from vllm_selfspec.tuning.run import TuneError
 
 # What the user wrote is wrong, like an unknown option; the rest is the model's fault.
 USAGE_ERRORS = (ConfigError, SkipSetError, ProfileError, TaskError)
@@ -55,7 +58,7 @@ def errors_in_one_line() -> Iterator[None]:
     """Without traceback: exits with 1 for a refused model, with 2 for wrong words."""
     try:
         yield
-    except ServerError as error:  # with the lines of its log
+    except (ServerError, TuneError) as error:  # the first with lines of its log
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     except (*USAGE_ERRORS, *REFUSALS) as error:
@@ -319,6 +322,109 @@ def bench(
                 goodput=parse_goodput(goodput),
                 repeats=repeats,
             ),
+        )
+
+
+@app.command(
+    epilog="Example: vllm-selfspec tune my_model --prompts jsonl=my_prompts.jsonl "
+    "--budget 20m -o my_model.json, then vllm serve my_model --speculative-config "
+    """'{"method": "selfspec", "skip_layers": "my_model.json"}'"""
+)
+def tune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model directory or Hub name; 'demo' or 'plain' as for bench."
+        ),
+    ],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK",
+            help="Prompts like those that will be served, as a task of bench: code, "
+            "jsonl=PATH with lines that have prompt or messages, ...",
+        ),
+    ] = "code",
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="For the search, such as 90s, 20m or 2h. Starting vLLM and measuring "
+            "the last candidates come on top.",
+        ),
+    ] = "5m",
+    num_prompts: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompts, drawn with the seed.")
+    ] = 8,
+    max_prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="The last so many tokens of a prompt are read."
+        ),
+    ] = 512,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="The target goes on with each prompt for so many, and plans are "
+            "scored by how much of that they draft.",
+        ),
+    ] = 64,
+    streams: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Concurrent requests to tune for.")
+    ] = 1,
+    max_drafts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_NUM_SPECULATIVE_TOKENS,
+            metavar="K",
+            help="The longest draft; a plan is scored at its best length.",
+        ),
+    ] = 6,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV cache.")] = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of search and prompts.")] = 0,
+    widen: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="As for bench."),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The profile. Beside it lie a plot (.svg) and the study (.study.db), "
+            "with which the same command goes on where it was stopped.",
+        ),
+    ] = Path("profile.json"),
+) -> None:
+    """Find the draft plan that makes a model fastest on your prompts.
+
+    The model is loaded once, by vLLM. A plan is scored by drafting from every position
+    of the texts at once, as the engine drafts, and by what forwards cost here; the best
+    few then generate for real. Ctrl-C keeps the best so far.
+    """
+    from vllm_selfspec.tuning.run import Options, parse_budget, run_tune
+
+    with errors_in_one_line():
+        run_tune(
+            Options(
+                model=model,
+                widen=widen,
+                task=prompts,
+                num_prompts=num_prompts,
+                max_prompt_tokens=max_prompt_tokens,
+                max_tokens=max_tokens,
+                budget_s=parse_budget(budget),
+                num_streams=streams,
+                max_drafts=max_drafts,
+                dtype=dtype,
+                seed=seed,
+                output=output,
+                command=shlex.join(["vllm-selfspec", *sys.argv[1:]]),
+            )
         )
 
 

@@ -73,6 +73,25 @@ class SkipLayers(Keys):
     )
 
 
+class Figures(Keys):
+    """What a search found a plan to be worth, on its texts and machine.
+
+    The letters are those of the bound E / (v + k c).
+    """
+
+    num_speculative_tokens: int = Field(ge=1, description="k: the best draft length.")
+    acceptance: tuple[float, ...] = Field(
+        description="Share of the steps that accept the first i draft tokens, i from 1."
+    )
+    tokens_per_verification: float = Field(description="E.")
+    draft_cost: float = Field(description="c: a draft step over a plain step.")
+    verify_cost: float = Field(description="v: verifying k tokens over a plain step.")
+    speed_up: float = Field(description="Expected, over plain vLLM.")
+    measured_speed_up: float | None = Field(
+        default=None, description="The same of real generation in the engine."
+    )
+
+
 class Profile(Keys):
     """What a profile file holds: `{"skip_layers": {...}, "num_layers": N, ...}`."""
 
@@ -95,6 +114,12 @@ class Profile(Keys):
     )
     note: str | None = Field(
         default=None, max_length=4096, description="Anything worth remembering."
+    )
+    figures: Figures | None = Field(
+        default=None, description="What a search found it to be worth."
+    )
+    provenance: dict[str, str | int | float] | None = Field(
+        default=None, description="How it was found; shown, not checked."
     )
 
     def is_for(self, target: TargetModel) -> bool:

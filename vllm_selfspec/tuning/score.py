@@ -1,0 +1,101 @@
+"""`Score`: what a plan is worth, from what it drafts right and what forwards cost.
+
+One rule: nothing is estimated that can be counted. From the number of right drafts at
+every position of a text, the engine's very steps over it follow: where one ends the
+next begins. So acceptance and tokens per step are those of generating the text, for
+any draft length, without generating it again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_selfspec.draft_length.types import Ints
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The engine's steps over some texts at one draft length.
+
+    Attributes:
+        tokens: Emitted.
+        verifications: Steps.
+        accepted_at: Steps in which at least the first i draft tokens were accepted,
+            i from 1.
+    """
+
+    tokens: int
+    verifications: int
+    accepted_at: tuple[int, ...]
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """E."""
+        return self.tokens / self.verifications
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of the steps that accept the first i draft tokens, i from 1."""
+        return tuple(count / self.verifications for count in self.accepted_at)
+
+
+def walk(right: Sequence[Ints], k: int) -> Walk:
+    """Steps over texts with `k` drafts each.
+
+    Args:
+        right: For each text and each position t of what was generated, how many draft
+            tokens are right when t is the newest token; at least `k` must have been
+            drafted.
+        k: Draft tokens a step.
+    """
+    tokens = verifications = 0
+    accepted_at = np.zeros(k, np.int64)
+    for of_text in right:
+        at = 0
+        while at < len(of_text):
+            accepted = min(int(of_text[at]), k)
+            accepted_at[:accepted] += 1
+            verifications += 1
+            tokens += accepted + 1
+            at += accepted + 1
+    return Walk(tokens, verifications, tuple(accepted_at.tolist()))
+
+
+@dataclass(frozen=True)
+class Score:
+    """The best a plan comes to.
+
+    Attributes:
+        k: Draft tokens a step.
+        speed_up: Tokens per second over plain vLLM's, E / (v + k c).
+        walk: The steps that were counted.
+        draft_cost: c, of a draft step over a plain step.
+        verify_cost: v, of verifying `k` draft tokens over a plain step.
+    """
+
+    k: int
+    speed_up: float
+    walk: Walk
+    draft_cost: float
+    verify_cost: float
+
+
+def best_score(
+    right: Sequence[Ints],
+    draft_cost: float,
+    verify_costs: Sequence[float],
+) -> Score:
+    """The draft length that gains most, and what it gains.
+
+    Args:
+        right: As for `walk`.
+        draft_cost: c.
+        verify_costs: v for 1, 2, ... draft tokens; their number is the longest draft.
+    """
+    found = []
+    for k, v in enumerate(verify_costs, 1):
+        steps = walk(right, k)
+        gain = steps.tokens_per_verification / (v + k * draft_cost)
+        found.append(Score(k, gain, steps, draft_cost, v))
+    return max(found, key=lambda score: score.speed_up)
