@@ -19,6 +19,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quick": ("quick/report.json", report.markdown),
     "all": ("demo/report.json", report.markdown),
+    "sampling": ("sampling/report.json", report.markdown),
+    "plain": ("plain/report.json", report.markdown),
     "float32": ("float32/report.json", report.markdown),
 }
 
