@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.bench import report
+from vllm_selfspec.bench import report, serve_report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
@@ -21,6 +21,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "all": ("demo/report.json", report.markdown),
     "sampling": ("sampling/report.json", report.markdown),
     "plain": ("plain/report.json", report.markdown),
+    "serve": ("serve/serve.json", serve_report.markdown),
     "float32": ("float32/report.json", report.markdown),
 }
 
