@@ -157,7 +157,7 @@ def test_a_request_that_is_never_right_is_not_drafted_for() -> None:
 
 def test_a_new_request_is_taken_to_be_like_those_before_it() -> None:
     found = Acceptance(num_slots=2, max_drafts=3)
-    for _ in range(100):
+    for _ in range(600):
         found.observe(at(0), np.array([3]), np.array([1]))
     found.admit(1)
     assert found.population()[0] == pytest.approx(1, abs=0.03)
@@ -170,6 +170,19 @@ def test_a_position_never_tried_is_taken_to_be_like_the_one_before() -> None:
     for _ in range(50):
         found.observe(at(0), np.array([1]), np.array([1]))
     assert found.population() == pytest.approx(np.full(4, 1), abs=0.02)
+
+
+def test_one_bad_token_does_not_keep_a_position_from_being_tried() -> None:
+    found = Acceptance(1, 8)
+    for _ in range(20):
+        found.observe(at(0), np.array([3]), np.array([3]))
+    before = found.population()[3]
+    found.observe(at(0), np.array([7]), np.array([3]))
+    after = found.population()
+    assert before > after[3] > 0.85, "it is never tried where it is not worth drafting"
+    for _ in range(200):
+        found.observe(at(0), np.array([7]), np.array([3]))
+    assert found.population()[3] < 0.2, "but what is always wrong is found out"
 
 
 def test_a_request_shows_how_it_differs() -> None:

@@ -13,6 +13,9 @@ from vllm_selfspec.draft_length.types import Floats, Ints, Slots
 # trials, so that a bad draft is found out within few steps.
 FIRST_GUESS = 0.7
 GUESS_TRIALS = 2.0
+# Before a position was seen: that of the one before it, of the weight of more, because
+# one bad trial would otherwise keep it from ever being tried again.
+NEIGHBOUR_TRIALS = 10.0
 # How many trials the population's figures remember.
 POPULATION_TRIALS = 500.0
 # How far requests lie apart: the deviation of their logits is about 1.
@@ -54,10 +57,10 @@ class Acceptance:
         """q, `[max_drafts]`. A position hardly tried is taken to be like the one before
         it."""
         found = np.zeros(self._tried.size)
-        before = FIRST_GUESS
+        before, weight = FIRST_GUESS, GUESS_TRIALS
         for i, (taken, tried) in enumerate(zip(self._taken, self._tried, strict=True)):
-            before = (taken + GUESS_TRIALS * before) / (tried + GUESS_TRIALS)
-            found[i] = before
+            before = (taken + weight * before) / (tried + weight)
+            found[i], weight = before, NEIGHBOUR_TRIALS
         return found
 
     def _chances(self, slots: Slots) -> Floats:
