@@ -28,6 +28,7 @@ DRAFTING = {
     "measure",
     "scheduler",
     "v1_proposer",
+    "v2_row_stops",
     "v2_speculator",
 }
 EVERYWHERE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}

@@ -123,6 +123,11 @@ def test_every_vllm_name_that_is_imported_exists_in_each_release(version: str) -
 INSTALLED = VERSIONS[0]
 SPEC_DECODE = "vllm.v1.worker.gpu.spec_decode"
 SCHEDULER = ("vllm.v1.core.sched.scheduler", "Scheduler")
+SPECULATOR = (
+    (f"{SPEC_DECODE}.target_dependent_ar.speculator", "TargetDependentARSpeculator"),
+    (f"{SPEC_DECODE}.speculator", "DraftModelSpeculator"),
+    (f"{SPEC_DECODE}.speculator", "BaseSpeculator"),
+)
 # What the classes that extend one of vLLM's extend, nearest first.
 BASES = {
     "_Planning": (SCHEDULER,),
@@ -131,14 +136,8 @@ BASES = {
         ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
         SCHEDULER,
     ),
-    "SelfSpecSpeculator": (
-        (
-            f"{SPEC_DECODE}.target_dependent_ar.speculator",
-            "TargetDependentARSpeculator",
-        ),
-        (f"{SPEC_DECODE}.speculator", "DraftModelSpeculator"),
-        (f"{SPEC_DECODE}.speculator", "BaseSpeculator"),
-    ),
+    "SelfSpecSpeculator": SPECULATOR,
+    "RowStoppingSpeculator": SPECULATOR,
     "DraftGraphManager": (
         (
             f"{SPEC_DECODE}.target_dependent_ar.cudagraph_utils",
@@ -159,7 +158,7 @@ def test_every_class_fits_those_it_extends_in_each_release(
         found = (signature(root, m, f"{c}.{method}") for m, c in BASES[name])
         return next((names for names in found if names is not None), None)
 
-    files = ("v2_speculator.py", "scheduler.py")
+    files = ("v2_speculator.py", "v2_row_stops.py", "scheduler.py")
     modules = [ast.parse((PACKAGE / file).read_text()) for file in files]
     (ours,) = [
         n for module in modules for n in module.body if getattr(n, "name", "") == name

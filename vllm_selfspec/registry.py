@@ -31,7 +31,7 @@ def register() -> None:
             name="selfspec",
             configure=_configure,
             proposer="vllm_selfspec.v1_proposer:SelfSpecProposer",
-            speculator="vllm_selfspec.v2_speculator:SelfSpecSpeculator",
+            speculator="vllm_selfspec.v2_row_stops:make_speculator",
             writes_kv=True,
         )
     )

@@ -156,9 +156,9 @@ def _make_speculator(original: Function) -> Function:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if not uses_selfspec(vllm_config):
             return original(vllm_config, device, req_states)
-        from vllm_selfspec.v2_speculator import SelfSpecSpeculator
+        from vllm_selfspec.v2_row_stops import make_speculator
 
-        return SelfSpecSpeculator(vllm_config, device)
+        return make_speculator(vllm_config, device)
 
     return init_speculator
 

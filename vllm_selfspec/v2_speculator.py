@@ -11,9 +11,9 @@ own KV cache is the draft's. Why what a draft writes needs no clean-up is told i
 `v1_proposer`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -21,12 +21,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
-from vllm.v1.worker.gpu.attn_utils import (
-    build_slot_mappings_by_layer,
-    init_attn_backend,
-)
+from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
@@ -44,10 +40,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_selfspec.draft_compile import compile_view
-from vllm_selfspec.draft_length.types import Ints
-from vllm_selfspec.draft_truncation import SAMPLING_EPS, truncated
+from vllm_selfspec.draft_truncation import truncated
 from vllm_selfspec.draft_view import DraftView
-from vllm_selfspec.row_stops import RowStops
 from vllm_selfspec.support import family_of
 from vllm_selfspec.vllm_args import plan_of
 
@@ -72,11 +66,6 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         )
         self.hidden_states = self.hidden_states.new_empty(self.max_num_reqs, 0)
         self._num_dummy_drafts = self.num_speculative_steps
-        self._stops = RowStops.of(vllm_config)
-        self._confidence = self.temperature.new_zeros(self.max_num_reqs)
-        self._drafting: Ints = np.zeros(0, np.int64)  # rows that sampled
-        self._row_lengths: Ints = self._drafting
-        self._logits: torch.Tensor
         self._sampling_states: SamplingStates | None = None
         self._truncates = False
         self._top_k = self.seeds.new_zeros(self.max_num_reqs, dtype=torch.int32)
@@ -124,9 +113,6 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
     def _configure_decode_metadata_update(self) -> None:
         # vLLM's loop has no decode step for one draft token; ours has.
         super(TargetDependentARSpeculator, self)._configure_decode_metadata_update()
-        if self._stops is not None:
-            # One graph of all steps could not be left half way.
-            self.supports_decode_metadata_update = False
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepares graphs for the draft steps, as far as the target has full ones."""
@@ -149,6 +135,8 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         between steps, for every batch size and every number of drafts."""
         assert self.decode_cudagraph_manager is not None
         self.idx_mapping.zero_()  # what dummy runs left may be out of bounds
+        # A graph truncates, whether or not a request of its batch asks for that.
+        self._truncates = self.draft_logits is not None
         self.decode_cudagraph_manager.capture(
             self._captured,
             self.model_state,
@@ -200,8 +188,8 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         num_drafts = num_speculative_tokens
         if num_drafts is None:  # a dummy run
             num_drafts = self._num_dummy_drafts
-        elif self._stops is not None:
-            num_drafts = self._begin_rows(input_batch, num_sampled, num_drafts)
+        else:
+            num_drafts = self._begin(input_batch, num_sampled, num_drafts)
         if num_drafts > 0:
             self._copy_request_inputs(
                 num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run
@@ -224,6 +212,12 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             )
         return self.draft_tokens[:num_reqs, 1:]
 
+    def _begin(
+        self, input_batch: InputBatch, num_sampled: torch.Tensor, num_drafts: int
+    ) -> int:
+        """Called before drafting; returns how many tokens at most."""
+        return num_drafts
+
     def use_sampling_states(self, states: SamplingStates) -> None:
         """The sampler's, for top-k and top-p; vLLM hands over the temperature alone."""
         self._sampling_states = states
@@ -240,30 +234,6 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         )
         self._top_k.copy_(states.top_k.gpu)
         self._top_p.copy_(states.top_p.gpu)
-
-    def _begin_rows(
-        self, input_batch: InputBatch, num_sampled: torch.Tensor, num_drafts: int
-    ) -> int:
-        """What was verified goes to the stop rule. Returns the most that a row may
-        draft now, 0 where none has anything to draft from."""
-        assert self._stops is not None
-        verified = input_batch.num_draft_tokens_per_req
-        sampled = num_sampled.cpu().numpy().astype(np.int64)  # waits for the device
-        self._stops.observe(
-            input_batch.req_ids,
-            np.zeros_like(sampled) if verified is None else verified.astype(np.int64),
-            sampled,
-        )
-        self._drafting = np.flatnonzero(sampled)
-        req_ids = [input_batch.req_ids[row] for row in self._drafting]
-        self._stops.begin(req_ids, np.full(len(req_ids), num_drafts))
-        self._row_lengths = np.zeros(len(sampled), np.int64)
-        return num_drafts if req_ids else 0
-
-    def cut(self, drafts: DraftTokenIds) -> DraftTokenIds:
-        """`drafts` of the last propose, each no longer than its row drafted."""
-        rows = zip(drafts.draft_token_ids, self._row_lengths, strict=True)
-        return DraftTokenIds(drafts.req_ids, [row[:length] for row, length in rows])
 
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
         """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
@@ -347,12 +317,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             batch_desc = self.decode_cudagraph_manager.specialize_spec_tokens(
                 batch_desc, num_drafts
             )
-        run_steps = self._multi_step_decode
-        if self.supports_decode_metadata_update:
-            run_steps = self._fused_multi_step_decode
-        elif self._stops is not None and not dummy_run:
-            run_steps = self._decode_until_stopped
-        run_steps(
+        self._run_steps(dummy_run)(
             num_reqs,
             skip_attn,
             batch_desc,
@@ -361,53 +326,11 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             1 + num_drafts,
         )
 
-    def _decode_until_stopped(
-        self,
-        num_reqs: int,
-        skip_attn: bool,
-        batch_desc: BatchExecutionDescriptor,
-        num_tokens_across_dp: torch.Tensor | None,
-        seq_lens_cpu_upper_bound: torch.Tensor,
-        num_speculative_steps: int,
-    ) -> None:
-        """vLLM's `_multi_step_decode`, left as soon as no row draws another token.
-
-        A row that stopped runs along until then. The rule sees the confidence on the
-        host: what it saves, draft steps and rows to verify, is decided there too.
-        """
-        assert self._stops is not None
-        for step in range(1, num_speculative_steps):
-            slot_mappings = self.block_tables.compute_slot_mappings(
-                self.idx_mapping[:num_reqs],
-                self.input_buffers.query_start_loc[: num_reqs + 1],
-                self.input_buffers.positions[:num_reqs],
-                batch_desc.num_tokens,
-            )
-            attn_metadata = self._build_uniform_attn_metadata(
-                num_reqs=num_reqs,
-                batch_desc=batch_desc,
-                num_query_per_req=1,
-                seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
-                step=step,
-            )
-            self.current_draft_step.fill_(step)
-            if batch_desc.cg_mode == CUDAGraphMode.FULL:
-                assert self.decode_cudagraph_manager is not None
-                self.decode_cudagraph_manager.run_fullgraph(batch_desc)
-            else:
-                self._generate_draft(
-                    num_reqs,
-                    batch_desc.num_tokens,
-                    attn_metadata,
-                    build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config),
-                    num_tokens_across_dp,
-                    batch_desc.cg_mode,
-                    num_speculative_steps,
-                )
-            confidence = self._confidence[:num_reqs].double().cpu().numpy()
-            if not self._stops.after(step - 1, confidence[self._drafting]):
-                break
-        self._row_lengths[self._drafting] = self._stops.lengths
+    def _run_steps(self, dummy_run: bool) -> Callable[..., None]:
+        """The loop over draft steps, of vLLM's two the one that suits the backend."""
+        if self.supports_decode_metadata_update:
+            return self._fused_multi_step_decode
+        return self._multi_step_decode
 
     def _run_model(
         self,
@@ -449,7 +372,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Samples as vLLM does; `draft_logits` has no column for the newest token."""
-        sampled = super().sample_draft(
+        return super().sample_draft(
             hidden_states,
             sample_src_positions,
             idx_mapping,
@@ -460,9 +383,6 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             spec_step_idx,
             **kwargs,
         )
-        if self._stops is not None:
-            self._note_confidence(sampled)
-        return sampled
 
     def compute_draft_logits(
         self, hidden_states: torch.Tensor, spec_step_idx: int
@@ -475,19 +395,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             logits = truncated(
                 logits, self.temperature[rows], self._top_k[rows], self._top_p[rows]
             )
-        self._logits = logits
         return logits
-
-    def _note_confidence(self, sampled: torch.Tensor) -> None:
-        """Keeps the draft's probability of each token it has just sampled."""
-        num_reqs = len(sampled)
-        logits = self._logits.float()
-        if self.draft_logits is not None:
-            temperature = self.temperature[self.idx_mapping[:num_reqs]]
-            is_greedy = temperature < SAMPLING_EPS
-            logits = logits / temperature.masked_fill(is_greedy, 1.0)[:, None]
-        chosen = logits.gather(1, sampled.long()[:, None])[:, 0]
-        self._confidence[:num_reqs] = (chosen - logits.logsumexp(dim=-1)).exp()
 
 
 class DraftGraphManager(SpeculatorCudaGraphManager):
