@@ -5,7 +5,7 @@ is refused at start-up by an error that names the key, the value and the fix.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +21,11 @@ from pydantic import (
 from vllm_selfspec import catalogue
 from vllm_selfspec.draft_length.options import DraftLength, Goodput
 from vllm_selfspec.profile import (
+    MAX_NUM_SPECULATIVE_TOKENS,
     PATH,
     SKIP_SET,
     Keys,
+    Profile,
     SkipLayers,
     describe,
     read_profile,
@@ -36,7 +38,6 @@ METHOD = "selfspec"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 # D&V evaluates up to 12. Beyond 32 hardly a draft is accepted whole, while every one
 # reserves that many KV slots per request.
-MAX_NUM_SPECULATIVE_TOKENS = 32
 
 
 class ConfigError(ValueError):
@@ -169,10 +170,18 @@ def _is_schedule_entry(entry: Any) -> bool:
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """How a served model drafts: a configuration resolved against its layers."""
+    """How a served model drafts: a configuration resolved against its layers.
+
+    Attributes:
+        skip_set: What the draft leaves out.
+        source: Where that is from, in words.
+        num_speculative_tokens: The draft length it was found to be best at, if any;
+            what the user says comes first.
+    """
 
     skip_set: SkipSet
     source: str
+    num_speculative_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the trip to the worker processes."""
@@ -203,7 +212,7 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> DraftPlan:
         entry = catalogue.find(target)
         if entry is not None:
             source = f"auto: the catalogue's plan for {entry.model}"
-            return _plan_of(entry.skip_layers, num_layers, source)
+            return _plan_of_profile(entry, num_layers, source)
         return DraftPlan(
             SkipSet.evenly_spread(num_layers),
             f"auto: no catalogue entry for this model, so {DEFAULT_SKIP_RATIO:.0%} of "
@@ -211,7 +220,14 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> DraftPlan:
         )
     profile = read_profile(Path(config.skip_layers))
     profile.check_fits(target)
-    return _plan_of(profile.skip_layers, num_layers, f"profile {config.skip_layers}")
+    return _plan_of_profile(profile, num_layers, f"profile {config.skip_layers}")
+
+
+def _plan_of_profile(profile: Profile, num_layers: int, source: str) -> DraftPlan:
+    plan = _plan_of(profile.skip_layers, num_layers, source)
+    if profile.figures is None:
+        return plan
+    return replace(plan, num_speculative_tokens=profile.figures.num_speculative_tokens)
 
 
 def _plan_of(lists: SkipLayers, num_layers: int, source: str) -> DraftPlan:

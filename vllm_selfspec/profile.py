@@ -18,6 +18,7 @@ from vllm_selfspec.target_model import TargetModel
 # from costing memory before it is checked against the model.
 LayerIndex = Annotated[int, Field(ge=0, lt=10_000, strict=True)]
 MAX_PROFILE_BYTES = 1_000_000
+MAX_NUM_SPECULATIVE_TOKENS = 32
 MAX_SHOWN = 100  # characters of a value in a message
 MAX_FINDINGS = 3
 
@@ -79,7 +80,13 @@ class Figures(Keys):
     The letters are those of the bound E / (v + k c).
     """
 
-    num_speculative_tokens: int = Field(ge=1, description="k: the best draft length.")
+    num_speculative_tokens: int = Field(
+        ge=1,
+        le=MAX_NUM_SPECULATIVE_TOKENS,
+        strict=True,
+        description="k: the best draft length; drafted at most, unless the user says "
+        "how many.",
+    )
     acceptance: tuple[float, ...] = Field(
         description="Share of the steps that accept the first i draft tokens, i from 1."
     )

@@ -109,10 +109,11 @@ def _resolve(
         **engine_args.additional_config,
         METHOD: {**plan.to_dict(), "draft_length": config.draft_length.model_dump()},
     }
+    num_drafts = _num_drafts(config, plan)
     return {
-        "num_speculative_tokens": config.num_speculative_tokens,
+        "num_speculative_tokens": num_drafts,
         "draft_sample_method": config.draft_sample_method,
-        "num_speculative_tokens_per_batch_size": _schedule(config),
+        "num_speculative_tokens_per_batch_size": _schedule(config, num_drafts),
     }
 
 
@@ -136,11 +137,21 @@ def _schedule_after_drafting(engine_args: Any, policy: Any) -> None:
     engine_args.async_scheduling = False
 
 
-def _schedule(config: SelfSpecConfig) -> list[tuple[int, int, int]] | None:
+def _num_drafts(config: SelfSpecConfig, plan: DraftPlan) -> int:
+    """What the user says, or the length that the plan was found to be best at."""
+    said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"}
+    if said & config.model_fields_set:
+        return config.num_speculative_tokens
+    return plan.num_speculative_tokens or config.num_speculative_tokens
+
+
+def _schedule(
+    config: SelfSpecConfig, num_drafts: int
+) -> list[tuple[int, int, int]] | None:
     """The user's, or one for vLLM to capture CUDA graphs of every length by."""
     given = config.num_speculative_tokens_per_batch_size
     if given is None and isinstance(config.draft_length, Goodput):
-        return schedule_of_all(config.num_speculative_tokens)
+        return schedule_of_all(num_drafts)
     return given
 
 
