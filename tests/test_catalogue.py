@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from conftest import build_tiny_model
+from typer.testing import CliRunner
 
 from vllm_selfspec import catalogue
 from vllm_selfspec.catalogue import entries, find
+from vllm_selfspec.cli import app
 from vllm_selfspec.config import SelfSpecConfig, resolve_plan
 from vllm_selfspec.cost import ModelWeights
 from vllm_selfspec.skip_set import SkipSet
@@ -105,3 +107,14 @@ def test_a_model_on_disk_is_found_by_directory_and_config(
         assert found is not None and found.skip_layers.mlp == (1,)
     finally:
         entries.cache_clear()
+
+
+def test_the_command_lists_all_of_it() -> None:
+    runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
+    shown = runner.invoke(app, ["catalogue"])
+    assert shown.exit_code == 0
+    for entry in entries().values():
+        assert str(entry.model) in shown.stdout
+    found = json.loads(runner.invoke(app, ["catalogue", "--json"]).stdout)
+    assert found.keys() == entries().keys()
+    assert found["llama-2-70b"]["skip_layers"]["mlp"][:3] == [2, 4, 9]

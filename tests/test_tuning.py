@@ -20,11 +20,14 @@ from vllm_selfspec.profile import read_profile
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.tuning.candidates import greedy_path, simple_plans, single_plans
 from vllm_selfspec.tuning.engine import TuningEngine
+from vllm_selfspec.tuning.engines import RayEngines
 from vllm_selfspec.tuning.run import parse_budget
 from vllm_selfspec.tuning.score import Score, best_score, walk
 from vllm_selfspec.tuning.search import Search
 
 NUM_DRAFTS = 4
+# What `tune` sets for itself: the probe is the V1 worker's.
+ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MAX_TOKENS = 48
 KEPT: list[TuningEngine] = []  # vLLM's engines cannot end one by one in a process
 
@@ -84,7 +87,6 @@ def engine(path: str, task: str, num_prompts: int) -> TuningEngine:
             enforce_eager=True,
             max_model_len=512,
             kv_cache_memory_bytes=16 * KV_CACHE_BYTES,
-            disable_log_stats=False,
         )
     )
     return KEPT[-1]
@@ -92,15 +94,15 @@ def engine(path: str, task: str, num_prompts: int) -> TuningEngine:
 
 def test_with_nothing_skipped_every_draft_is_right(tuner: TuningEngine) -> None:
     found = tuner.right(SkipSet.of(NUM_LAYERS), range(3))
-    for text, right in zip(tuner.texts, found, strict=True):
+    for text, right in zip(tuner.known.texts, found, strict=True):
         remaining = np.arange(len(text.token_ids) - 1 - text.first, 0, -1)
         assert right.tolist() == np.minimum(remaining, NUM_DRAFTS).tolist()
 
 
 def test_costs_grow_with_what_runs(tuner: TuningEngine) -> None:
     full, half = SkipSet.of(NUM_LAYERS), SkipSet.early_exit(NUM_LAYERS, 2)
-    assert 0 < tuner.draft_cost(half) < tuner.draft_cost(full)
-    assert len(tuner.verify_costs) == NUM_DRAFTS
+    assert 0 < tuner.known.draft_cost(half) < tuner.known.draft_cost(full)
+    assert len(tuner.known.verify_costs) == NUM_DRAFTS
 
 
 @pytest.mark.parametrize("task", ["code", "chat"])
@@ -116,7 +118,7 @@ def test_predicted_acceptance_is_the_engines(task: str, engines: Engines) -> Non
         max_model_len=512,
     )
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    _, counts = run(llm, [text.prompt for text in found.texts], params)
+    _, counts = run(llm, [text.prompt for text in found.known.texts], params)
     measured = [at / counts.drafts for at in counts.accepted_at]
     # A text ends within a draft once: what is then counted differs by a step of ten.
     assert predicted[0] == pytest.approx(measured[0], abs=0.05)
@@ -226,6 +228,12 @@ def test_tune_survives_a_kill_and_writes_a_profile_that_vllm_takes(
     ).create_engine_config()
     plan = config.additional_config["selfspec"]
     assert tuple(plan["mlp"]) == found.skip_layers.mlp
+    k = found.figures.num_speculative_tokens
+    assert config.speculative_config.num_speculative_tokens == k
+    config = EngineArgs(
+        tiny_models["qwen3"], speculative_config={**spec, "num_speculative_tokens": 5}
+    ).create_engine_config()
+    assert config.speculative_config.num_speculative_tokens == 5, "the user's word"
     with pytest.raises(ValueError, match="LlamaForCausalLM in place of Qwen3"):
         EngineArgs(tiny_models["llama"], speculative_config=spec).create_engine_config()
 
@@ -235,3 +243,28 @@ def test_a_budget_that_is_none_is_refused() -> None:
     for text in ("", "20", "m", "-1s", "nans", "infs", "2d"):
         with pytest.raises(ConfigError, match="--budget"):
             parse_budget(text)
+
+
+def test_ray_workers_score_on_the_same_texts_by_the_same_costs(
+    tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    prompts = [prompt.render(None)[:100] for prompt in load("code").prompts[:2]]
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "kv_cache_memory_bytes": 16 * KV_CACHE_BYTES,
+    }
+    engines = RayEngines(2, tiny_models["llama"], prompts, 24, 2, **settings)
+    plans = [SkipSet.early_exit(NUM_LAYERS, n) for n in (1, 2, 3)]
+    together = engines.score(plans, range(2))
+    again = [engines.score([plan], range(2))[0] for plan in plans]
+    assert together == again, "whichever engine it is"
+    assert [score.draft_cost for score in together] == pytest.approx(
+        [engines.known.draft_cost(plan) for plan in plans]
+    )
+    (measured,) = engines.measure([(SkipSet.of(NUM_LAYERS), 2)], range(2))
+    assert measured.walk.acceptance[0] > 0.9, "nothing is skipped"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,12 +21,11 @@ from vllm_selfspec.bench.serve import ServerError
 from vllm_selfspec.bench.tasks import TaskError
 from vllm_selfspec.config import (
     DEFAULT_NUM_SPECULATIVE_TOKENS,
-    MAX_NUM_SPECULATIVE_TOKENS,
     ConfigError,
 )
 from vllm_selfspec.cost import CheckpointError
 from vllm_selfspec.preview import Preview
-from vllm_selfspec.profile import ProfileError
+from vllm_selfspec.profile import MAX_NUM_SPECULATIVE_TOKENS, ProfileError
 from vllm_selfspec.skip_set import SkipSetError
 from vllm_selfspec.support import UnsupportedModelError
 from vllm_selfspec.tuning.run import TuneError
@@ -383,6 +382,25 @@ def tune(
             help="The longest draft; a plan is scored at its best length.",
         ),
     ] = 6,
+    objective: Annotated[
+        Literal["predicted", "measured"],
+        typer.Option(
+            help="What plans are scored by. 'measured' generates with each, as Draft & "
+            "Verify does, with drafts of full length; it takes far longer."
+        ),
+    ] = "predicted",
+    ray: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Score N plans at once, in N Ray workers with an engine each: on this "
+            "machine, or in the cluster of RAY_ADDRESS. 0 is one engine without Ray.",
+        ),
+    ] = 0,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="vLLM's, of each engine.")
+    ] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and KV cache.")] = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Of search and prompts.")] = 0,
     widen: Annotated[
@@ -420,6 +438,9 @@ def tune(
                 budget_s=parse_budget(budget),
                 num_streams=streams,
                 max_drafts=max_drafts,
+                objective=objective,
+                ray=ray,
+                tensor_parallel_size=tensor_parallel_size,
                 dtype=dtype,
                 seed=seed,
                 output=output,

@@ -6,6 +6,7 @@ they go on counting, so they are remembered by engine.
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 PREFIX = "vllm:spec_decode_num_"
@@ -31,6 +32,15 @@ class Counts:
     def acceptance(self) -> float | None:
         """Share of the drafted tokens that were accepted; None if none was drafted."""
         return self.accepted_tokens / self.draft_tokens if self.draft_tokens else None
+
+    def __add__(self, other: "Counts") -> "Counts":
+        positions = zip_longest(self.accepted_at, other.accepted_at, fillvalue=0)
+        return Counts(
+            self.drafts + other.drafts,
+            self.draft_tokens + other.draft_tokens,
+            self.accepted_tokens + other.accepted_tokens,
+            tuple(map(sum, positions)),
+        )
 
     def __sub__(self, earlier: "Counts") -> "Counts":
         accepted_at = (

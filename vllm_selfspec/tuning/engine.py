@@ -14,7 +14,8 @@ import numpy as np
 
 from vllm_selfspec.draft_length.types import Floats, Ints
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
-from vllm_selfspec.tuning.score import Score, best_score
+from vllm_selfspec.spec_counters import Counts, SpecCounters
+from vllm_selfspec.tuning.score import Score, Walk, best_score
 
 # CPU attention takes multiples of 32; small blocks make a row's own blocks small.
 BLOCK_SIZE = 32
@@ -39,13 +40,33 @@ class Text:
         return {"prompt_token_ids": list(self.token_ids[: self.first])}
 
 
-class TuningEngine:
-    """Texts in the KV cache, and the costs of forwards.
+@dataclass(frozen=True)
+class Known:
+    """What one engine finds out and others of the same model can go by.
 
     Attributes:
         num_layers: Of the model.
         texts: What plans are scored on.
         verify_costs: v for 1, 2, ... draft tokens.
+        draft_costs: Of the head, and of an attention and an MLP sublayer, in a draft
+            step, over a plain step.
+    """
+
+    num_layers: int
+    texts: tuple[Text, ...]
+    verify_costs: tuple[float, ...]
+    draft_costs: tuple[float, ...]
+
+    def draft_cost(self, skip_set: SkipSet) -> float:
+        """c: a draft step over a plain step."""
+        return float(_kept(skip_set) @ np.array(self.draft_costs))
+
+
+class TuningEngine:
+    """Texts in the KV cache, and the costs of forwards.
+
+    Attributes:
+        known: What was found out at the start, or told.
     """
 
     def __init__(
@@ -55,6 +76,7 @@ class TuningEngine:
         max_tokens: int,
         num_drafts: int,
         num_streams: int = 1,
+        known: Known | None = None,
         **settings: Any,
     ) -> None:
         """Starts vLLM, lets the target go on with every prompt, and measures costs.
@@ -65,6 +87,7 @@ class TuningEngine:
             max_tokens: Generated for each, greedily.
             num_drafts: The longest draft that is scored.
             num_streams: Concurrent requests to tune for.
+            known: What another engine has found out; None to find it out.
             settings: Of `vllm.LLM`.
         """
         from vllm import LLM
@@ -86,13 +109,24 @@ class TuningEngine:
             enable_prefix_caching=False,  # the probe takes blocks as it likes
             block_size=BLOCK_SIZE,
             max_num_seqs=max(MAX_ROWS, num_streams),
+            disable_log_stats=False,  # the counters
             **settings,
         )
-        (self.num_layers,) = self._ask(_num_layers)
-        self.texts = [*self._generated(prompts)]
-        self._read_texts()
-        self.verify_costs = self._measure_verify()
-        self._cost_of = self._fit_draft_cost()
+        self._counters = SpecCounters()
+        self._has_read = False
+        if known is None:
+            num_layers = self._ask(_num_layers)[0]
+            known = Known(
+                num_layers,
+                tuple(self._generated(prompts)),
+                tuple(self._measure_verify()),
+                tuple(self._fit_draft_costs(num_layers)),
+            )
+        self.known = known
+
+    def found_out(self) -> Known:
+        """`known`, for an engine that is asked from elsewhere."""
+        return self.known
 
     def _ask(self, function: Any, *args: Any) -> list[Any]:
         """What every worker answers."""
@@ -107,46 +141,60 @@ class TuningEngine:
     def _generate(self, prompts: Sequence[Any]) -> list[Any]:
         from vllm import SamplingParams
 
+        self._has_read = False  # requests write where the probe has its texts
         params = SamplingParams(temperature=0, max_tokens=self._max_tokens)
         found: list[Any] = self._llm.generate(list(prompts), params, use_tqdm=False)
         return found
 
-    def _read_texts(self) -> None:
-        texts = [text.token_ids for text in self.texts]
-        self._ask(_start_probe, self._num_drafts, texts)
-
     def right(self, skip_set: SkipSet, numbers: Sequence[int]) -> list[Ints]:
         """Right drafts at every position of some texts: see `Probe.num_right`."""
+        if not self._has_read:
+            texts = [text.token_ids for text in self.known.texts]
+            self._ask(_start_probe, self._num_drafts, texts)
+            self._has_read = True
         return [
-            self._ask(_num_right, number, self.texts[number].first, skip_set)[0]
+            self._ask(_num_right, number, self.known.texts[number].first, skip_set)[0]
             for number in numbers
         ]
 
     def score(self, skip_set: SkipSet, numbers: Sequence[int]) -> Score:
         """What the plan gains on some texts."""
         right = self.right(skip_set, numbers)
-        return best_score(right, self.draft_cost(skip_set), self.verify_costs)
+        cost = self.known.draft_cost(skip_set)
+        return best_score(right, cost, self.known.verify_costs)
 
-    def draft_cost(self, skip_set: SkipSet) -> float:
-        """c: a draft step over a plain step."""
-        return float(_kept(skip_set) @ self._cost_of)
-
-    def measure(self, plans: Sequence[tuple[SkipSet, int]]) -> list[float]:
-        """D&V's objective: tokens per second of real generation over plain vLLM's.
+    def measure(
+        self, plans: Sequence[tuple[SkipSet, int]], numbers: Sequence[int]
+    ) -> list[Score]:
+        """D&V's objective: real generation, beside plain vLLM's of the same texts.
 
         Args:
             plans: What the draft leaves out, and how many tokens it drafts.
+            numbers: Of the texts.
+
+        Returns:
+            Scores of what was measured: the tokens per second over plain vLLM's, and
+            the steps that vLLM counted.
         """
         arms: list[tuple[SkipSet | None, int]] = [(None, 0), *plans]
-        seconds = np.zeros(len(arms))
-        for start in range(0, len(self.texts), self._num_streams):
-            texts = self.texts[start : start + self._num_streams]
-            prompts = [text.prompt for text in texts]
+        seconds, counts = np.zeros(len(arms)), [Counts(0, 0, 0)] * len(arms)
+        for start in range(0, len(numbers), self._num_streams):
+            chosen = numbers[start : start + self._num_streams]
+            prompts = [self.known.texts[number].prompt for number in chosen]
             for which, (skip_set, k) in enumerate(arms):  # in turns
+                before = self._counters.read()
                 seconds[which] += self._seconds(prompts, skip_set, k)
-        self._read_texts()  # the requests have written over them
-        found: list[float] = (seconds[0] / seconds[1:]).tolist()
-        return found
+                counts[which] = counts[which] + (self._counters.read() - before)
+        return [
+            Score(
+                k,
+                float(seconds[0] / seconds[which]),
+                _walk_of(counts[which], k),
+                self.known.draft_cost(skip_set),
+                self.known.verify_costs[k - 1],
+            )
+            for which, (skip_set, k) in enumerate(plans, 1)
+        ]
 
     def _seconds(
         self, prompts: Sequence[Any], skip_set: SkipSet | None, k: int
@@ -167,10 +215,10 @@ class TuningEngine:
         )
         return [one / alone for one in seconds]
 
-    def _fit_draft_cost(self) -> Floats:
+    def _fit_draft_costs(self, num_layers: int) -> list[float]:
         """Cost of head, attention and MLP sublayer: the least-squares fit to the times
         of a few plans, which single times are too noisy to tell apart."""
-        n = self.num_layers
+        n = num_layers
         plans = [
             SkipSet.of(n),
             SkipSet.of(n, attention=range(n)),
@@ -183,8 +231,14 @@ class TuningEngine:
         kept = np.array([_kept(plan) for plan in plans])
         seconds = [max(self._ask(_time_draft_step, plan, rows)) for plan in plans]
         found, *_ = np.linalg.lstsq(kept, np.array(seconds) / plain, rcond=None)
-        costs: Floats = np.maximum(found, 1e-4)
+        costs: list[float] = np.maximum(found, 1e-4).tolist()
         return costs
+
+
+def _walk_of(counts: Counts, k: int) -> Walk:
+    """The steps that drafted, as vLLM counted them."""
+    emitted = counts.drafts + counts.accepted_tokens
+    return Walk(emitted, counts.drafts, counts.accepted_at[:k])
 
 
 def _kept(skip_set: SkipSet) -> Floats:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.tuning.score import Score
 from vllm_selfspec.tuning.search import Found
 
 
@@ -25,7 +26,7 @@ def frontier(found: Sequence[Found]) -> list[Found]:
 def show(
     document: dict[str, Any],
     found: Sequence[Found],
-    measured: Sequence[tuple[Found, float]],
+    measured: Sequence[tuple[Found, Score]],
     console: Console,
 ) -> None:
     """Prints the frontier and what was measured."""
@@ -37,12 +38,18 @@ def show(
         table.add_row(*_cells(one), str(one.skip_set))
     console.print(table)
     table = Table(title="Measured in the engine", box=None, pad_edge=False)
-    for name in ("measured", "expected", "k"):
+    for name in ("measured", "expected", "first right", "expected", "k"):
         table.add_column(name, justify="right")
     table.add_column("plan", overflow="fold")
-    for one, speed_up in measured:
-        cells = (f"{speed_up:.2f}x", f"{one.speed_up:.2f}x", str(one.k))
-        table.add_row(*cells, str(one.skip_set))
+    for one, score in measured:
+        table.add_row(
+            f"{score.speed_up:.2f}x",
+            f"{one.speed_up:.2f}x",
+            f"{score.walk.acceptance[0]:.0%}",
+            f"{one.acceptance[0]:.0%}",
+            str(one.k),
+            str(one.skip_set),
+        )
     console.print(table)
     figures = document["figures"]
     console.print(

@@ -26,7 +26,9 @@ from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.target_model import TargetModel
 from vllm_selfspec.tuning import report
-from vllm_selfspec.tuning.engine import TuningEngine
+from vllm_selfspec.tuning.engine import Known
+from vllm_selfspec.tuning.engines import Engines, LocalEngine, RayEngines
+from vllm_selfspec.tuning.score import Score
 from vllm_selfspec.tuning.search import Found, Search
 
 KV_CACHE_BYTES = 1 << 30
@@ -51,6 +53,9 @@ class Options:
         budget_s: Seconds to search for.
         num_streams: Concurrent requests to tune for.
         max_drafts: The longest draft.
+        objective: `predicted`, or `measured`: real generation of every plan.
+        ray: Ray workers with an engine each; 0 for one engine in this process.
+        tensor_parallel_size: vLLM's.
         dtype: vLLM's.
         seed: Of the search, and of the choice of prompts.
         output: The profile; the study and the plots lie beside it.
@@ -66,6 +71,9 @@ class Options:
     budget_s: float
     num_streams: int
     max_drafts: int
+    objective: str
+    ray: int
+    tensor_parallel_size: int
     dtype: str
     seed: int
     output: Path
@@ -84,7 +92,7 @@ def run_tune(options: Options) -> None:
         TuneError: If a package is missing, if the engine does not draft as the target
             says where nothing is skipped, or if nothing was found.
     """
-    for package in ("matplotlib", "optuna"):
+    for package in ("matplotlib", "optuna", *["ray"] * bool(options.ray)):
         if importlib.util.find_spec(package) is None:
             raise TuneError(
                 f"tune needs the package {package}, which is not installed: "
@@ -99,14 +107,20 @@ def run_tune(options: Options) -> None:
     model = find_model(options.model, options.widen, console)
     prompts = _prompts(options, model)
     console.print(f"Starting vLLM, and {len(prompts)} texts of {options.task} ...")
-    engine = _start(options, model, prompts)
-    _check(engine)
+    engines = _start(options, model, prompts)
+    every = range(len(engines.known.texts))
+    _check(engines, every)
+
+    def measure(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+        return engines.measure([(plan, options.max_drafts) for plan in plans], numbers)
+
     search = Search(
-        engine.num_layers,
-        lambda plans, numbers: [engine.score(plan, numbers) for plan in plans],
-        len(engine.texts),
+        engines.known.num_layers,
+        measure if options.objective == "measured" else engines.score,
+        len(every),
         options.output.with_suffix(".study.db"),
-        _study_name(options, model, engine),
+        _study_name(options, model, engines.known),
+        num_at_once=engines.num,
         seed=options.seed,
     )
     _search(search, options.budget_s, console)
@@ -117,13 +131,14 @@ def run_tune(options: Options) -> None:
             "raise --budget"
         )
     console.print("Measuring the best of them in the engine ...")
-    finalists = _finalists(found, engine)
-    measured = engine.measure([(one.skip_set, one.k) for one in finalists])
-    best, speed_up = max(zip(finalists, measured, strict=True), key=lambda m: m[1])
-    document = _document(options, model, engine, best, speed_up, search.num_tried)
+    finalists = _finalists(found, engines.known.num_layers)
+    plans = [(one.skip_set, one.k) for one in finalists]
+    measured = [*zip(finalists, engines.measure(plans, every), strict=True)]
+    best, score = max(measured, key=lambda pair: pair[1].speed_up)
+    document = _document(options, model, engines.known, best, score, search.num_tried)
     _write_json(document, options.output)
     report.write(document, found, options.output)
-    report.show(document, found, [*zip(finalists, measured, strict=True)], console)
+    report.show(document, found, measured, console)
 
 
 def _prompts(options: Options, model: Path) -> list[dict[str, Any]]:
@@ -137,9 +152,7 @@ def _prompts(options: Options, model: Path) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": one[-options.max_prompt_tokens :]} for one in ids]
 
 
-def _start(
-    options: Options, model: Path, prompts: Sequence[dict[str, Any]]
-) -> TuningEngine:
+def _start(options: Options, model: Path, prompts: Sequence[dict[str, Any]]) -> Engines:
     from vllm.platforms import current_platform
 
     room = options.max_prompt_tokens + options.max_tokens + 1
@@ -147,23 +160,20 @@ def _start(
         "dtype": options.dtype,
         "max_model_len": room + options.max_drafts,
         "max_num_batched_tokens": max(2048, room),
+        "tensor_parallel_size": options.tensor_parallel_size,
         "seed": options.seed,
     }
     if current_platform.is_cpu():
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
-    return TuningEngine(
-        str(model),
-        prompts,
-        options.max_tokens,
-        options.max_drafts,
-        options.num_streams,
-        **settings,
-    )
+    lengths = (options.max_tokens, options.max_drafts, options.num_streams)
+    if options.ray:
+        return RayEngines(options.ray, str(model), prompts, *lengths, **settings)
+    return LocalEngine(str(model), prompts, *lengths, **settings)
 
 
-def _check(engine: TuningEngine) -> None:
+def _check(engines: Engines, numbers: Sequence[int]) -> None:
     """With nothing skipped, a draft is the target's own text."""
-    right = engine.right(SkipSet.of(engine.num_layers), range(len(engine.texts)))
+    right = engines.right(SkipSet.of(engines.known.num_layers), numbers)
     share = float(np.mean(np.concatenate(right) > 0))
     # In low precision a row of a batch rounds otherwise than alone: near-ties flip.
     if share < 0.97:
@@ -173,9 +183,9 @@ def _check(engine: TuningEngine) -> None:
         )
 
 
-def _study_name(options: Options, model: Path, engine: TuningEngine) -> str:
-    """Studies can be gone on with where model, texts and lengths are the same."""
-    what = [weights_fingerprint(model), texts_fingerprint(engine)]
+def _study_name(options: Options, model: Path, known: Known) -> str:
+    """Studies can be gone on with where model, texts and objective are the same."""
+    what = [options.objective, weights_fingerprint(model), texts_fingerprint(known)]
     what += [f"k{options.max_drafts}", f"streams{options.num_streams}"]
     return "-".join(what)
 
@@ -200,9 +210,9 @@ def _search(search: Search, budget_s: float, console: Console) -> None:
             console.print("Stopped; the best so far is kept.")
 
 
-def _finalists(found: Sequence[Found], engine: TuningEngine) -> list[Found]:
+def _finalists(found: Sequence[Found], num_layers: int) -> list[Found]:
     """The best, and the plan that `auto` has without a search."""
-    usual = SkipSet.evenly_spread(engine.num_layers)
+    usual = SkipSet.evenly_spread(num_layers)
     chosen = list(found[:NUM_MEASURED])
     chosen += [one for one in found[NUM_MEASURED:] if one.skip_set == usual]
     return chosen
@@ -211,15 +221,15 @@ def _finalists(found: Sequence[Found], engine: TuningEngine) -> list[Found]:
 def _document(
     options: Options,
     model: Path,
-    engine: TuningEngine,
+    known: Known,
     best: Found,
-    speed_up: float,
+    measured: Score,
     num_tried: int,
 ) -> dict[str, Any]:
     """The profile; what its keys mean is told in `profile`."""
     return {
         "skip_layers": best.skip_set.to_dict(),
-        "num_layers": engine.num_layers,
+        "num_layers": known.num_layers,
         "model": options.model,
         "architecture": dict(TargetModel.read(model, options.model).architecture),
         "note": f"found by: {options.command}",
@@ -230,13 +240,14 @@ def _document(
             "draft_cost": round(best.draft_cost, 4),
             "verify_cost": round(best.verify_cost, 4),
             "speed_up": round(best.speed_up, 4),
-            "measured_speed_up": round(speed_up, 4),
+            "measured_speed_up": round(measured.speed_up, 4),
         },
         "provenance": {
             "weights": weights_fingerprint(model),
+            "objective": options.objective,
             "task": options.task,
-            "texts": texts_fingerprint(engine),
-            "num_texts": len(engine.texts),
+            "texts": texts_fingerprint(known),
+            "num_texts": len(known.texts),
             "num_streams": options.num_streams,
             "num_plans": num_tried,
             "seed": options.seed,
@@ -265,9 +276,9 @@ def weights_fingerprint(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def texts_fingerprint(engine: TuningEngine) -> str:
+def texts_fingerprint(known: Known) -> str:
     """Of prompts and what the target made of them."""
-    texts = json.dumps([[text.first, text.token_ids] for text in engine.texts])
+    texts = json.dumps([[text.first, text.token_ids] for text in known.texts])
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ One rule: whatever was scored is in the study, an SQLite file, as soon as it was
 search that is stopped or killed goes on from there, and its best so far is the study's.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,16 +113,22 @@ class Search:
         for trial in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
             self._study.tell(trial.number, state=state.FAIL)
 
-    def run(self, budget_s: float, report: Callable[["Search", str], None]) -> None:
+    def run(
+        self,
+        budget_s: float,
+        report: Callable[["Search", str], None],
+        max_plans: float = math.inf,
+    ) -> None:
         """Scores plans until `budget_s` seconds are over, or Ctrl-C.
 
         Args:
             budget_s: Seconds.
             report: Called after each plan with a line about it.
+            max_plans: Ends it earlier, when so many were scored or pruned.
         """
         end = time.monotonic() + budget_s
         trials = self._trials()
-        while time.monotonic() < end:
+        while time.monotonic() < end and self.num_tried < max_plans:
             self._try([next(trials) for _ in range(self._num_at_once)], report)
 
     def _trials(self) -> Iterator[tuple[Any, SkipSet]]:

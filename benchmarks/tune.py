@@ -1,0 +1,282 @@
+"""Does the tuner foretell acceptance, and find a better plan than others do?
+
+    python benchmarks/tune.py -o benchmarks/results/tune
+
+First, acceptance as `tune` predicts it against what the engine counts while it
+generates, for three models and two tasks. Then searches on the demo model, by the costs
+of the widened one: the tuner's, and Draft & Verify's Bayesian optimisation (a Gaussian
+process over a number in [0, 1] for each sublayer, above 0.5 skips it) with ten times
+the evaluations. What they find, and plans that need no search, generate held-out texts
+with the widened model, in turns with plain vLLM.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from vllm_selfspec import versions
+from vllm_selfspec.bench.page import markdown_table
+from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
+from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.demo import cpu_name
+from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
+from vllm_selfspec.tuning.candidates import simple_plans
+from vllm_selfspec.tuning.engine import TuningEngine
+from vllm_selfspec.tuning.score import Score, best_score, walk
+from vllm_selfspec.tuning.search import Search
+
+MODELS = ("demo_model", "plain_model", "small_model")
+TASKS = ("code", "chat")
+MAX_PROMPT_TOKENS = 256
+MAX_DRAFTS = 6
+SEED = 1  # Draft & Verify's
+
+
+def engine(
+    path: Path, task: str, numbers: slice, max_tokens: int, dtype: str
+) -> TuningEngine:
+    """With some of a task's prompts."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    texts = [prompt.render(tokenizer) for prompt in load(task).prompts[numbers]]
+    ids = [tokenizer(text)["input_ids"][-MAX_PROMPT_TOKENS:] for text in texts]
+    return TuningEngine(
+        str(path),
+        [{"prompt_token_ids": one} for one in ids],
+        max_tokens,
+        MAX_DRAFTS,
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=MAX_PROMPT_TOKENS + max_tokens + 2 * MAX_DRAFTS,
+        kv_cache_memory_bytes=512 << 20,
+        gpu_memory_utilization=0.1,
+    )
+
+
+def agreement(num_texts: int, max_tokens: int, console: Console) -> list[Any]:
+    """Acceptance at depth 1 and 4, predicted and counted."""
+    found = []
+    for name in MODELS:
+        for task in TASKS:
+            tuner = engine(
+                BENCHMARKS / name, task, slice(num_texts), max_tokens, "float32"
+            )
+            KEPT.append(tuner)
+            n = tuner.known.num_layers
+            plans = {
+                "evenly spread": SkipSet.evenly_spread(n),
+                f"exit_layer {max(1, n // 4)}": SkipSet.early_exit(n, max(1, n // 4)),
+            }
+            for what, plan in plans.items():
+                numbers = range(num_texts)
+                predicted = walk(tuner.right(plan, numbers), 4).acceptance
+                (counted,) = tuner.measure([(plan, 4)], numbers)
+                row = {"model": name, "task": task, "plan": what}
+                row |= {"predicted": predicted, "counted": counted.walk.acceptance}
+                found.append(row)
+                console.print(row)
+    return found
+
+
+KEPT: list[TuningEngine] = []  # vLLM's engines cannot end one by one in a process
+
+
+def draft_and_verify(
+    num_layers: int, evaluate: Any, numbers: Sequence[int], iterations: int, say: Any
+) -> SkipSet:
+    """Draft & Verify's search (section 3.3), with its known-good points first."""
+    import optuna
+
+    study = optuna.create_study(
+        sampler=optuna.samplers.GPSampler(seed=SEED), direction="maximize"
+    )
+    names = [(s, i) for s in SUBLAYERS for i in range(num_layers)]
+    spread = SkipSet.evenly_spread(num_layers)
+    study.enqueue_trial(
+        {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for s, i in names}
+    )
+    best, best_value = spread, 0.0
+    for iteration in range(iterations):
+        trial = study.ask()
+        skipped = [
+            (s, i) for s, i in names if trial.suggest_float(f"{s}.{i}", 0, 1) > 0.5
+        ]
+        lists = {s: [i for of, i in skipped if of == s] for s in SUBLAYERS}
+        try:
+            plan = SkipSet.from_dict(num_layers, lists)
+            (score,) = evaluate([plan], numbers)
+            value = score.speed_up
+        except SkipSetError:
+            value = 0.0
+        study.tell(trial, value)
+        if value > best_value:
+            best, best_value = plan, value
+        if iteration % 25 == 0:
+            say(f"Draft & Verify: {iteration}, best {best_value:.3f}x")
+    return best
+
+
+def searches(
+    iterations: int, num_texts: int, max_tokens: int, repeats: int, console: Console
+) -> dict[str, Any]:
+    """What each search finds, and how fast that generates held-out texts."""
+    scorer = engine(
+        BENCHMARKS / "demo_model", "code", slice(num_texts), max_tokens, "float32"
+    )
+    wide = find_model("demo", None, console)
+    held_out = slice(num_texts, 2 * num_texts)
+    costly = engine(wide, "code", held_out, max_tokens, "bfloat16")
+    KEPT.extend([scorer, costly])
+    n, numbers = scorer.known.num_layers, range(num_texts)
+
+    def evaluate(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+        return [
+            best_score(
+                scorer.right(plan, numbers),
+                costly.known.draft_cost(plan),
+                costly.known.verify_costs,
+            )
+            for plan in plans
+        ]
+
+    def timed(what: str, search: Any) -> tuple[SkipSet, float]:
+        started = time.monotonic()
+        plan = search()
+        seconds = time.monotonic() - started
+        console.print(f"{what}: {plan}, {seconds:.0f} s")
+        return plan, seconds
+
+    with TemporaryDirectory() as directory:
+        search = Search(n, evaluate, num_texts, Path(directory) / "study.db", "tune")
+
+        def tuner() -> SkipSet:
+            # The sublayers one by one on two texts are evaluations, too.
+            max_plans = iterations // 10 - 2 * n
+            search.run(3600, lambda *_: None, max_plans)
+            return search.found()[0].skip_set
+
+        found = {f"tune, {iterations // 10} evaluations": timed("tune", tuner)}
+    found[f"Draft & Verify's search, {iterations} evaluations"] = timed(
+        "Draft & Verify",
+        lambda: draft_and_verify(n, evaluate, numbers, iterations, console.print),
+    )
+    exits = [plan for plan in simple_plans(n) if plan.exit_layer]
+    best_exit = max(exits, key=lambda plan: evaluate([plan], numbers)[0].speed_up)
+    found["best exit layer"] = best_exit, 0.0
+    found["evenly spread, 0.45"] = SkipSet.evenly_spread(n), 0.0
+    expected = evaluate([plan for plan, _ in found.values()], numbers)
+    plans = [
+        (plan, score.k)
+        for (plan, _), score in zip(found.values(), expected, strict=True)
+    ]
+    runs = []
+    for turn in range(repeats):
+        console.print(f"Generating held-out texts, turn {turn + 1} of {repeats}")
+        runs.append(costly.measure(plans, numbers))
+    rows = []
+    for which, (what, (plan, seconds)) in enumerate(found.items()):
+        ratios = [run[which].speed_up for run in runs]
+        rows.append(
+            {
+                "search": what,
+                "plan": plan.to_dict(),
+                "words": str(plan),
+                "seconds": seconds,
+                "k": expected[which].k,
+                "draft_cost": expected[which].draft_cost,
+                "expected": expected[which].speed_up,
+                "expected_first": expected[which].walk.acceptance[0],
+                "measured": median(ratios),
+                "measured_all": ratios,
+                "measured_first": runs[0][which].walk.acceptance[0],
+            }
+        )
+    costs = {"verify": costly.known.verify_costs, "draft": costly.known.draft_costs}
+    return {"rows": rows, "costs": costs}
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Both tables."""
+    rows = [
+        [
+            row["model"],
+            row["task"],
+            row["plan"],
+            *(f"{row[what][at]:.3f}" for at in (0, 3) for what in KINDS),
+        ]
+        for row in document["agreement"]
+    ]
+    columns = ["model", "task", "plan", "first, predicted", "counted"]
+    columns += ["fourth, predicted", "counted"]
+    lines = [*markdown_table(columns, rows), ""]
+    columns = ["arm", "k", "c", "expected", "measured, held out", "search", "plan"]
+    rows = [
+        [
+            row["search"],
+            str(row["k"]),
+            f"{row['draft_cost']:.2f}",
+            f"{row['expected']:.2f}x",
+            f"{row['measured']:.2f}x",
+            f"{row['seconds']:.0f} s",
+            row["words"],
+        ]
+        for row in document["searches"]["rows"]
+    ]
+    return "\n".join([*lines, *markdown_table(columns, rows)]) + "\n"
+
+
+KINDS = ("predicted", "counted")
+
+
+def main(
+    iterations: Annotated[
+        int, typer.Option(help="Of Draft & Verify's search; the tuner has a tenth.")
+    ] = 1000,
+    num_texts: Annotated[int, typer.Option(help="Prompts of each task.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Generated for each.")] = 96,
+    repeats: Annotated[int, typer.Option(help="Turns on held-out texts.")] = 3,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory of the results.")
+    ] = Path("tune-report"),
+) -> None:
+    """Compare predicted acceptance with counted, and searches with each other."""
+    prepare()
+    console = Console(highlight=False)
+    started = time.monotonic()
+    document: dict[str, Any] = {
+        "agreement": agreement(num_texts, max_tokens, console),
+        "searches": searches(iterations, num_texts, max_tokens, repeats, console),
+        "date": date.today().isoformat(),
+        "hardware": cpu_name(),
+        "vllm": versions.vllm_version(),
+    }
+    document["seconds"] = round(time.monotonic() - started)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "tune.json").write_text(json.dumps(document, indent=1) + "\n")
+    (output / "tune.md").write_text(markdown(document))
+    worst = [
+        max(
+            abs(row["predicted"][at] - row["counted"][at])
+            for row in document["agreement"]
+        )
+        for at in (0, 3)
+    ]
+    console.print(markdown(document))
+    console.print(
+        f"Predicted and counted differ by {np.round(worst, 4).tolist()} at most, at "
+        "depths 1 and 4."
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
