@@ -134,7 +134,10 @@ def main(
     model: Annotated[str, typer.Argument(help="'demo' or 'plain'.")] = "demo",
     task: Annotated[str, typer.Option(help="Prompts.")] = "chat",
     streams: Annotated[str, typer.Option(help="Loads.")] = "1,4,8,16",
-    groups: Annotated[int, typer.Option(help="Turns of every arm at a load.")] = 3,
+    groups: Annotated[
+        int,
+        typer.Option(help="Turns of every arm at a load; thrice that at one stream."),
+    ] = 3,
     swings: Annotated[int, typer.Option(help="Turns with a swinging load.")] = 2,
     max_tokens: Annotated[int, typer.Option(help="A prompt.")] = 48,
     output: Annotated[
@@ -144,8 +147,9 @@ def main(
     """Compare fixed and goodput lengths with plain vLLM at several loads."""
     prepare()
     console = Console(highlight=False)
+    # One prompt of a few dozen steps says little; more than one stream has many.
     loads = tuple(
-        Load(n, groups * (1 if n == 1 else 2 * n)) for n in map(int, streams.split(","))
+        Load(n, groups * (3 if n == 1 else 2 * n)) for n in map(int, streams.split(","))
     )
     options = Options(
         model=model,
