@@ -21,6 +21,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "all": ("demo/report.json", report.markdown),
     "sampling": ("sampling/report.json", report.markdown),
     "plain": ("plain/report.json", report.markdown),
+    "lengths": ("draft_length/report.json", report.markdown),
     "serve": ("serve/serve.json", serve_report.markdown),
     "float32": ("float32/report.json", report.markdown),
 }
