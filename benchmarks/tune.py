@@ -29,7 +29,7 @@ from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
-from vllm_selfspec.tuning.candidates import simple_plans
+from vllm_selfspec.tuning.candidates import simple_plans, skipping
 from vllm_selfspec.tuning.engine import TuningEngine
 from vllm_selfspec.tuning.score import Score, best_score, walk
 from vllm_selfspec.tuning.search import Search
@@ -100,20 +100,19 @@ def draft_and_verify(
     study = optuna.create_study(
         sampler=optuna.samplers.GPSampler(seed=SEED), direction="maximize"
     )
-    names = [(s, i) for s in SUBLAYERS for i in range(num_layers)]
+    names = [(i, s) for s in SUBLAYERS for i in range(num_layers)]
     spread = SkipSet.evenly_spread(num_layers)
     study.enqueue_trial(
-        {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for s, i in names}
+        {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for i, s in names}
     )
     best, best_value = spread, 0.0
     for iteration in range(iterations):
         trial = study.ask()
         skipped = [
-            (s, i) for s, i in names if trial.suggest_float(f"{s}.{i}", 0, 1) > 0.5
+            (i, s) for i, s in names if trial.suggest_float(f"{s}.{i}", 0, 1) > 0.5
         ]
-        lists = {s: [i for of, i in skipped if of == s] for s in SUBLAYERS}
         try:
-            plan = SkipSet.from_dict(num_layers, lists)
+            plan = skipping(num_layers, skipped)
             (score,) = evaluate([plan], numbers)
             value = score.speed_up
         except SkipSetError:

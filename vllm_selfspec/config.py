@@ -36,8 +36,6 @@ from vllm_selfspec.target_model import TargetModel
 
 METHOD = "selfspec"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
-# D&V evaluates up to 12. Beyond 32 hardly a draft is accepted whole, while every one
-# reserves that many KV slots per request.
 
 
 class ConfigError(ValueError):

@@ -27,7 +27,12 @@ def truncated(
     """
     if top_k is None and top_p is None:
         return logits
-    is_greedy = temperature < SAMPLING_EPS
-    scaled = logits.float() / temperature.masked_fill(is_greedy, 1.0)[:, None]
-    is_out = apply_top_k_top_p(scaled, top_k, top_p) == -torch.inf
+    is_out = apply_top_k_top_p(scaled(logits, temperature), top_k, top_p) == -torch.inf
     return logits.masked_fill(is_out, -torch.inf)
+
+
+def scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """A float32 copy of the logits over the temperature, `[num_rows]`; greedy rows as
+    they are."""
+    is_greedy = temperature < SAMPLING_EPS
+    return logits.float() / temperature.masked_fill(is_greedy, 1.0)[:, None]

@@ -43,15 +43,18 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
     verify, draft = [], []
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
-        alone = _seconds(partial(drafter.dummy_step, runner, n, 0), repeats)
-        drafting = _seconds(partial(drafter.dummy_step, runner, n, NUM_DRAFTS), repeats)
+        alone = seconds_of(partial(drafter.dummy_step, runner, n, 0), repeats)
+        drafting = seconds_of(
+            partial(drafter.dummy_step, runner, n, NUM_DRAFTS), repeats
+        )
         verify.append(alone)
         # Noise must not make a draft step cost nothing.
         draft.append(max((drafting - alone) / NUM_DRAFTS, MIN_SHARE * alone))
     return num_rows, verify, draft
 
 
-def _seconds(run: Callable[[], Any], repeats: int) -> float:
+def seconds_of(run: Callable[[], Any], repeats: int) -> float:
+    """Median of `repeats` times, after a run that is not counted."""
     run()  # kernels and caches of this size
     times = []
     for _ in range(repeats):

@@ -18,6 +18,8 @@ from vllm_selfspec.target_model import TargetModel
 # from costing memory before it is checked against the model.
 LayerIndex = Annotated[int, Field(ge=0, lt=10_000, strict=True)]
 MAX_PROFILE_BYTES = 1_000_000
+# D&V evaluates up to 12. Beyond 32 hardly a draft is accepted whole, while every one
+# reserves that many KV slots per request.
 MAX_NUM_SPECULATIVE_TOKENS = 32
 MAX_SHOWN = 100  # characters of a value in a message
 MAX_FINDINGS = 3

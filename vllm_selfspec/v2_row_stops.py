@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_selfspec import seams
 from vllm_selfspec.draft_length.types import Ints
-from vllm_selfspec.draft_truncation import SAMPLING_EPS
+from vllm_selfspec.draft_truncation import scaled
 from vllm_selfspec.row_stops import RowStops
 from vllm_selfspec.v2_speculator import SelfSpecSpeculator
 
@@ -137,9 +137,7 @@ class RowStoppingSpeculator(SelfSpecSpeculator):
         num_reqs = len(sampled)
         logits = self._logits.float()
         if self.draft_logits is not None:
-            temperature = self.temperature[self.idx_mapping[:num_reqs]]
-            is_greedy = temperature < SAMPLING_EPS
-            logits = logits / temperature.masked_fill(is_greedy, 1.0)[:, None]
+            logits = scaled(logits, self.temperature[self.idx_mapping[:num_reqs]])
         chosen = logits.gather(1, sampled.long()[:, None])[:, 0]
         self._confidence[:num_reqs] = (chosen - logits.logsumexp(dim=-1)).exp()
         return sampled

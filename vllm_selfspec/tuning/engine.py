@@ -7,6 +7,7 @@ exchanging the draft view, never by starting another engine.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -274,14 +275,12 @@ def _use_skip_set(worker: Any, skip_set: SkipSet) -> None:
 
 
 def _time_step(worker: Any, num_rows: int, num_drafts: int) -> float:
-    """Median seconds of a step of so many rows."""
-    runner, times = worker.model_runner, []
-    for _ in range(NUM_TIMINGS + 1):
-        started = time.perf_counter()
-        runner.drafter.dummy_step(runner, num_rows, num_drafts)
-        _wait()
-        times.append(time.perf_counter() - started)
-    return median(times[1:])
+    """Seconds of a step of so many rows."""
+    from vllm_selfspec.measure import seconds_of
+
+    runner = worker.model_runner
+    step = partial(runner.drafter.dummy_step, runner, num_rows, num_drafts)
+    return seconds_of(step, NUM_TIMINGS)
 
 
 def _time_draft_step(worker: Any, skip_set: SkipSet, num_rows: int) -> float:
@@ -293,10 +292,3 @@ def _time_draft_step(worker: Any, skip_set: SkipSet, num_rows: int) -> float:
         for _ in range(2)
     ]
     return median(differences)
-
-
-def _wait() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -189,17 +189,17 @@ class Probe:
         """K and V of whole blocks, in every layer of a group."""
         config = self._runner.kv_cache_config
         layers = self._runner.compilation_config.static_forward_context
+        of, to = (
+            torch.from_numpy(blocks).to(self._runner.device)
+            for blocks in (sources, targets)
+        )
         for name in config.kv_cache_groups[gid].layer_names:
             cache = layers[name].kv_cache
             cache = cache[0] if isinstance(cache, list) else cache
             dim = next(
                 d for d, size in enumerate(cache.shape) if size == config.num_blocks
             )
-            index = [
-                torch.from_numpy(blocks).to(cache.device)
-                for blocks in (sources, targets)
-            ]
-            cache.index_copy_(dim, index[1], cache.index_select(dim, index[0]))
+            cache.index_copy_(dim, to, cache.index_select(dim, of))
 
 
 def _greedy() -> SamplingMetadata:
