@@ -190,7 +190,7 @@ def test_a_request_shows_how_it_differs() -> None:
     for _ in range(60):
         found.observe(at(0, 1), np.array([2, 2]), np.array([2, 0]))
     good, bad = found.survival(at(0, 1))[:, 0]
-    assert good > 0.8 and bad < 0.2
+    assert good > 0.75 and bad < 0.25, "where the usual chance is a half"
     for _ in range(300):
         found.observe(at(1), np.array([0]), np.array([0]))
     assert found.survival(at(1))[0, 0] > bad + 0.1, "what it showed fades"

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
-# Rows to measure at most; beyond, costs go on as between the last two. All workers of
-# an engine must run the same forwards, so this does not depend on what was measured.
+# Rows to measure; beyond, costs go on as between the last two. Costs rise in steps, as
+# kernels change with the number of rows, and a draft is right at the edge of one: so
+# there is a number between those that double. All workers of an engine must run the
+# same forwards, so this does not depend on what was measured.
+NUM_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_ROWS_GPU, MAX_ROWS_CPU = 256, 64
 # One time says enough where it is long.
 REPEATS, MAX_ROWS_REPEATED = 3, 8
@@ -39,7 +42,7 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
         config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens),
     )
     most = min(most, MAX_ROWS_GPU if torch.cuda.is_available() else MAX_ROWS_CPU)
-    num_rows = [1 << i for i in range(max(2, most.bit_length()))]
+    num_rows = [n for n in NUM_ROWS if n <= max(2, most)]
     verify, draft = [], []
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1

@@ -18,8 +18,9 @@ GUESS_TRIALS = 2.0
 NEIGHBOUR_TRIALS = 10.0
 # How many trials the population's figures remember.
 POPULATION_TRIALS = 500.0
-# How far requests lie apart: the deviation of their logits is about 1.
-OWN_PRECISION = 1.0
+# How far requests lie apart: the deviation of their logits is about 0.5. Counted on
+# texts of a trained model, their variance is 0.22 at 40 tokens and 0.39 at 96.
+OWN_PRECISION = 4.0
 # What a request has shown fades by this share a step: its text changes, and one that
 # was found bad is tried again.
 FADE = 0.02
