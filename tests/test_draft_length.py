@@ -13,6 +13,7 @@ from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.goodput import (
     MARGIN,
     Goodput,
+    Prompts,
     best_lengths,
     best_uniform_length,
 )
@@ -128,11 +129,16 @@ def test_beside_prompts_a_row_is_drafted_only_for_what_a_token_is_worth() -> Non
     # Eight rows are free, and of more every one costs an eighth of a step.
     many = np.cumprod(np.full((4, 6), 0.6), axis=1), np.full(4, 6)
     alone = best_lengths(*many, costs())
-    beside = best_lengths(*many, costs(), num_others=56)
+    beside = best_lengths(*many, costs(), Prompts(56, 1.0))
     assert alone.sum() > 0 == beside.sum()
     # Where rows stay free, prompts change nothing.
     flat = StepCosts(ROWS, [1.0] * len(ROWS), [0.1] * len(ROWS))
-    assert (best_lengths(*many, flat) == best_lengths(*many, flat, num_others=32)).all()
+    unchanged = best_lengths(*many, flat, Prompts(32, 1.0))
+    assert (best_lengths(*many, flat) == unchanged).all()
+    # Prompts that hardly ever come change little.
+    seldom = best_lengths(*many, costs(), Prompts(56, 0.02))
+    often = best_lengths(*many, costs(), Prompts(56, 0.9))
+    assert (seldom == alone).all() and seldom.sum() > often.sum()
 
 
 def test_a_uniform_length_is_the_best_of_those_there_are() -> None:

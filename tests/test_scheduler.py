@@ -14,10 +14,10 @@ from conftest import (
 )
 
 from vllm_selfspec.draft_length.costs import StepCosts
-from vllm_selfspec.draft_length.goodput import Goodput
+from vllm_selfspec.draft_length.goodput import Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_stats import DraftStats
-from vllm_selfspec.scheduler import DraftPlanner
+from vllm_selfspec.scheduler import Arrivals, DraftPlanner
 
 NUM_DRAFTS = 4
 SPEC: dict[str, Any] = {
@@ -58,6 +58,19 @@ def test_one_length_for_all_where_graphs_hold_whole_batches() -> None:
         found.observe({"good": 4, "bad": 4}, {"good": 4, "bad": 0})
     assert found.plan({"good": 4, "bad": 4}, ["good", "bad"]) in (1, 2, 4)
     assert len(set(found.lengths.values())) == 1
+
+
+def test_prompts_that_wait_are_foreseen_and_others_expected_by_what_came() -> None:
+    found = Arrivals()
+    assert found.next(True, 0, 200) == Prompts(200, 1.0), "they wait"
+    after = found.next(True, 200, 0)
+    assert after == Prompts(0, 0.0), "nobody else came, and nobody waits"
+    assert found.next(False, 300, 0) == after, "beside no decode it costs none time"
+    for _ in range(200):
+        found.next(True, 100, 0)
+        expected = found.next(True, 0, 0)
+    assert expected.num_rows == 100
+    assert expected.chance == pytest.approx(0.5, abs=0.05)
 
 
 def test_places_of_requests_that_ended_are_given_out_again() -> None:

@@ -7,18 +7,19 @@ own length before they are verified, and tells the controller what came of it.
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_selfspec.draft_length.costs import StepCosts
-from vllm_selfspec.draft_length.goodput import Goodput
+from vllm_selfspec.draft_length.goodput import NO_PROMPTS, Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_stats import DraftStats
@@ -26,8 +27,8 @@ from vllm_selfspec.measure import measure_costs
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
-# How fast the rows of prompts in a step follow the last one's: within some five steps.
-OTHERS_RATE = 0.2
+# How fast what is known of prompts that come unforeseen follows the last steps.
+ARRIVAL_RATE = 0.05
 
 
 def choose(vllm_config: Any, executor: Any) -> None:
@@ -92,6 +93,36 @@ def uniform_lengths(vllm_config: Any) -> list[int]:
     return captured_lengths(vllm_config.num_speculative_tokens)
 
 
+class Arrivals:
+    """Foretells the rows of prompts in the next step.
+
+    What waits is known. For the rest it goes by how often steps that decoded had
+    prompts in them that nobody knew of when their drafts were planned.
+    """
+
+    def __init__(self) -> None:
+        self._chance = self._num_rows = 0.0
+        self._foreseen = 0
+
+    def next(self, decodes: bool, num_rows: int, num_foreseen: int) -> Prompts:
+        """After a step.
+
+        Args:
+            decodes: Whether it has more than prompts in it.
+            num_rows: Rows of prompts in it.
+            num_foreseen: Rows that the next step will have.
+        """
+        if decodes and not self._foreseen:
+            self._chance += ARRIVAL_RATE * ((num_rows > 0) - self._chance)
+            if num_rows:  # the first one is all that is known
+                rate = ARRIVAL_RATE if self._num_rows else 1.0
+                self._num_rows += rate * (num_rows - self._num_rows)
+        self._foreseen = num_foreseen
+        if num_foreseen:
+            return Prompts(num_foreseen, 1.0)
+        return Prompts(round(self._num_rows), self._chance)
+
+
 class DraftPlanner:
     """`Goodput` in the terms of vLLM's scheduler.
 
@@ -105,20 +136,21 @@ class DraftPlanner:
     def __init__(self, goodput: Goodput, max_num_reqs: int, stats: DraftStats) -> None:
         self.goodput, self.stats = goodput, stats
         self._slots = Slots(max_num_reqs)
-        self._num_others = 0.0
         self.lengths: dict[str, int] = {}
 
     def plan(
-        self, room_of: dict[str, int], running: Iterable[str], num_others: int = 0
+        self,
+        room_of: dict[str, int],
+        running: Iterable[str],
+        prompts: Prompts = NO_PROMPTS,
     ) -> int:
         """The number of draft steps after this step; fills `lengths`.
 
         Args:
             room_of: The most that each request which samples in this step may draft.
             running: All requests that run.
-            num_others: Rows of prompts in this step; the next ones have about as many.
+            prompts: What the next step may have beside them.
         """
-        self._num_others += OTHERS_RATE * (num_others - self._num_others)
         self._slots.keep(running)
         for req_id in room_of:
             if req_id not in self._slots:
@@ -126,7 +158,7 @@ class DraftPlanner:
         plan = self.goodput.plan(
             self._slots.of([*room_of]),
             np.array([*room_of.values()], np.int64),
-            round(self._num_others),
+            prompts,
         )
         self.lengths = dict(zip(room_of, plan.lengths.tolist(), strict=True))
         if room_of:
@@ -169,6 +201,8 @@ class _Planning:
     num_spec_tokens: int
     max_num_running_reqs: int
     max_model_len: int
+    max_num_scheduled_tokens: int
+    waiting: RequestQueue
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -184,6 +218,7 @@ class _Planning:
         )
         stats = DraftStats(self.vllm_config)
         self.planner = DraftPlanner(goodput, self.max_num_running_reqs, stats)
+        self._arrivals = Arrivals()
         self._updated: float | None = None  # when the last step ended, if busy since
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -194,15 +229,25 @@ class _Planning:
             if _samples(self.requests[req_id], num_tokens)
         }
         running = [request.request_id for request in self.running]
-        num_others = sum(
-            num_tokens
-            for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items()
-            if self.requests[req_id].num_computed_tokens
-            < self.requests[req_id].num_prompt_tokens
-        )
-        num_steps = self.planner.plan(room_of, running, num_others)
+        prompts = self._prompts(scheduler_output.num_scheduled_tokens)
+        num_steps = self.planner.plan(room_of, running, prompts)
         scheduler_output.num_spec_tokens_to_schedule = min(most, num_steps)
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _prompts(self, num_scheduled: Mapping[str, int]) -> Prompts:
+        """Rows of prompts that the step after this one may have."""
+        num_rows = num_left = 0
+        for request in self.running:
+            rest = request.num_prompt_tokens - request.num_computed_tokens
+            if rest > 0:
+                num_tokens = num_scheduled.get(request.request_id, 0)
+                num_rows += num_tokens
+                num_left += max(0, rest - num_tokens)
+        if self.waiting and len(self.running) < self.max_num_running_reqs:
+            num_left += self.waiting.peek_request().num_tokens
+        num_foreseen = min(num_left, self.max_num_scheduled_tokens)
+        decodes = sum(num_scheduled.values()) > num_rows
+        return self._arrivals.next(decodes, num_rows, num_foreseen)
 
     def _room(self, request: Request) -> int:
         """The most it can use: this step brings one token at least, and the next one

@@ -20,8 +20,24 @@ MARGIN = 0.01
 EXPLORE_SHARE = 0.005
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Rows of prompts that may be computed in the step that verifies.
+
+    Attributes:
+        num_rows: m.
+        chance: That they are.
+    """
+
+    num_rows: int
+    chance: float
+
+
+NO_PROMPTS = Prompts(0, 0.0)
+
+
 def best_lengths(
-    survival: Floats, room: Ints, costs: StepCosts, num_others: int = 0
+    survival: Floats, room: Ints, costs: StepCosts, prompts: Prompts = NO_PROMPTS
 ) -> Ints:
     """The lengths that maximise expected tokens per second.
 
@@ -32,15 +48,15 @@ def best_lengths(
     prefixes. All n and d are tried.
 
     Beside m rows of prompts a step's time is mostly theirs, and tokens per second of
-    that step would say to draft whatever the rows cost. But prompts end: a token is
-    worth the time it takes without them, at the best rate, and is drafted where a step
-    of m + R + n rows takes less than that longer.
+    that step would say to draft whatever the rows cost. But prompts end: what counts is
+    how much longer their step takes for n rows more, `verify(m + R + n) - verify(m +
+    R)`, on top of the time that R requests take without them.
 
     Args:
         survival: Chance that tokens 1 to i are all accepted, `[num_reqs, max_drafts]`.
         room: The most each request may draft, `[num_reqs]`.
         costs: Of this model on this machine.
-        num_others: m, rows of prompts that are computed in the same steps.
+        prompts: What may be computed beside.
 
     Returns:
         Draft tokens of each request, `[num_reqs]`.
@@ -57,7 +73,7 @@ def best_lengths(
         within = depth <= deepest
         gains = np.cumsum(gain[within])
         choices.append(_Choice(deepest, np.arange(1, gains.size + 1), gains))
-    chosen = _best(choices, num_reqs, costs, num_others)
+    chosen = _best(choices, num_reqs, costs, prompts)
     if chosen is None:
         return np.zeros(num_reqs, np.int64)
     deepest, num_drafts = chosen
@@ -70,7 +86,7 @@ def best_uniform_length(
     room: Ints,
     costs: StepCosts,
     lengths: Sequence[int],
-    num_others: int = 0,
+    prompts: Prompts = NO_PROMPTS,
 ) -> Ints:
     """The same for one length of all requests, out of `lengths`: what can be replayed
     from a CUDA graph, which is captured for whole batches."""
@@ -83,7 +99,7 @@ def best_uniform_length(
             choices.append(
                 _Choice(length, np.array([tried.sum()]), np.array([kept.sum()]))
             )
-    chosen = _best(choices, len(room), costs, num_others)
+    chosen = _best(choices, len(room), costs, prompts)
     return np.minimum(room, chosen[0] if chosen else 0)
 
 
@@ -103,32 +119,33 @@ class _Choice:
 
 
 def _best(
-    choices: Sequence[_Choice], num_reqs: int, costs: StepCosts, num_others: int
+    choices: Sequence[_Choice], num_reqs: int, costs: StepCosts, prompts: Prompts
 ) -> tuple[int, int] | None:
     """d and n of the best way, or None where drafting is not worth it."""
     step = float(costs.draft(num_reqs))
     best = num_reqs / float(costs.verify(num_reqs)) * (1 + MARGIN)
     found = None
     for choice in choices:
-        seconds = costs.verify(num_reqs + choice.num_drafts) + choice.deepest * step
-        rate = (num_reqs + choice.gain) / seconds
+        seconds = _verify(costs, num_reqs, choice.num_drafts, prompts)
+        rate = (num_reqs + choice.gain) / (seconds + choice.deepest * step)
         most = int(rate.argmax())
         if rate[most] > best:
             best = float(rate[most])
             found = choice.deepest, int(choice.num_drafts[most])
-    if not num_others:
-        return found
-    least, found = 0.0, None
-    alone = float(costs.verify(num_others + num_reqs))
-    for choice in choices:
-        rows = num_others + num_reqs + choice.num_drafts
-        longer = costs.verify(rows) - alone + choice.deepest * step
-        profit = choice.gain / best - longer
-        most = int(profit.argmax())
-        if profit[most] > least:
-            least = float(profit[most])
-            found = choice.deepest, int(choice.num_drafts[most])
     return found
+
+
+def _verify(
+    costs: StepCosts, num_reqs: int, num_drafts: Ints | int, prompts: Prompts
+) -> Floats:
+    """Expected seconds for R requests and their drafts, without what prompts take."""
+    alone = costs.verify(num_reqs + num_drafts)
+    if not prompts.chance:
+        return alone
+    rows = prompts.num_rows + num_reqs
+    longer = costs.verify(rows + num_drafts) - costs.verify(rows)
+    beside = costs.verify(num_reqs) + longer
+    return alone + prompts.chance * (beside - alone)
 
 
 @dataclass
@@ -179,13 +196,13 @@ class Goodput:
         """Whether all requests get one length."""
         return bool(self._uniform)
 
-    def plan(self, slots: Slots, room: Ints, num_others: int = 0) -> Plan:
+    def plan(self, slots: Slots, room: Ints, prompts: Prompts = NO_PROMPTS) -> Plan:
         """Lengths of a batch.
 
         Args:
             slots: Its requests, `[num_reqs]`.
             room: The most each may draft, `[num_reqs]`.
-            num_others: Rows of prompts that are computed in the same steps.
+            prompts: What may be computed beside.
         """
         num_reqs = len(slots)
         if not num_reqs:
@@ -194,25 +211,21 @@ class Goodput:
         survival = self.acceptance.survival(slots)
         if self._uniform:
             lengths = best_uniform_length(
-                survival, room, self.costs, self._uniform, num_others
+                survival, room, self.costs, self._uniform, prompts
             )
         else:
-            lengths = best_lengths(survival, room, self.costs, num_others)
+            lengths = best_lengths(survival, room, self.costs, prompts)
         if lengths.any():
             return Plan(lengths)
-        return self._trial(num_reqs, room, num_others)
+        return self._trial(num_reqs, room, prompts)
 
-    def _trial(self, num_reqs: int, room: Ints, num_others: int) -> Plan:
+    def _trial(self, num_reqs: int, room: Ints, prompts: Prompts) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         tried = np.minimum(room, 1)
-        num_rows = num_others + num_reqs
-        plain = float(self.costs.verify(num_rows))
+        plain = float(self.costs.verify(num_reqs))
         self._owed += EXPLORE_SHARE * plain
-        price = (
-            float(self.costs.verify(num_rows + int(tried.sum())))
-            - plain
-            + float(self.costs.draft(num_reqs))
-        )
+        seconds = _verify(self.costs, num_reqs, int(tried.sum()), prompts)
+        price = float(seconds) - plain + float(self.costs.draft(num_reqs))
         if self._owed < price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))
         self._owed = 0.0
