@@ -35,6 +35,7 @@ from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet, SkipSetError
 from vllm_selfspec.target_model import TargetModel
 
 METHOD = "selfspec"
+AUTO, ONLINE = "auto", "online"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 
 
@@ -57,6 +58,29 @@ SkipLayersOrWord = Annotated[
 ]
 
 
+class Online(Keys):
+    """How `skip_layers: "online"` looks for a better skip set while serving."""
+
+    share: float = Field(
+        default=0.01, gt=0, le=0.5, description="Of the time that it may take."
+    )
+    profile: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="Where the best one is kept, as a JSON profile: started from if it "
+        "is there, written whenever a better one is found.",
+    )
+
+    @field_validator("profile")
+    @classmethod
+    def _can_be_written(cls, profile: str | None) -> str | None:
+        if profile is not None and not Path(profile).absolute().parent.is_dir():
+            raise ValueError(
+                f"is {shown(profile)}, but must lie in a directory that exists: make it"
+            )
+        return profile
+
+
 class SelfSpecConfig(Keys):
     """The keys of `{"method": "selfspec", ...}`."""
 
@@ -71,9 +95,15 @@ class SelfSpecConfig(Keys):
         description="Tokens drafted per request and step at most.",
     )
     skip_layers: SkipLayersOrWord = Field(
-        default="auto",
-        description="'auto', a skip set "
-        '({"attention": [...], "mlp": [...]}), or the path of a JSON profile.',
+        default=AUTO,
+        description="'auto', 'online' (as auto, and looks for a better one while "
+        'serving), a skip set ({"attention": [...], "mlp": [...]}), or the path of a '
+        "JSON profile.",
+    )
+    online: Online = Field(
+        default_factory=Online,
+        description="How skip_layers 'online' goes about it: share of the time, and "
+        "profile to keep.",
     )
     exit_layer: int | None = Field(
         default=None,
@@ -143,6 +173,20 @@ class SelfSpecConfig(Keys):
             )
         return self
 
+    @model_validator(mode="after")
+    def _online_is_asked_for(self) -> "SelfSpecConfig":
+        if "online" in self.model_fields_set and not self.is_online:
+            raise ValueError(
+                "online says how skip_layers 'online' goes about it, but skip_layers "
+                f"is {shown(self.skip_layers)}: make it 'online', or remove online"
+            )
+        return self
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the skip set is looked for while serving."""
+        return self.skip_layers == ONLINE
+
     @classmethod
     def parse(cls, keys: Mapping[str, Any]) -> "SelfSpecConfig":
         """Checks the user's keys.
@@ -206,19 +250,33 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> DraftPlan:
         )
     if isinstance(config.skip_layers, SkipLayers):
         return _plan_of(config.skip_layers, num_layers, "skip_layers")
-    if config.skip_layers == "auto":
-        entry = catalogue.find(target)
-        if entry is not None:
-            source = f"auto: the catalogue's plan for {entry.model}"
-            return _plan_of_profile(entry, num_layers, source)
-        return DraftPlan(
-            SkipSet.evenly_spread(num_layers),
-            f"auto: no catalogue entry for this model, so {DEFAULT_SKIP_RATIO:.0%} of "
-            "the sublayers, evenly spread, first and last layer kept",
-        )
-    profile = read_profile(Path(config.skip_layers))
+    if config.skip_layers == AUTO:
+        return _auto_plan(target, "auto")
+    if config.is_online:
+        kept = config.online.profile
+        if kept is None or not Path(kept).exists():
+            return _auto_plan(target, "online, from auto")
+        return _profile_plan(kept, target, f"online, from profile {kept}")
+    path = config.skip_layers
+    return _profile_plan(path, target, f"profile {path}")
+
+
+def _auto_plan(target: TargetModel, word: str) -> DraftPlan:
+    entry = catalogue.find(target)
+    if entry is not None:
+        source = f"{word}: the catalogue's plan for {entry.model}"
+        return _plan_of_profile(entry, target.num_layers, source)
+    return DraftPlan(
+        SkipSet.evenly_spread(target.num_layers),
+        f"{word}: no catalogue entry for this model, so {DEFAULT_SKIP_RATIO:.0%} of "
+        "the sublayers, evenly spread, first and last layer kept",
+    )
+
+
+def _profile_plan(path: str, target: TargetModel, source: str) -> DraftPlan:
+    profile = read_profile(Path(path))
     profile.check_fits(target)
-    return _plan_of_profile(profile, num_layers, f"profile {config.skip_layers}")
+    return _plan_of_profile(profile, target.num_layers, source)
 
 
 def _plan_of_profile(profile: Profile, num_layers: int, source: str) -> DraftPlan:

@@ -35,7 +35,8 @@ class DraftBatch:
 
     In step j every row runs one token at position `first_positions + j`, and its K and
     V go to the request's own slot of that position, to be read from then on. A row that
-    has drafted all it may runs on with the others, but writes nowhere.
+    has drafted all it may runs on with the others, but writes nowhere; nor does any row
+    of a batch that is not to write, whose positions have the target's K and V.
 
     Attributes:
         num_rows: Requests that draft.
@@ -52,6 +53,7 @@ class DraftBatch:
         num_drafts: np.ndarray,
         kv_groups: Sequence[KVGroup],
         device: torch.device,
+        writes: bool = True,
     ) -> None:
         self.num_rows, self.num_steps = len(rows), int(num_drafts.max())
         steps = np.arange(self.num_steps)[:, None]
@@ -65,7 +67,7 @@ class DraftBatch:
         self.token_ids = torch.from_numpy(token_ids).to(device)
         self.positions = torch.from_numpy(positions).to(device)
         self._seq_lens = torch.from_numpy(self._seq_lens_np).to(device)
-        is_done = torch.from_numpy(steps >= num_drafts).to(device)
+        is_done = torch.from_numpy((steps >= num_drafts) | (not writes)).to(device)
         row_index = torch.from_numpy(rows).to(device)
         self._groups = [
             (group, *self._tables(group, row_index, is_done)) for group in kv_groups

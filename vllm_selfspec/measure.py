@@ -11,7 +11,10 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+
+from vllm_selfspec.skip_set import SkipSet
 
 # Rows to measure; beyond, costs go on as between the last two. Costs rise in steps, as
 # kernels change with the number of rows, and a draft is right at the edge of one: so
@@ -54,6 +57,42 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
         # Noise must not make a draft step cost nothing.
         draft.append(max((drafting - alone) / NUM_DRAFTS, MIN_SHARE * alone))
     return num_rows, verify, draft
+
+
+def measure_sublayers(
+    worker: Any, num_rows: int = 1, repeats: int = REPEATS
+) -> tuple[float, float, float]:
+    """Seconds of the LM head, an attention and an MLP sublayer in a draft step: the
+    least-squares fit to the times of some plans, which single ones are too short for.
+
+    Args:
+        worker: vLLM's, of a V1 runner, after its KV cache was made.
+        num_rows: Rows of the draft step.
+        repeats: Of each timing.
+    """
+    runner = worker.model_runner
+    drafter, before = runner.drafter, runner.drafter.skip_set
+    n = before.num_layers
+    plans = [
+        SkipSet.of(n),
+        SkipSet.of(n, attention=range(n)),
+        SkipSet.of(n, mlp=range(n)),
+        SkipSet.early_exit(n, max(1, n // 4)),
+        SkipSet.early_exit(n, max(1, n // 2)),
+    ]
+    step = partial(drafter.dummy_step, runner, num_rows)
+    alone = seconds_of(partial(step, 0), repeats)
+    times = []
+    for plan in plans:
+        drafter.use_skip_set(plan)
+        whole = seconds_of(partial(step, NUM_DRAFTS), repeats)
+        times.append((whole - alone) / NUM_DRAFTS)
+    drafter.use_skip_set(before)
+    kept = [[1, n - len(plan.attention), n - len(plan.mlp)] for plan in plans]
+    found, *_ = np.linalg.lstsq(np.array(kept, float), np.array(times), rcond=None)
+    # Noise must not make a part cost nothing.
+    head, attention, mlp = np.maximum(found, MIN_SHARE * alone / n)
+    return float(head), float(attention), float(mlp)
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> float:

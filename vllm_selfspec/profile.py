@@ -4,6 +4,7 @@ One rule: reading a profile only parses JSON and checks it; nothing in it is exe
 """
 
 import json
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -38,7 +39,8 @@ RULES = {
     "less_than_equal": "must be at most {le}: lower it",
     "less_than": "must be less than {lt}: lower it",
     "string_too_long": "must have at most {max_length} characters: shorten it",
-    "union_tag_not_found": "must be 'auto', the path of a JSON profile, or a skip set: "
+    "union_tag_not_found": "must be 'auto', 'online', the path of a JSON profile, or a "
+    "skip set: "
     'write one, like {{"attention": [3], "mlp": [4]}}',
 }
 
@@ -149,6 +151,13 @@ class Profile(Keys):
         if self.num_layers not in (None, target.num_layers):
             return [f"{target.num_layers} layers in place of {self.num_layers}"]
         return target.differences(self.architecture or {})
+
+
+def write_profile(document: Mapping[str, Any], file: Path) -> None:
+    """Whole or not at all, whenever it is killed."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.replace(file)
 
 
 def read_profile(path: Path) -> Profile:

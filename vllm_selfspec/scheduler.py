@@ -5,6 +5,7 @@ names the number of draft steps before a step is run, cuts each request's drafts
 own length before they are verified, and tells the controller what came of it.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -18,12 +19,15 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_selfspec import seams
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.goodput import NO_PROMPTS, Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_stats import DraftStats
-from vllm_selfspec.measure import measure_costs
+from vllm_selfspec.measure import measure_costs, measure_sublayers
+from vllm_selfspec.tuning import online
+from vllm_selfspec.vllm_args import plan_of
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
@@ -31,22 +35,37 @@ logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 ARRIVAL_RATE = 0.05
 
 
-def choose(vllm_config: Any, executor: Any) -> None:
-    """Names the planning scheduler in place of the one that vLLM would take.
-
-    A scheduler class of the user's own is left alone, as are data-parallel engines;
-    drafts then have full length.
+def prepare(vllm_config: Any, executor: Any) -> None:
+    """Measures what forwards cost, for what decides by it: the scheduler, and workers
+    that look for a better skip set.
 
     Args:
         vllm_config: Of the engine; its scheduler is not made yet.
         executor: vLLM's, with workers that are ready to run.
+    """
+    costs = None
+    if seams.tunes_online(vllm_config):
+        costs = measured(executor)
+        plan = plan_of(vllm_config).skip_set
+        sublayers = executor.collective_rpc(measure_sublayers)
+        told = online.costs_of(copy.deepcopy(costs), plan, sublayers)
+        executor.collective_rpc(online.start, args=(told,))
+    if seams.plans_draft_lengths(vllm_config):
+        _choose(vllm_config, executor, costs)
+
+
+def _choose(vllm_config: Any, executor: Any, costs: StepCosts | None) -> None:
+    """Names the planning scheduler in place of the one that vLLM would take.
+
+    A scheduler class of the user's own is left alone, as are data-parallel engines;
+    drafts then have full length.
     """
     config = vllm_config.scheduler_config
     planning = {Scheduler: PlanningScheduler, AsyncScheduler: PlanningAsyncScheduler}
     found = config.get_scheduler_cls()
     # Data-parallel ranks that draft differently would wait for each other for ever.
     if found in planning and vllm_config.parallel_config.data_parallel_size == 1:
-        named = {"costs": measured(executor), "__module__": __name__}
+        named = {"costs": costs or measured(executor), "__module__": __name__}
         config.scheduler_cls = type("PlanningScheduler", (planning[found],), named)
         # vLLM warns of schedulers that it does not know. This one is its own, and
         # every release that is supported was tried with it.

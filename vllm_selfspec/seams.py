@@ -132,6 +132,8 @@ def _allow_v2_runner(original: Function) -> Function:
         unsupported = original(self)
         if not uses_selfspec(self):
             return unsupported
+        if tunes_online(self):  # exchanges skip sets, which CUDA graphs would hold
+            return unsupported
         return [feature for feature in unsupported if "'custom_class'" not in feature]
 
     return _get_v2_model_runner_unsupported_features
@@ -213,10 +215,10 @@ def _expand_in_torch(original: Function) -> Function:
 def _plan_draft_lengths(original: Function) -> Function:
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         kv_cache_config = original(self, vllm_config)
-        if plans_draft_lengths(vllm_config):
+        if plans_draft_lengths(vllm_config) or tunes_online(vllm_config):
             from vllm_selfspec import scheduler
 
-            scheduler.choose(vllm_config, self.model_executor)
+            scheduler.prepare(vllm_config, self.model_executor)
         return kv_cache_config
 
     return _initialize_kv_caches
@@ -388,6 +390,13 @@ def uses_selfspec(vllm_config: Any) -> bool:
 def plans_draft_lengths(vllm_config: Any) -> bool:
     """Whether the draft lengths are chosen step by step, for the whole batch."""
     return _policy(vllm_config) == "goodput"
+
+
+def tunes_online(vllm_config: Any) -> bool:
+    """Whether a better skip set is looked for while serving."""
+    if not uses_selfspec(vllm_config):
+        return False
+    return vllm_config.additional_config["selfspec"].get("online") is not None
 
 
 def stops_rows(vllm_config: Any) -> bool:

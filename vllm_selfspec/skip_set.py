@@ -115,6 +115,12 @@ class SkipSet:
         """Skipped sublayers of either kind."""
         return len(self.attention) + len(self.mlp)
 
+    def cost(self, head: float, attention: float, mlp: float) -> float:
+        """Of a draft step, by those of the LM head and of single sublayers."""
+        num_attention = self.num_layers - len(self.attention)
+        num_mlp = self.num_layers - len(self.mlp)
+        return head + num_attention * attention + num_mlp * mlp
+
     @property
     def whole_layers(self) -> frozenset[int]:
         """Layers of which neither sublayer runs."""

@@ -10,6 +10,7 @@ very token and writes the K and V of all layers there before any attention reads
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from vllm_selfspec.draft_view import DraftView
 from vllm_selfspec.row_stops import RowStops
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.support import family_of
+from vllm_selfspec.tuning.online import OnlineTuner
 from vllm_selfspec.vllm_args import plan_of
 
 
@@ -60,6 +62,7 @@ class SelfSpecProposer:
             vllm_config.speculative_config.draft_sample_method == "probabilistic"
         )
         self._stops = RowStops.of(vllm_config)
+        self.tuner = OnlineTuner.of(vllm_config)
         self._target: nn.Module
         self._view: DraftView
 
@@ -67,7 +70,8 @@ class SelfSpecProposer:
         """Builds the draft view. vLLM calls it once the target is loaded."""
         self._target = target
         self.use_skip_set(plan_of(self._vllm_config).skip_set)
-        compile_view(self._view, self._vllm_config)
+        if self.tuner is None:  # otherwise it is exchanged too often
+            compile_view(self._view, self._vllm_config)
 
     def use_skip_set(self, skip_set: SkipSet) -> None:
         """Drafts with another skip set from the next propose on.
@@ -75,8 +79,11 @@ class SelfSpecProposer:
         Cheap, because it is not compiled; and safe between two steps: whatever drafts
         left in the KV cache is overwritten before it is read.
         """
+        self.skip_set, self._view = skip_set, self._view_of(skip_set)
+
+    def _view_of(self, skip_set: SkipSet) -> DraftView:
         family = family_of(self._vllm_config.model_config.architecture)
-        self._view = DraftView(self._target, skip_set, family)
+        return DraftView(self._target, skip_set, family)
 
     @torch.inference_mode()
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
@@ -131,6 +138,8 @@ class SelfSpecProposer:
                 np.array([len(drafted.get(req_id, ())) for req_id in req_ids]),
                 np.array([*map(len, sampled_token_ids)]),
             )
+        if self.tuner is not None:
+            self._tune(self.tuner, runner, scheduler_output)
         rows = np.flatnonzero(num_drafts)
         if not len(rows):
             return Drafts([[] for _ in sampled_token_ids])
@@ -163,18 +172,47 @@ class SelfSpecProposer:
             token_ids=input_batch.token_ids_cpu[rows, newest],
             first_positions=newest,
             num_drafts=num_drafts,
-            kv_groups=self._kv_groups(runner),
+            kv_groups=self._kv_groups(runner, self._view),
             device=runner.device,
         )
 
-    def _kv_groups(self, runner: Any) -> list[KVGroup]:
-        """The target's KV cache groups that hold a layer the draft runs."""
+    def _tune(self, tuner: OnlineTuner, runner: Any, scheduler_output: Any) -> None:
+        """Tries another skip set, if it is time, and drafts with it if it is better."""
+        found = tuner.after_step(
+            runner.input_batch,
+            scheduler_output.total_num_scheduled_tokens,
+            scheduler_output.num_spec_tokens_to_schedule,
+            partial(self._next_tokens, runner),
+        )
+        if found is not None:
+            self.use_skip_set(found)
+
+    def _next_tokens(
+        self, runner: Any, skip_set: SkipSet, rows: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """What a draft would say after tokens of verified contexts; writes nowhere."""
+        view = self._view if skip_set == self.skip_set else self._view_of(skip_set)
+        batch = DraftBatch(
+            rows=rows,
+            token_ids=runner.input_batch.token_ids_cpu[rows, positions],
+            first_positions=positions,
+            num_drafts=np.ones_like(rows),
+            kv_groups=self._kv_groups(runner, view),
+            device=runner.device,
+            writes=False,
+        )
+        hidden_states = self._forward(view, batch, 0, batch.token_ids)
+        found: np.ndarray = view.compute_logits(hidden_states).argmax(-1).cpu().numpy()
+        return found
+
+    def _kv_groups(self, runner: Any, view: DraftView) -> list[KVGroup]:
+        """The target's KV cache groups that hold a layer the view runs."""
         groups = []
         for gid, attn_groups in enumerate(runner.attn_groups):
             kept = [
                 group
                 for group in attn_groups
-                if self._view.attn_layer_names.intersection(group.layer_names)
+                if view.attn_layer_names.intersection(group.layer_names)
             ]
             if kept:
                 table = runner.input_batch.block_table[gid]
@@ -193,15 +231,7 @@ class SelfSpecProposer:
         """Tokens `[num_rows, num_steps]`, probabilities of the same or None."""
         token_ids, steps, steps_probs = batch.token_ids, [], []
         for step in range(batch.num_steps):
-            attn_metadata, slot_mapping = batch.attention_inputs(step)
-            with set_forward_context(
-                attn_metadata,
-                self._vllm_config,
-                num_tokens=batch.num_rows,
-                slot_mapping=slot_mapping,
-                skip_compiled=not self._view.is_compiled,
-            ):
-                hidden_states = self._view(token_ids, batch.positions[step])
+            hidden_states = self._forward(self._view, batch, step, token_ids)
             logits = self._view.compute_logits(hidden_states)
             token_ids, probs = self._sample(logits, sampling)
             steps.append(token_ids)
@@ -214,6 +244,20 @@ class SelfSpecProposer:
         if not self._samples(sampling):
             return drafted, None
         return drafted, torch.stack([p for p in steps_probs if p is not None], dim=1)
+
+    def _forward(
+        self, view: DraftView, batch: DraftBatch, step: int, token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states of one step, `[num_rows, hidden_size]`."""
+        attn_metadata, slot_mapping = batch.attention_inputs(step)
+        with set_forward_context(
+            attn_metadata,
+            self._vllm_config,
+            num_tokens=batch.num_rows,
+            slot_mapping=slot_mapping,
+            skip_compiled=not view.is_compiled,
+        ):
+            return view(token_ids, batch.positions[step])
 
     def _samples(self, sampling: SamplingMetadata) -> bool:
         return self._is_probabilistic and not sampling.all_greedy

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_selfspec import seams
+from vllm_selfspec.config import ConfigError
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.draft_truncation import scaled
 from vllm_selfspec.row_stops import RowStops
@@ -29,7 +30,17 @@ from vllm_selfspec.v2_speculator import SelfSpecSpeculator
 def make_speculator(
     vllm_config: VllmConfig, device: torch.device
 ) -> SelfSpecSpeculator:
-    """The speculator for the configured draft length."""
+    """The speculator for the configured draft length.
+
+    Raises:
+        ConfigError: If skip sets are to be exchanged while serving.
+    """
+    if seams.tunes_online(vllm_config):
+        raise ConfigError(
+            "skip_layers 'online' exchanges skip sets, which the V2 runner's CUDA "
+            "graphs hold, but VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0, or use a "
+            "profile of `vllm-selfspec tune`"
+        )
     if seams.stops_rows(vllm_config):
         return RowStoppingSpeculator(vllm_config, device)
     return SelfSpecSpeculator(vllm_config, device)

@@ -8,6 +8,7 @@ vLLM's compile-cache key.
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from vllm_selfspec import draft_stats
@@ -15,6 +16,7 @@ from vllm_selfspec.config import (
     METHOD,
     ConfigError,
     DraftPlan,
+    Online,
     SelfSpecConfig,
     resolve_plan,
 )
@@ -100,14 +102,20 @@ def _resolve(
     what `SpeculativeConfig` knows."""
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config, engine_args)
-    plan = resolve_plan(config, _target_of(model_config))
+    plan = resolve_plan(config, target_of(model_config))
+    if config.is_online:
+        _raise_if_not_tunable(parallel_config)
     if isinstance(config.draft_length, STOPPING):
         _schedule_after_drafting(engine_args, config.draft_length)
     draft_stats.share_directory()
     logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
     engine_args.additional_config = {
         **engine_args.additional_config,
-        METHOD: {**plan.to_dict(), "draft_length": config.draft_length.model_dump()},
+        METHOD: {
+            **plan.to_dict(),
+            "draft_length": config.draft_length.model_dump(),
+            "online": _online(config),
+        },
     }
     num_drafts = _num_drafts(config, plan)
     return {
@@ -117,7 +125,27 @@ def _resolve(
     }
 
 
-def _target_of(model_config: Any) -> TargetModel:
+def _raise_if_not_tunable(parallel_config: Any) -> None:
+    if parallel_config.data_parallel_size > 1:
+        raise ConfigError(
+            "skip_layers 'online' tries skip sets at steps that every engine chooses "
+            "for itself, where data-parallel ones run in lockstep, but "
+            f"data_parallel_size is {parallel_config.data_parallel_size}: make it 1, "
+            "or use a profile of `vllm-selfspec tune`"
+        )
+
+
+def _online(config: SelfSpecConfig) -> dict[str, Any] | None:
+    if not config.is_online:
+        return None
+    found = config.online.model_dump()
+    if found["profile"] is not None:  # workers may run elsewhere
+        found["profile"] = str(Path(found["profile"]).absolute())
+    return found
+
+
+def target_of(model_config: Any) -> TargetModel:
+    """As much of it as plans are told apart by."""
     return TargetModel.of(
         model_config.get_total_num_hidden_layers(),
         str(model_config.model),
@@ -186,6 +214,12 @@ def draft_length_of(vllm_config: Any) -> Keys:
     """The policy that `translate` put into this `VllmConfig`."""
     options = vllm_config.additional_config[METHOD]["draft_length"]
     return POLICIES[options["policy"]].model_validate(options)
+
+
+def online_of(vllm_config: Any) -> Online | None:
+    """How to look for a better skip set while serving; None where that is not asked."""
+    options = vllm_config.additional_config[METHOD].get("online")
+    return None if options is None else Online.model_validate(options)
 
 
 def plan_of(vllm_config: Any) -> DraftPlan:

@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-from vllm_selfspec.draft_length.types import Floats, Ints
-from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.draft_length.types import Ints
+from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.spec_counters import Counts, SpecCounters
 from vllm_selfspec.tuning.score import Score, Walk, best_score
 
@@ -56,11 +55,11 @@ class Known:
     num_layers: int
     texts: tuple[Text, ...]
     verify_costs: tuple[float, ...]
-    draft_costs: tuple[float, ...]
+    draft_costs: tuple[float, float, float]
 
     def draft_cost(self, skip_set: SkipSet) -> float:
         """c: a draft step over a plain step."""
-        return float(_kept(skip_set) @ np.array(self.draft_costs))
+        return skip_set.cost(*self.draft_costs)
 
 
 class TuningEngine:
@@ -121,7 +120,7 @@ class TuningEngine:
                 num_layers,
                 tuple(self._generated(prompts)),
                 tuple(self._measure_verify()),
-                tuple(self._fit_draft_costs(num_layers)),
+                self._measure_draft(),
             )
         self.known = known
 
@@ -216,36 +215,18 @@ class TuningEngine:
         )
         return [one / alone for one in seconds]
 
-    def _fit_draft_costs(self, num_layers: int) -> list[float]:
-        """Cost of head, attention and MLP sublayer: the least-squares fit to the times
-        of a few plans, which single times are too noisy to tell apart."""
-        n = num_layers
-        plans = [
-            SkipSet.of(n),
-            SkipSet.of(n, attention=range(n)),
-            SkipSet.of(n, mlp=range(n)),
-            SkipSet.early_exit(n, max(1, n // 4)),
-            SkipSet.early_exit(n, max(1, n // 2)),
-        ]
+    def _measure_draft(self) -> tuple[float, float, float]:
         rows = self._num_streams
         plain = max(self._ask(_time_step, rows, 0))
-        kept = np.array([_kept(plan) for plan in plans])
-        seconds = [max(self._ask(_time_draft_step, plan, rows)) for plan in plans]
-        found, *_ = np.linalg.lstsq(kept, np.array(seconds) / plain, rcond=None)
-        costs: list[float] = np.maximum(found, 1e-4).tolist()
-        return costs
+        found = self._ask(_time_sublayers, rows)
+        head, attention, mlp = np.max(found, axis=0) / plain
+        return float(head), float(attention), float(mlp)
 
 
 def _walk_of(counts: Counts, k: int) -> Walk:
     """The steps that drafted, as vLLM counted them."""
     emitted = counts.drafts + counts.accepted_tokens
     return Walk(emitted, counts.drafts, counts.accepted_at[:k])
-
-
-def _kept(skip_set: SkipSet) -> Floats:
-    """1 for the head, and how many sublayers of each kind run."""
-    skipped = [len(getattr(skip_set, sublayer)) for sublayer in SUBLAYERS]
-    return np.array([1.0, *(skip_set.num_layers - n for n in skipped)])
 
 
 # What follows runs in the workers, by their probe.
@@ -283,12 +264,7 @@ def _time_step(worker: Any, num_rows: int, num_drafts: int) -> float:
     return seconds_of(step, NUM_TIMINGS)
 
 
-def _time_draft_step(worker: Any, skip_set: SkipSet, num_rows: int) -> float:
-    """Median seconds of one draft step of so many rows."""
-    runner, num = worker.model_runner, 4
-    runner.drafter.use_skip_set(skip_set)
-    differences = [
-        (_time_step(worker, num_rows, num) - _time_step(worker, num_rows, 0)) / num
-        for _ in range(2)
-    ]
-    return median(differences)
+def _time_sublayers(worker: Any, num_rows: int) -> tuple[float, float, float]:
+    from vllm_selfspec.measure import measure_sublayers
+
+    return measure_sublayers(worker, num_rows, NUM_TIMINGS)

@@ -23,6 +23,7 @@ from vllm_selfspec.bench.run import find_model, prepare
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.demo import cpu_name
+from vllm_selfspec.profile import write_profile
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.target_model import TargetModel
 from vllm_selfspec.tuning import report
@@ -136,7 +137,7 @@ def run_tune(options: Options) -> None:
     measured = [*zip(finalists, engines.measure(plans, every), strict=True)]
     best, score = max(measured, key=lambda pair: pair[1].speed_up)
     document = _document(options, model, engines.known, best, score, search.num_tried)
-    _write_json(document, options.output)
+    write_profile(document, options.output)
     report.write(document, found, options.output)
     report.show(document, found, measured, console)
 
@@ -280,13 +281,6 @@ def texts_fingerprint(known: Known) -> str:
     """Of prompts and what the target made of them."""
     texts = json.dumps([[text.first, text.token_ids] for text in known.texts])
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
-
-
-def _write_json(document: dict[str, Any], file: Path) -> None:
-    """Whole or not at all, whenever it is killed."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
-    partial.replace(file)
 
 
 def parse_budget(text: str) -> float:
