@@ -3,6 +3,10 @@
 import json
 import os
 import pickle
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +260,30 @@ def test_a_value_in_a_message_is_short_whatever_it_is() -> None:
         nested = [nested]
     for value in ("x" * 10**6, list(range(10**6)), nested, {"k": nested}, 10**5000):
         assert len(shown(value)) < 200
+
+
+WRITING = """
+import sys
+from pathlib import Path
+from vllm_selfspec.profile import write_profile
+layers = list(range(2000))
+while True:  # long enough that a kill comes within
+    for mlp in (layers, layers[:1]):
+        document = {"skip_layers": {"mlp": mlp}, "num_layers": 2001}
+        write_profile(document, Path(sys.argv[1]))
+"""
+
+
+def test_a_profile_is_whole_whenever_its_writer_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    chance = random.Random(0)
+    for _ in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", WRITING, str(file)])
+        deadline = time.monotonic() + 30
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.05))
+        writer.kill()
+        writer.wait()
+        assert len(read_profile(file).skip_layers.mlp) in (1, 2000)
+        file.unlink()
