@@ -185,24 +185,28 @@ class OnlineTuner:
         return self._adopted() if is_adopted else None
 
     def _unseen(self, input_batch: Any) -> tuple[Ints, Ints]:
-        """Rows of the batch and positions that were not scored yet, as many as are
-        scored at once, or fewer."""
+        """Rows of the batch and positions that were not scored yet: as many of each
+        request as there are, up to what is scored at once; or fewer."""
         req_ids = input_batch.req_ids
         self._seen = {r: at for r, at in self._seen.items() if r in req_ids}
-        rows: list[int] = []
-        positions: list[int] = []
+        found = []
         for row, req_id in enumerate(req_ids):
             # From the last token of its prompt on, the target says what comes next.
             first = int(input_batch.num_prompt_tokens[row]) - 1
             # Of what this step computed, some may be rejected drafts.
             end = int(input_batch.num_computed_tokens_cpu[row])
             first = max(first, end - MAX_AGE, self._seen.get(req_id, 0))
-            own = range(first, end)[: self._num_rows - len(rows)]
-            rows += [row] * len(own)
-            positions += own
+            found.append((max(0, end - first), row, end))
+        rows: list[int] = []
+        positions: list[int] = []
+        # What requests with few leave over goes to those with more.
+        for number, (most, row, end) in enumerate(sorted(found)):
+            equal = -(-(self._num_rows - len(rows)) // (len(found) - number))
+            num = min(most, equal)
+            rows += [row] * num
+            positions += range(end - num, end)
         if len(rows) == self._num_rows:
-            for row, position in zip(rows, positions, strict=True):
-                self._seen[req_ids[row]] = position + 1
+            self._seen |= {req_ids[row]: found[row][2] for row in rows}
         return np.array(rows, np.int64), np.array(positions, np.int64)
 
     def _adopted(self) -> SkipSet:
