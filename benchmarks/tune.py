@@ -19,7 +19,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -106,6 +105,7 @@ def draft_and_verify(
         {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for i, s in names}
     )
     best, best_value = spread, 0.0
+    values: dict[SkipSet, float] = {}  # many points stand for one plan
     for iteration in range(iterations):
         trial = study.ask()
         skipped = [
@@ -113,8 +113,9 @@ def draft_and_verify(
         ]
         try:
             plan = skipping(num_layers, skipped)
-            (score,) = evaluate([plan], numbers)
-            value = score.speed_up
+            if plan not in values:
+                values[plan] = evaluate([plan], numbers)[0].speed_up
+            value = values[plan]
         except SkipSetError:
             value = 0.0
         study.tell(trial, value)
@@ -127,7 +128,7 @@ def draft_and_verify(
 
 def searches(
     iterations: int, num_texts: int, max_tokens: int, repeats: int, console: Console
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """What each search finds, and how fast that generates held-out texts."""
     scorer = engine(
         BENCHMARKS / "demo_model", "code", slice(num_texts), max_tokens, "float32"
@@ -198,26 +199,43 @@ def searches(
                 "measured": median(ratios),
                 "measured_all": ratios,
                 "measured_first": runs[0][which].walk.acceptance[0],
+                "verify_costs": costly.known.verify_costs,
+                "draft_costs": costly.known.draft_costs,
             }
         )
-    costs = {"verify": costly.known.verify_costs, "draft": costly.known.draft_costs}
-    return {"rows": rows, "costs": costs}
+    return rows
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Both tables."""
+    """What there is of both tables."""
+    tables = {"agreement": agreement_table, "searches": searches_table}
+    found = [tables[name](document[name]) for name in PARTS["all"] if name in document]
+    return "\n".join(found)
+
+
+def agreement_table(part: dict[str, Any]) -> str:
+    """A row for each model, task and plan, and how far off the worst is."""
     rows = [
         [
             row["model"],
             row["task"],
             row["plan"],
-            *(f"{row[what][at]:.3f}" for at in (0, 3) for what in KINDS),
+            *(f"{row[what][at]:.3f}" for at in DEPTHS for what in KINDS),
         ]
-        for row in document["agreement"]
+        for row in part["rows"]
     ]
     columns = ["model", "task", "plan", "first, predicted", "counted"]
     columns += ["fourth, predicted", "counted"]
-    lines = [*markdown_table(columns, rows), ""]
+    worst = (
+        max(abs(row["predicted"][at] - row["counted"][at]) for row in part["rows"])
+        for at in DEPTHS
+    )
+    said = "Predicted and counted differ by {:.3f} and {:.3f} at most."
+    return "\n".join([*markdown_table(columns, rows), "", said.format(*worst)]) + "\n"
+
+
+def searches_table(part: dict[str, Any]) -> str:
+    """A row for each search."""
     columns = ["arm", "k", "c", "expected", "measured, held out", "search", "plan"]
     rows = [
         [
@@ -229,12 +247,17 @@ def markdown(document: dict[str, Any]) -> str:
             f"{row['seconds']:.0f} s",
             row["words"],
         ]
-        for row in document["searches"]["rows"]
+        for row in part["rows"]
     ]
-    return "\n".join([*lines, *markdown_table(columns, rows)]) + "\n"
+    return "\n".join(markdown_table(columns, rows)) + "\n"
 
 
+DEPTHS = (0, 3)  # of the first draft token and the fourth
 KINDS = ("predicted", "counted")
+
+
+PARTS = {"agreement": ["agreement"], "searches": ["searches"]}
+PARTS["all"] = PARTS["agreement"] + PARTS["searches"]
 
 
 def main(
@@ -244,6 +267,9 @@ def main(
     num_texts: Annotated[int, typer.Option(help="Prompts of each task.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Generated for each.")] = 96,
     repeats: Annotated[int, typer.Option(help="Turns on held-out texts.")] = 3,
+    part: Annotated[
+        str, typer.Option(help="agreement, searches or all; the others' results stay.")
+    ] = "all",
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory of the results.")
     ] = Path("tune-report"),
@@ -251,30 +277,28 @@ def main(
     """Compare predicted acceptance with counted, and searches with each other."""
     prepare()
     console = Console(highlight=False)
-    started = time.monotonic()
-    document: dict[str, Any] = {
-        "agreement": agreement(num_texts, max_tokens, console),
-        "searches": searches(iterations, num_texts, max_tokens, repeats, console),
-        "date": date.today().isoformat(),
-        "hardware": cpu_name(),
-        "vllm": versions.vllm_version(),
-    }
-    document["seconds"] = round(time.monotonic() - started)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "tune.json").write_text(json.dumps(document, indent=1) + "\n")
+    file = output / "tune.json"
+    document = json.loads(file.read_text()) if file.exists() else {}
+    parts = {
+        "agreement": lambda: agreement(num_texts, max_tokens, console),
+        "searches": lambda: searches(
+            iterations, num_texts, max_tokens, repeats, console
+        ),
+    }
+    for name in PARTS[part]:
+        started = time.monotonic()
+        document[name] = {
+            "rows": parts[name](),
+            "date": date.today().isoformat(),
+            "seconds": round(time.monotonic() - started),
+            "hardware": cpu_name(),
+            "vllm": versions.vllm_version(),
+            "texts": [num_texts, max_tokens],
+        }
+        file.write_text(json.dumps(document, indent=1) + "\n")
     (output / "tune.md").write_text(markdown(document))
-    worst = [
-        max(
-            abs(row["predicted"][at] - row["counted"][at])
-            for row in document["agreement"]
-        )
-        for at in (0, 3)
-    ]
     console.print(markdown(document))
-    console.print(
-        f"Predicted and counted differ by {np.round(worst, 4).tolist()} at most, at "
-        "depths 1 and 4."
-    )
 
 
 if __name__ == "__main__":

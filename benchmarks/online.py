@@ -1,0 +1,268 @@
+"""Does `skip_layers: "online"` find a task's plan while serving, and at what price?
+
+    python benchmarks/online.py -o benchmarks/results/online
+
+One engine serves one task, then another, then the first again, some streams at a time,
+from `auto`'s plan on. After every round of requests vLLM's counters say what was
+accepted. Beside it, in the same process and on the same requests: a plan that `tune`'s
+search found for that task beforehand, the plan of the other task, and `auto`'s. What
+scoring takes is measured, not reckoned.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_selfspec import versions
+from vllm_selfspec.bench.page import markdown_table, new_plot
+from vllm_selfspec.bench.run import BENCHMARKS, prepare
+from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.demo import cpu_name
+from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.spec_counters import SpecCounters
+from vllm_selfspec.tuning.engine import TuningEngine
+from vllm_selfspec.tuning.search import Search
+
+MAX_PROMPT_TOKENS = 128
+NUM_DRAFTS = 4
+NUM_TUNED = 8  # texts that a task's plan is searched on
+LAST = 5  # rounds of a phase that say where it ended
+KEPT: list[Any] = []  # vLLM's engines cannot end one by one in a process
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An engine and what it drafts with.
+
+    Attributes:
+        name: In the tables.
+        llm: The engine.
+        counters: Its own.
+    """
+
+    name: str
+    llm: Any
+    counters: SpecCounters
+
+    @classmethod
+    def start(cls, name: str, model: Path, streams: int, spec: dict[str, Any]) -> "Arm":
+        """With drafts of a fixed length, so that acceptance alone differs."""
+        from vllm import LLM
+
+        llm = LLM(
+            str(model),
+            speculative_config={
+                "method": "selfspec",
+                "draft_length": "fixed",
+                "num_speculative_tokens": NUM_DRAFTS,
+                **spec,
+            },
+            max_num_seqs=streams,
+            disable_log_stats=False,
+            **SETTINGS,
+        )
+        KEPT.append(llm)
+        return cls(name, llm, SpecCounters())
+
+    def round(self, prompts: Sequence[Any], max_tokens: int) -> dict[str, Any]:
+        """Tokens per verification, acceptance by position and seconds."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        before, started = self.counters.read(), time.perf_counter()
+        self.llm.generate(list(prompts), params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        counts = self.counters.read() - before
+        return {
+            "tokens_per_verification": 1 + counts.accepted_tokens / counts.drafts,
+            "acceptance": [at / counts.drafts for at in counts.accepted_at],
+            "seconds": seconds,
+        }
+
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_model_len": 512,
+    "enable_prefix_caching": False,
+}
+
+
+def prompts_of(task: str, model: Path) -> list[Any]:
+    """Token ids of a task's prompts, their ends."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    texts = [prompt.render(tokenizer) for prompt in load(task).prompts]
+    ids = [tokenizer(text)["input_ids"][-MAX_PROMPT_TOKENS:] for text in texts]
+    return [{"prompt_token_ids": one} for one in ids]
+
+
+def tuned(
+    model: Path, prompts: Sequence[Any], max_tokens: int, streams: int, budget_s: float
+) -> tuple[SkipSet, Any]:
+    """What `tune`'s search finds for some prompts, and the costs that it went by."""
+    engine = TuningEngine(
+        str(model), prompts, max_tokens, NUM_DRAFTS, streams, **TUNING
+    )
+    KEPT.append(engine)
+
+    def evaluate(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Any]:
+        return [engine.score(plan, numbers) for plan in plans]
+
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "study.db"
+        search = Search(engine.known.num_layers, evaluate, len(prompts), file, "one")
+        search.run(budget_s, lambda *_: None)
+        return search.found()[0].skip_set, engine.known
+
+
+TUNING = {key: SETTINGS[key] for key in SETTINGS if key != "enable_prefix_caching"}
+
+
+def tuner_of(llm: Any) -> Any:
+    """Of an engine in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.model_runner.drafter.tuner
+
+
+def speed_of(known: Any, plan: SkipSet, tokens_per_verification: float) -> float:
+    """E / (v + k c)."""
+    price = known.verify_costs[NUM_DRAFTS - 1] + NUM_DRAFTS * known.draft_cost(plan)
+    return float(tokens_per_verification / price)
+
+
+def plot(rounds: Sequence[dict[str, Any]], phases: Sequence[str]) -> Any:
+    """Expected speed-up by round, of what is found online and of fixed plans."""
+    figure, axes = new_plot(1, 1, 10, 4)
+    axis = axes[0][0]
+    for name in dict.fromkeys(row["arm"] for row in rounds):
+        own = [row["speed"] for row in rounds if row["arm"] == name]
+        axis.plot(own, label=name, linewidth=2 if name == "online" else 0.8)
+    per_phase = len(rounds) // len({row["arm"] for row in rounds}) // len(phases)
+    for number, task in enumerate(phases):
+        axis.axvline(number * per_phase, color="grey", linewidth=0.5)
+        axis.text(number * per_phase, axis.get_ylim()[1], task, va="bottom")
+    axis.set_xlabel("round")
+    axis.set_ylabel("E / (v + k c)")
+    axis.legend()
+    return figure
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Where each phase ended."""
+    rows = []
+    for number, task in enumerate(document["phases"]):
+        for arm in dict.fromkeys(row["arm"] for row in document["rounds"]):
+            own = [
+                row
+                for row in document["rounds"]
+                if (row["phase"], row["arm"]) == (number, arm)
+            ]
+            rows.append(
+                [
+                    f"{number + 1}. {task}",
+                    arm,
+                    *(
+                        f"{mean(row[key] for row in part):.2f}"
+                        for key in ("tokens_per_verification", "speed")
+                        for part in (own[:LAST], own[-LAST:])
+                    ),
+                ]
+            )
+    columns = ["phase", "arm", "E at first", "E at last"]
+    columns += ["E / (v + k c) at first", "at last"]
+    return "\n".join(markdown_table(columns, rows)) + "\n"
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A model of benchmarks/.")] = (
+        "demo_model"
+    ),
+    tasks: Annotated[str, typer.Option(help="The two tasks.")] = "code,chat",
+    rounds: Annotated[int, typer.Option(help="Rounds of requests a phase.")] = 40,
+    streams: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="A request.")] = 96,
+    share: Annotated[float, typer.Option(help="Of the time, for scoring.")] = 0.01,
+    budget: Annotated[float, typer.Option(help="Seconds of tune's searches.")] = 60,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory of the results.")
+    ] = Path("online-report"),
+) -> None:
+    """Switch tasks in the middle of a run."""
+    prepare()
+    console = Console(highlight=False)
+    path = BENCHMARKS / model
+    names = tasks.split(",")
+    texts = {task: prompts_of(task, path) for task in names}
+    plans, known = {}, None
+    for task in names:
+        plan, known = tuned(path, texts[task][:NUM_TUNED], max_tokens, streams, budget)
+        plans[task] = plan
+        console.print(f"tuned for {task}: {plan}")
+    auto = SkipSet.evenly_spread(known.num_layers)
+    fixed = {"auto": auto} | {f"tuned for {task}": plans[task] for task in names}
+    arms = [
+        Arm.start(name, path, streams, {"skip_layers": plan.to_dict()})
+        for name, plan in fixed.items()
+    ]
+    spec = {"skip_layers": "online", "online": {"share": share}}
+    arms.append(Arm.start("online", path, streams, spec))
+    tuner, phases = tuner_of(arms[-1].llm), [names[0], names[1], names[0]]
+    found: list[dict[str, Any]] = []
+    serving = 0.0
+    for number, task in enumerate(phases):
+        held_out = texts[task][NUM_TUNED:]
+        for at in range(rounds):
+            first = at * streams % len(held_out)
+            prompts = (held_out + held_out)[first : first + streams]
+            for arm in arms:
+                row = arm.round(prompts, max_tokens)
+                if arm.name == "online":
+                    plan, serving = tuner.search.incumbent, serving + row["seconds"]
+                else:
+                    plan = fixed[arm.name]
+                row["speed"] = speed_of(known, plan, row["tokens_per_verification"])
+                row |= {"arm": arm.name, "phase": number, "task": task}
+                found.append(row | {"plan": plan.to_dict()})
+        console.print(f"{number + 1}. {task}: {tuner.search.incumbent}")
+    document = {
+        "date": date.today().isoformat(),
+        "hardware": cpu_name(),
+        "vllm": versions.vllm_version(),
+        "model": model,
+        "streams": streams,
+        "max_tokens": max_tokens,
+        "share": share,
+        "phases": phases,
+        "plans": {name: plan.to_dict() for name, plan in fixed.items()},
+        "costs": {"verify": known.verify_costs, "draft": known.draft_costs},
+        "candidates": tuner.search.num_duels,
+        "adopted": tuner.search.num_adopted,
+        "seconds_serving": serving,
+        "seconds_scoring": tuner.seconds_spent,
+        "rounds": found,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "online.json").write_text(json.dumps(document) + "\n")
+    (output / "online.md").write_text(markdown(document))
+    plot(found, phases).savefig(output / "online.svg", bbox_inches="tight")
+    console.print(markdown(document))
+    console.print(
+        f"{document['candidates']} candidates, {document['adopted']} adopted; scoring "
+        f"took {tuner.seconds_spent / serving:.2%} of {serving:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
