@@ -41,11 +41,11 @@ def at(*slots: int) -> Any:
 
 
 def test_costs_are_those_measured_and_linear_between() -> None:
-    found = StepCosts((1, 3, 5), (1.0, 3.0, 4.0), (0.5, 0.5, 1.5))
+    found = StepCosts((1, 3, 5), (1.0, 3.0, 4.0), (0.5, 0.5, 1.0))
     assert float(found.verify(3)) == pytest.approx(3.0)
     assert found.verify(np.array([2, 4])) == pytest.approx([2.0, 3.5])
     assert float(found.verify(9)) == pytest.approx(6.0), "with the last slope"
-    assert found.draft(np.array([1, 2, 4])) == pytest.approx([0.5, 0.5, 1.0])
+    assert found.draft(np.array([1, 2, 4])) == pytest.approx([0.5, 0.5, 0.75])
 
 
 def test_a_machine_that_slows_down_changes_no_ratio() -> None:
@@ -57,6 +57,15 @@ def test_a_machine_that_slows_down_changes_no_ratio() -> None:
     assert float(found.verify(5)) == pytest.approx(3 * float(costs().verify(5)), 0.02)
     assert float(found.draft(1) / found.verify(5)) == pytest.approx(before, 0.05)
     assert float(found.verify(64)) == pytest.approx(3 * float(costs().verify(64)), 0.05)
+
+
+def test_a_measurement_that_was_interrupted_is_not_believed() -> None:
+    rows, draft = (1, 2, 4, 8), [0.1] * 4
+    assert StepCosts(rows, [1.0, 9.0, 1.5, 2.0], draft).verify(2) == pytest.approx(1.5)
+    assert StepCosts(rows, [1.0, 1.2, 1.5, 9.0], draft).verify(8) == pytest.approx(3.0)
+    honest = [1.0, 2.0, 3.9, 7.0]
+    found = StepCosts(rows, honest, draft)
+    assert [float(found.verify(n)) for n in rows] == pytest.approx(honest)
 
 
 def test_wrong_costs_are_put_right_by_the_steps_that_are_run() -> None:

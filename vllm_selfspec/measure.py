@@ -23,7 +23,7 @@ from vllm_selfspec.skip_set import SkipSet
 NUM_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_ROWS_GPU, MAX_ROWS_CPU = 256, 64
 # One time says enough where it is long.
-REPEATS, MAX_ROWS_REPEATED = 3, 8
+REPEATS, MAX_ROWS_REPEATED = 3, 16
 NUM_DRAFTS = 2
 MIN_SHARE = 0.01
 

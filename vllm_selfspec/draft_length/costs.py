@@ -35,7 +35,8 @@ class StepCosts:
     def __init__(
         self, num_rows: Sequence[int], verify: Sequence[float], draft: Sequence[float]
     ) -> None:
-        """From measurements. More rows are taken to cost no less than fewer.
+        """From measurements. Fewer rows are taken to cost no more than more, and more
+        no more than running fewer as often as it takes: what does was interrupted.
 
         Args:
             num_rows: Where it was measured, ascending, at least two.
@@ -57,7 +58,9 @@ class StepCosts:
                 "costs must be above zero at ascending numbers of rows, but are "
                 f"{seconds.tolist()} at {num_rows}"
             )
-        self._log = np.log(np.maximum.accumulate(seconds, axis=1))
+        # How often what was measured in one place does for another.
+        times = np.ceil(self._rows / self._rows[:, None])
+        self._log = np.log((seconds[:, :, None] * times).min(axis=1))
         self._covariance = self._spread(MEASURED)
         self._wandering = self._spread(WANDERING)
 
