@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_selfspec.draft_length.acceptance import Acceptance
-from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.costs import StepCosts, cleaned
 from vllm_selfspec.draft_length.goodput import (
     MARGIN,
     Goodput,
@@ -60,12 +60,20 @@ def test_a_machine_that_slows_down_changes_no_ratio() -> None:
 
 
 def test_a_measurement_that_was_interrupted_is_not_believed() -> None:
-    rows, draft = (1, 2, 4, 8), [0.1] * 4
-    assert StepCosts(rows, [1.0, 9.0, 1.5, 2.0], draft).verify(2) == pytest.approx(1.5)
-    assert StepCosts(rows, [1.0, 1.2, 1.5, 9.0], draft).verify(8) == pytest.approx(3.0)
-    honest = [1.0, 2.0, 3.9, 7.0]
-    found = StepCosts(rows, honest, draft)
-    assert [float(found.verify(n)) for n in rows] == pytest.approx(honest)
+    rows = (1, 2, 4, 8, 16, 32)
+    verify = np.array([1.0, 1.2, 1.5, 2.0, 3.9, 7.0])
+    draft = 0.25 * verify
+    for found, right in zip(cleaned(rows, verify, draft), (verify, draft), strict=True):
+        assert found == pytest.approx(right), "what can be stays"
+    for at in range(6):
+        interrupted, lucky = verify.copy(), draft.copy()
+        interrupted[at] *= 6
+        lucky[(at + 1) % 6] *= 0.05  # a difference can be too small, too
+        found_verify, found_draft = cleaned(rows, interrupted, lucky)
+        assert (found_verify <= 2 * verify + 1e-9).all(), "no more than in two pieces"
+        assert (found_verify >= verify - 1e-9).all()
+        share = found_draft / found_verify
+        assert (share > 0.12).all() and (share < 0.26).all(), "a quarter, or near it"
 
 
 def test_wrong_costs_are_put_right_by_the_steps_that_are_run() -> None:

@@ -17,7 +17,7 @@ from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.goodput import Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_stats import DraftStats
-from vllm_selfspec.scheduler import Arrivals, DraftPlanner
+from vllm_selfspec.scheduler import Arrivals, DraftPlanner, foreseen
 
 NUM_DRAFTS = 4
 SPEC: dict[str, Any] = {
@@ -58,6 +58,13 @@ def test_one_length_for_all_where_graphs_hold_whole_batches() -> None:
         found.observe({"good": 4, "bad": 4}, {"good": 4, "bad": 0})
     assert found.plan({"good": 4, "bad": 4}, ["good", "bad"]) in (1, 2, 4)
     assert len(set(found.lengths.values())) == 1
+
+
+def test_a_prompt_that_waits_for_want_of_memory_is_not_foreseen() -> None:
+    assert foreseen(num_left=0, num_waiting=300, num_rows=8, most=2048) == 0
+    assert foreseen(num_left=0, num_waiting=300, num_rows=2000, most=2048) == 300
+    assert foreseen(num_left=100, num_waiting=300, num_rows=8, most=2048) == 100
+    assert foreseen(num_left=5000, num_waiting=0, num_rows=2048, most=2048) == 2048
 
 
 def test_prompts_that_wait_are_foreseen_and_others_expected_by_what_came() -> None:

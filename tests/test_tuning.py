@@ -42,6 +42,13 @@ def test_a_walk_steps_from_where_the_last_one_ended() -> None:
     assert found.acceptance == pytest.approx((2 / 3, 1 / 3))
 
 
+def test_what_lies_beyond_a_texts_end_is_not_known() -> None:
+    found = walk([np.array([0, 0, 2, 1])], k=3)
+    assert found.accepted_at == (1, 1, 0), "at 0, 1 and 2"
+    assert found.tried_at == (3, 3, 2), "at 2 two tokens are left"
+    assert found.acceptance == pytest.approx((1 / 3, 1 / 3, 0))
+
+
 def test_no_more_is_accepted_than_drafted() -> None:
     found = walk([np.array([9] * 6)], k=1)
     assert (found.verifications, found.accepted_at) == (3, (3,))

@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_selfspec import seams
-from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.costs import StepCosts, cleaned
 from vllm_selfspec.draft_length.goodput import NO_PROMPTS, Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
@@ -93,7 +93,7 @@ def measured(executor: Any) -> StepCosts:
     started = time.perf_counter()
     # A step is done when its slowest worker is.
     num_rows, *seconds = zip(*executor.collective_rpc(measure_costs), strict=True)
-    verify, draft = (np.max(times, axis=0) for times in seconds)
+    verify, draft = cleaned(num_rows[0], *(np.max(t, axis=0) for t in seconds))
     logger.info(
         "selfspec: a step of %s rows takes %s ms, a draft step %s (measured in %.1f s)",
         list(num_rows[0]),
@@ -110,6 +110,21 @@ def uniform_lengths(vllm_config: Any) -> list[int]:
     if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
         return []
     return captured_lengths(vllm_config.num_speculative_tokens)
+
+
+def foreseen(num_left: int, num_waiting: int, num_rows: int, most: int) -> int:
+    """Rows of prompts that the step after this one will have.
+
+    Args:
+        num_left: Of prompts that are under way.
+        num_waiting: Of the prompt that is next in line; 0 if there is none.
+        num_rows: Of this step.
+        most: That a step may have.
+    """
+    # What would have fitted into this step waits for something else, such as KV blocks.
+    if num_rows + num_waiting > most:
+        num_left += num_waiting
+    return min(num_left, most)
 
 
 class Arrivals:
@@ -255,7 +270,7 @@ class _Planning:
 
     def _prompts(self, num_scheduled: Mapping[str, int]) -> Prompts:
         """Rows of prompts that the step after this one may have."""
-        num_rows = num_left = 0
+        num_rows = num_left = num_waiting = 0
         for request in self.running:
             rest = request.num_prompt_tokens - request.num_computed_tokens
             if rest > 0:
@@ -263,9 +278,12 @@ class _Planning:
                 num_rows += num_tokens
                 num_left += max(0, rest - num_tokens)
         if self.waiting and len(self.running) < self.max_num_running_reqs:
-            num_left += self.waiting.peek_request().num_tokens
-        num_foreseen = min(num_left, self.max_num_scheduled_tokens)
-        decodes = sum(num_scheduled.values()) > num_rows
+            num_waiting = self.waiting.peek_request().num_tokens
+        total = sum(num_scheduled.values())
+        num_foreseen = foreseen(
+            num_left, num_waiting, total, self.max_num_scheduled_tokens
+        )
+        decodes = total > num_rows
         return self._arrivals.next(decodes, num_rows, num_foreseen)
 
     def _room(self, request: Request) -> int:

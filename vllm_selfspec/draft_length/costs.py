@@ -21,6 +21,42 @@ STEP_NOISE = 0.1
 MAX_SURPRISE = 3.0
 
 
+# Of the ratios of draft steps to verifications at start-up, as many neighbours have a
+# say in each.
+NUM_NEIGHBOURS = 5
+
+
+def cleaned(
+    num_rows: Sequence[int], verify: Floats, draft: Floats
+) -> tuple[Floats, Floats]:
+    """Takes out of measurements what cannot be.
+
+    A verification that was interrupted took too long, never too short: fewer rows cost
+    no more than more, and more no more than running fewer as often as it takes. A draft
+    step is a difference of two times, wrong either way; but it runs a part of the same
+    model, so its share of a verification changes slowly with the rows, and is the
+    median of its neighbours'.
+
+    Args:
+        num_rows: Where it was measured, ascending, `[num_knots]`.
+        verify: Seconds of the target's forward and head, `[num_knots]`.
+        draft: Seconds of a draft step, `[num_knots]`.
+
+    Returns:
+        Both, `[num_knots]`.
+    """
+    rows = np.asarray(num_rows, float)
+    times = np.ceil(rows / rows[:, None])  # how often one does for another
+    possible: Floats = (verify[:, None] * times).min(axis=0)
+    share = draft / possible
+    reach = NUM_NEIGHBOURS // 2
+    median = [
+        float(np.median(share[max(0, i - reach) : i + reach + 1]))
+        for i in range(rows.size)
+    ]
+    return possible, possible * median
+
+
 class StepCosts:
     """Seconds of the engine's two kinds of forwards, by number of token rows.
 
@@ -33,10 +69,12 @@ class StepCosts:
     """
 
     def __init__(
-        self, num_rows: Sequence[int], verify: Sequence[float], draft: Sequence[float]
+        self,
+        num_rows: Sequence[int],
+        verify: Sequence[float] | Floats,
+        draft: Sequence[float] | Floats,
     ) -> None:
-        """From measurements. Fewer rows are taken to cost no more than more, and more
-        no more than running fewer as often as it takes: what does was interrupted.
+        """From measurements. More rows are taken to cost no less than fewer.
 
         Args:
             num_rows: Where it was measured, ascending, at least two.
@@ -58,9 +96,7 @@ class StepCosts:
                 "costs must be above zero at ascending numbers of rows, but are "
                 f"{seconds.tolist()} at {num_rows}"
             )
-        # How often what was measured in one place does for another.
-        times = np.ceil(self._rows / self._rows[:, None])
-        self._log = np.log((seconds[:, :, None] * times).min(axis=1))
+        self._log = np.log(np.maximum.accumulate(seconds, axis=1))
         self._covariance = self._spread(MEASURED)
         self._wandering = self._spread(WANDERING)
 

@@ -226,7 +226,8 @@ class TuningEngine:
 def _walk_of(counts: Counts, k: int) -> Walk:
     """The steps that drafted, as vLLM counted them."""
     emitted = counts.drafts + counts.accepted_tokens
-    return Walk(emitted, counts.drafts, counts.accepted_at[:k])
+    tried_at = (counts.drafts,) * k
+    return Walk(emitted, counts.drafts, counts.accepted_at[:k], tried_at)
 
 
 # What follows runs in the workers, by their probe.

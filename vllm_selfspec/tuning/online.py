@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ MAX_ROWS = 32  # of contexts, scored at once
 # Of a request, the newest positions only: a sliding window has forgotten what older
 # ones would read.
 MAX_AGE = 64
+MAX_KNOWN = 4096  # costs that are remembered
 
 # The tokens that a plan says after some positions, `[num_rows]`, given rows of the
 # batch, `[num_rows]`, and positions in them, `[num_rows]`.
@@ -139,6 +141,9 @@ class OnlineTuner:
     def use_costs(self, costs: OnlineCosts) -> None:
         """Told to all workers once they are ready; nothing is scored before."""
         self._costs = costs
+        # Asked at every step, of which most come again.
+        self._verify = lru_cache(MAX_KNOWN)(costs.verify)
+        self._draft = lru_cache(MAX_KNOWN)(costs.draft)
 
     def after_step(
         self,
@@ -162,9 +167,9 @@ class OnlineTuner:
             return None
         num_reqs = len(input_batch.req_ids)
         plans = (self.search.incumbent, self.search.candidate)
-        price = sum(self._costs.draft(self._num_rows, plan) for plan in plans)
-        step = self._costs.verify(num_verified)
-        step += num_steps * self._costs.draft(num_reqs, plans[0])
+        price = sum(self._draft(self._num_rows, plan) for plan in plans)
+        step = self._verify(num_verified)
+        step += num_steps * self._draft(num_reqs, plans[0])
         self._owed = min(self._owed + self._share * step, price)
         if self._owed < price:
             return None

@@ -23,11 +23,14 @@ class Walk:
         verifications: Steps.
         accepted_at: Steps in which at least the first i draft tokens were accepted,
             i from 1.
+        tried_at: Steps in which it is known whether they would be: the text goes on
+            for so long.
     """
 
     tokens: int
     verifications: int
     accepted_at: tuple[int, ...]
+    tried_at: tuple[int, ...]
 
     @property
     def tokens_per_verification(self) -> float:
@@ -37,7 +40,8 @@ class Walk:
     @property
     def acceptance(self) -> tuple[float, ...]:
         """Share of the steps that accept the first i draft tokens, i from 1."""
-        return tuple(count / self.verifications for count in self.accepted_at)
+        pairs = zip(self.accepted_at, self.tried_at, strict=True)
+        return tuple(accepted / max(1, tried) for accepted, tried in pairs)
 
 
 def walk(right: Sequence[Ints], k: int) -> Walk:
@@ -50,16 +54,18 @@ def walk(right: Sequence[Ints], k: int) -> Walk:
         k: Draft tokens a step.
     """
     tokens = verifications = 0
-    accepted_at = np.zeros(k, np.int64)
+    accepted_at, tried_at = np.zeros((2, k), np.int64)
     for of_text in right:
         at = 0
         while at < len(of_text):
             accepted = min(int(of_text[at]), k)
             accepted_at[:accepted] += 1
+            tried_at[: len(of_text) - at] += 1
             verifications += 1
             tokens += accepted + 1
             at += accepted + 1
-    return Walk(tokens, verifications, tuple(accepted_at.tolist()))
+    counts = (tuple(at.tolist()) for at in (accepted_at, tried_at))
+    return Walk(tokens, verifications, *counts)
 
 
 @dataclass(frozen=True)
