@@ -289,7 +289,7 @@ def test_an_engine_process_plans_draft_lengths_and_shows_it(
 ) -> None:
     """It loads plugins later than an engine within its own process does."""
     with serving(model, "selfspec", tmp_path / "log") as server:
-        assert "selfspec: a step of [1, 2, 4" in server.log.read_text(), "measured"
+        assert "selfspec: a step of [1, 2, 3, 4" in server.log.read_text(), "measured"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         for _ in range(2):  # counts are written with the first step after a second
             complete(client, PROMPTS[0])
