@@ -143,10 +143,13 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
         ({"method": "eagle"}, "is 'eagle', but must be 'selfspec': write that"),
         (
             {"skip_layers": [1, 2]},
-            "is [1, 2], but must be 'auto', 'online', the path of a JSON profile, or a skip set: "
-            'write one, like {"attention": [3], "mlp": [4]}',
+            "is [1, 2], but must be 'auto', 'online', the path of a JSON profile, or a "
+            'skip set: write one, like {"attention": [3], "mlp": [4]}',
         ),
-        ({"skip_layers": None}, "is None, but must be 'auto', 'online', the path of a JSON"),
+        (
+            {"skip_layers": None},
+            "is None, but must be 'auto', 'online', the path of a JSON",
+        ),
         (
             {"skip_layers": {"mlp": 3}},
             "skip_layers.mlp is 3, but must be a list of layer indices: write one",
