@@ -25,7 +25,7 @@ from rich.console import Console
 from vllm_selfspec import versions
 from vllm_selfspec.bench.page import markdown_table, new_plot
 from vllm_selfspec.bench.run import BENCHMARKS, prepare
-from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.spec_counters import SpecCounters
@@ -96,16 +96,6 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 512,
     "enable_prefix_caching": False,
 }
-
-
-def prompts_of(task: str, model: Path) -> list[Any]:
-    """Token ids of a task's prompts, their ends."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    texts = [prompt.render(tokenizer) for prompt in load(task).prompts]
-    ids = [tokenizer(text)["input_ids"][-MAX_PROMPT_TOKENS:] for text in texts]
-    return [{"prompt_token_ids": one} for one in ids]
 
 
 def tuned(
@@ -204,7 +194,9 @@ def main(
     console = Console(highlight=False)
     path = BENCHMARKS / model
     names = tasks.split(",")
-    texts = {task: prompts_of(task, path) for task in names}
+    texts = {
+        task: token_ids(load(task).prompts, path, MAX_PROMPT_TOKENS) for task in names
+    }
     plans, known = {}, None
     for task in names:
         plan, known = tuned(path, texts[task][:NUM_TUNED], max_tokens, streams, budget)

@@ -25,7 +25,7 @@ from rich.console import Console
 from vllm_selfspec import versions
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
-from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
 from vllm_selfspec.tuning.candidates import simple_plans, skipping
@@ -44,14 +44,9 @@ def engine(
     path: Path, task: str, numbers: slice, max_tokens: int, dtype: str
 ) -> TuningEngine:
     """With some of a task's prompts."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    texts = [prompt.render(tokenizer) for prompt in load(task).prompts[numbers]]
-    ids = [tokenizer(text)["input_ids"][-MAX_PROMPT_TOKENS:] for text in texts]
     return TuningEngine(
         str(path),
-        [{"prompt_token_ids": one} for one in ids],
+        token_ids(load(task).prompts[numbers], path, MAX_PROMPT_TOKENS),
         max_tokens,
         MAX_DRAFTS,
         dtype=dtype,

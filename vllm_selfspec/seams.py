@@ -316,7 +316,8 @@ SEAMS: tuple[Seam, ...] = (
         replace=_plan_draft_lengths,
         why="How many drafts are scheduled follows the number of requests alone, by a "
         "table. A scheduler of our own decides; vLLM lets a config name one, but it "
-        "has no way to the workers, which measure what a forward costs. This is called "
+        "has no way to the workers, which measure what a forward costs, and are told "
+        "it where they look for a better skip set. This is called "
         "when they are ready and the scheduler is not made yet; EngineCore's process "
         "loads plugins no earlier than in its __init__.",
         remove_when="a speculative method can say how many tokens to schedule.",

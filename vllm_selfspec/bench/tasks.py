@@ -10,7 +10,7 @@ import gzip
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,23 @@ class Prompt:
             )
             return text
         return "\n".join(message["content"] for message in self.content) + "\n"
+
+
+def token_ids(
+    prompts: Sequence[Prompt], model: Path, most: int
+) -> list[dict[str, Any]]:
+    """The last `most` tokens of each prompt, as vLLM takes them.
+
+    Args:
+        prompts: Of a task.
+        model: Checkpoint directory with a tokenizer.
+        most: Tokens that are kept.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    texts = [prompt.render(tokenizer) for prompt in prompts]
+    return [{"prompt_token_ids": tokenizer(t)["input_ids"][-most:]} for t in texts]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_selfspec import __version__, versions
 from vllm_selfspec.bench.run import find_model, prepare
-from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.profile import write_profile
@@ -106,7 +106,8 @@ def run_tune(options: Options) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     model = find_model(options.model, options.widen, console)
-    prompts = _prompts(options, model)
+    task = load(options.task).sample(options.num_prompts, options.seed)
+    prompts = token_ids(task.prompts, model, options.max_prompt_tokens)
     console.print(f"Starting vLLM, and {len(prompts)} texts of {options.task} ...")
     engines = _start(options, model, prompts)
     every = range(len(engines.known.texts))
@@ -140,17 +141,6 @@ def run_tune(options: Options) -> None:
     write_profile(document, options.output)
     report.write(document, found, options.output)
     report.show(document, found, measured, console)
-
-
-def _prompts(options: Options, model: Path) -> list[dict[str, Any]]:
-    """Token ids of the prompts, as vLLM takes them."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    task = load(options.task).sample(options.num_prompts, options.seed)
-    texts = [prompt.render(tokenizer) for prompt in task.prompts]
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    return [{"prompt_token_ids": one[-options.max_prompt_tokens :]} for one in ids]
 
 
 def _start(options: Options, model: Path, prompts: Sequence[dict[str, Any]]) -> Engines:
