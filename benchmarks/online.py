@@ -14,11 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 
@@ -126,10 +128,18 @@ def tuner_of(llm: Any) -> Any:
     return core.model_executor.driver_worker.model_runner.drafter.tuner
 
 
-def speed_of(known: Any, plan: SkipSet, tokens_per_verification: float) -> float:
-    """E / (v + k c)."""
-    price = known.verify_costs[NUM_DRAFTS - 1] + NUM_DRAFTS * known.draft_cost(plan)
-    return float(tokens_per_verification / price)
+def speed_of(known: Any, plan: SkipSet, acceptance: Sequence[float]) -> float:
+    """E / (v + k c) at the best draft length, which is what both searches go by.
+
+    Args:
+        known: Costs.
+        plan: The skip set.
+        acceptance: Share of the steps that accept the first i draft tokens, i from 1.
+    """
+    emitted = 1 + np.cumsum(acceptance)
+    k = np.arange(1, 1 + len(acceptance))
+    price = np.array(known.verify_costs) + k * known.draft_cost(plan)
+    return float((emitted / price).max())
 
 
 def plot(rounds: Sequence[dict[str, Any]], phases: Sequence[str]) -> Any:
@@ -164,15 +174,20 @@ def markdown(document: dict[str, Any]) -> str:
                     f"{number + 1}. {task}",
                     arm,
                     *(
-                        f"{mean(row[key] for row in part):.2f}"
-                        for key in ("tokens_per_verification", "speed")
+                        f"{mean(value(row) for row in part):.2f}"
+                        for value in (first_acceptance, itemgetter("speed"))
                         for part in (own[:LAST], own[-LAST:])
                     ),
                 ]
             )
-    columns = ["phase", "arm", "E at first", "E at last"]
-    columns += ["E / (v + k c) at first", "at last"]
+    columns = ["phase", "arm", "first token accepted, at first", "at last"]
+    columns += ["E / (v + k c), at first", "at last"]
     return "\n".join(markdown_table(columns, rows)) + "\n"
+
+
+def first_acceptance(row: dict[str, Any]) -> float:
+    """Of a round."""
+    return float(row["acceptance"][0])
 
 
 def main(
@@ -181,7 +196,7 @@ def main(
     ),
     tasks: Annotated[str, typer.Option(help="The two tasks.")] = "code,chat",
     rounds: Annotated[int, typer.Option(help="Rounds of requests a phase.")] = 40,
-    streams: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
+    streams: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="A request.")] = 96,
     share: Annotated[float, typer.Option(help="Of the time, for scoring.")] = 0.01,
     budget: Annotated[float, typer.Option(help="Seconds of tune's searches.")] = 60,
@@ -224,7 +239,7 @@ def main(
                     plan, serving = tuner.search.incumbent, serving + row["seconds"]
                 else:
                     plan = fixed[arm.name]
-                row["speed"] = speed_of(known, plan, row["tokens_per_verification"])
+                row["speed"] = speed_of(known, plan, row["acceptance"])
                 row |= {"arm": arm.name, "phase": number, "task": task}
                 found.append(row | {"plan": plan.to_dict()})
         console.print(f"{number + 1}. {task}: {tuner.search.incumbent}")
