@@ -18,7 +18,12 @@ from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.profile import read_profile
 from vllm_selfspec.skip_set import SkipSet
-from vllm_selfspec.tuning.candidates import greedy_path, simple_plans, single_plans
+from vllm_selfspec.tuning.candidates import (
+    greedy_path,
+    neighbours,
+    simple_plans,
+    single_plans,
+)
 from vllm_selfspec.tuning.engine import TuningEngine
 from vllm_selfspec.tuning.engines import RayEngines
 from vllm_selfspec.tuning.run import parse_budget
@@ -75,6 +80,13 @@ def test_candidates_are_distinct_and_the_path_leaves_out_what_is_missed_least() 
     assert path[1] == SkipSet.of(4, attention=[2], mlp=[2])
     assert path[3] == SkipSet.of(4, attention=[1, 2], mlp=[1, 2])
     assert path[-1].num_skipped == 7
+    plan = SkipSet.of(3, attention=[0, 1], mlp=[0, 1, 2])
+    near = [*neighbours(plan)]
+    assert len({*near}) == len(near) == 5, "one would leave nothing"
+    differing = [
+        len(one.attention ^ plan.attention) + len(one.mlp ^ plan.mlp) for one in near
+    ]
+    assert differing == [1] * 5
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +176,24 @@ def test_a_search_finds_what_is_not_missed(tmp_path: Path) -> None:
     assert best.speed_up == evaluate([best.skip_set], range(4))[0].speed_up
     spread = SkipSet.evenly_spread(SEARCHED)
     assert best.speed_up > evaluate([spread], range(4))[0].speed_up
+
+
+def test_a_search_goes_on_from_the_best_by_single_sublayers(tmp_path: Path) -> None:
+    """No simple plan is what is wanted, and skipped alone no sublayer loses a token."""
+    layers = range(12)
+    wanted = SkipSet.of(12, attention={*layers} - {5}, mlp={*layers} - {2, 7})
+
+    def near(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+        found = []
+        for plan in plans:
+            off = len(plan.attention ^ wanted.attention) + len(plan.mlp ^ wanted.mlp)
+            right = [np.full(60, 4)] * len(numbers)
+            found.append(best_score(right, 0.1, [1 + 0.2 * off] * 4))
+        return found
+
+    search = Search(12, near, 4, tmp_path / "study.db", "study")
+    search.run(60, ignore, max_plans=120)
+    assert search.found()[0].skip_set == wanted
 
 
 def test_what_was_scored_is_kept_when_a_search_is_stopped(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 sublayers."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
-from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
 
 # SWIFT's 0.45 and around it.
 SPREAD_RATIOS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75)
@@ -37,6 +38,16 @@ def greedy_path(num_layers: int, loss_of: Mapping[Sublayer, float]) -> list[Skip
     """
     order = sorted(loss_of, key=lambda which: loss_of[which])
     return [skipping(num_layers, order[:count]) for count in range(1, len(order))]
+
+
+def neighbours(plan: SkipSet) -> Iterator[SkipSet]:
+    """What differs from a plan in one sublayer."""
+    for sublayer in SUBLAYERS:
+        for layer in range(plan.num_layers):
+            lists = {name: getattr(plan, name) for name in SUBLAYERS}
+            lists[sublayer] ^= {layer}
+            with suppress(SkipSetError):  # nothing would be left
+                yield SkipSet.of(plan.num_layers, **lists)
 
 
 def skipping(num_layers: int, which: list[Sublayer]) -> SkipSet:

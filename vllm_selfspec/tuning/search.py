@@ -16,6 +16,7 @@ from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
 from vllm_selfspec.tuning.candidates import (
     Sublayer,
     greedy_path,
+    neighbours,
     simple_plans,
     single_plans,
 )
@@ -132,8 +133,8 @@ class Search:
             self._try([next(trials) for _ in range(self._num_at_once)], report)
 
     def _trials(self) -> Iterator[tuple[Any, SkipSet]]:
-        """Trials of plans that were not tried yet: the simple ones, the greedy path,
-        and then the sampler's."""
+        """Trials of plans that were not tried yet: the simple ones, the greedy path, and
+        then in turns the sampler's and neighbours of the best."""
         known = {plan for plan, _ in self._tried()}
         for plan in self._candidates():
             if plan is None or plan not in known:
@@ -145,7 +146,17 @@ class Search:
         yield from simple_plans(self._num_layers)
         yield from greedy_path(self._num_layers, self._losses())
         while True:
+            yield self._neighbour_of_the_best()
             yield None
+
+    def _neighbour_of_the_best(self) -> SkipSet | None:
+        """With one sublayer switched, that was not tried yet; None if there is none."""
+        found = self.found()
+        if not found:
+            return None
+        known = {plan for plan, _ in self._tried()}
+        left = [plan for plan in neighbours(found[0].skip_set) if plan not in known]
+        return self._random.choice(left) if left else None
 
     def _ask(self, plan: SkipSet | None, known: set[SkipSet]) -> tuple[Any, SkipSet]:
         """A trial of `plan`, or of one that the sampler proposes."""
