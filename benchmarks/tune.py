@@ -13,6 +13,7 @@ with the widened model, in turns with plain vLLM.
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,7 @@ from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
 from vllm_selfspec.tuning.candidates import simple_plans, skipping
-from vllm_selfspec.tuning.engine import TuningEngine
+from vllm_selfspec.tuning.engine import Known, TuningEngine
 from vllm_selfspec.tuning.score import Score, best_score, walk
 from vllm_selfspec.tuning.search import Search
 
@@ -86,43 +87,78 @@ KEPT: list[TuningEngine] = []  # vLLM's engines cannot end one by one in a proce
 
 
 def draft_and_verify(
-    num_layers: int, evaluate: Any, numbers: Sequence[int], iterations: int, say: Any
-) -> SkipSet:
-    """Draft & Verify's search (section 3.3), with its known-good points first."""
+    num_layers: int,
+    evaluate: Any,
+    numbers: Sequence[int],
+    iterations: int,
+    storage: str,
+    say: Any,
+) -> tuple[SkipSet, float]:
+    """Draft & Verify's search (section 3.3), from evenly spread, and the seconds that
+    it took; it goes on where it was stopped."""
     import optuna
 
+    complete = (optuna.trial.TrialState.COMPLETE,)
     study = optuna.create_study(
-        sampler=optuna.samplers.GPSampler(seed=SEED), direction="maximize"
+        study_name="Draft & Verify",
+        sampler=optuna.samplers.GPSampler(seed=SEED),
+        direction="maximize",
+        storage=storage,
+        load_if_exists=True,
     )
     names = [(i, s) for s in SUBLAYERS for i in range(num_layers)]
-    spread = SkipSet.evenly_spread(num_layers)
-    study.enqueue_trial(
-        {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for i, s in names}
-    )
-    best, best_value = spread, 0.0
+    if not study.trials:
+        spread = SkipSet.evenly_spread(num_layers)
+        study.enqueue_trial(
+            {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for i, s in names}
+        )
+
+    def plan_of(trial: Any) -> SkipSet:
+        skipped = [which for which in names if trial.params[which_name(which)] > 0.5]
+        return skipping(num_layers, skipped)
+
+    def which_name(which: tuple[int, str]) -> str:
+        return f"{which[1]}.{which[0]}"
+
     values: dict[SkipSet, float] = {}  # many points stand for one plan
-    for iteration in range(iterations):
+    while (done := len(study.get_trials(False, complete))) < iterations:
         trial = study.ask()
-        skipped = [
-            (i, s) for i, s in names if trial.suggest_float(f"{s}.{i}", 0, 1) > 0.5
-        ]
+        for which in names:
+            trial.suggest_float(which_name(which), 0, 1)
         try:
-            plan = skipping(num_layers, skipped)
+            plan = plan_of(trial)
             if plan not in values:
                 values[plan] = evaluate([plan], numbers)[0].speed_up
             value = values[plan]
         except SkipSetError:
             value = 0.0
         study.tell(trial, value)
-        if value > best_value:
-            best, best_value = plan, value
-        if iteration % 25 == 0:
-            say(f"Draft & Verify: {iteration}, best {best_value:.3f}x")
-    return best
+        if done % 25 == 0:
+            say(f"Draft & Verify: {done}, best {study.best_value:.3f}x")
+    taken = sum(t.duration.total_seconds() for t in study.get_trials(False, complete))
+    return plan_of(study.best_trial), taken
+
+
+def known_costs(costly: TuningEngine, file: Path) -> Known:
+    """Of the widened model, measured once: a search that goes on needs the same."""
+    if file.exists():
+        kept = json.loads(file.read_text())
+        verify, (head, attention, mlp) = kept["verify_costs"], kept["draft_costs"]
+        costs = {"verify_costs": tuple(verify), "draft_costs": (head, attention, mlp)}
+        return replace(costly.known, **costs)
+    names = ("verify_costs", "draft_costs")
+    costs = {name: getattr(costly.known, name) for name in names}
+    file.write_text(json.dumps(costs) + "\n")
+    return costly.known
 
 
 def searches(
-    iterations: int, num_texts: int, max_tokens: int, repeats: int, console: Console
+    iterations: int,
+    num_texts: int,
+    max_tokens: int,
+    repeats: int,
+    output: Path,
+    console: Console,
 ) -> list[dict[str, Any]]:
     """What each search finds, and how fast that generates held-out texts."""
     scorer = engine(
@@ -133,13 +169,16 @@ def searches(
     costly = engine(wide, "code", held_out, max_tokens, "bfloat16")
     KEPT.extend([scorer, costly])
     n, numbers = scorer.known.num_layers, range(num_texts)
+    # Until all is done; then the next run starts anew.
+    kept, study = output / "costs.study.json", output / "draft_and_verify.study.db"
+    known = known_costs(costly, kept)
 
     def evaluate(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
         return [
             best_score(
                 scorer.right(plan, numbers),
-                costly.known.draft_cost(plan),
-                costly.known.verify_costs,
+                known.draft_cost(plan),
+                known.verify_costs,
             )
             for plan in plans
         ]
@@ -161,9 +200,8 @@ def searches(
             return search.found()[0].skip_set
 
         found = {f"tune, {iterations // 10} evaluations": timed("tune", tuner)}
-    found[f"Draft & Verify's search, {iterations} evaluations"] = timed(
-        "Draft & Verify",
-        lambda: draft_and_verify(n, evaluate, numbers, iterations, console.print),
+    found[f"Draft & Verify's search, {iterations} evaluations"] = draft_and_verify(
+        n, evaluate, numbers, iterations, f"sqlite:///{study}", console.print
     )
     exits = [plan for plan in simple_plans(n) if plan.exit_layer]
     best_exit = max(exits, key=lambda plan: evaluate([plan], numbers)[0].speed_up)
@@ -194,10 +232,12 @@ def searches(
                 "measured": median(ratios),
                 "measured_all": ratios,
                 "measured_first": runs[0][which].walk.acceptance[0],
-                "verify_costs": costly.known.verify_costs,
-                "draft_costs": costly.known.draft_costs,
+                "verify_costs": known.verify_costs,
+                "draft_costs": known.draft_costs,
             }
         )
+    kept.unlink()
+    study.unlink()
     return rows
 
 
@@ -278,7 +318,7 @@ def main(
     parts = {
         "agreement": lambda: agreement(num_texts, max_tokens, console),
         "searches": lambda: searches(
-            iterations, num_texts, max_tokens, repeats, console
+            iterations, num_texts, max_tokens, repeats, output, console
         ),
     }
     for name in PARTS[part]:
