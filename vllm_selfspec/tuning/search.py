@@ -133,8 +133,8 @@ class Search:
             self._try([next(trials) for _ in range(self._num_at_once)], report)
 
     def _trials(self) -> Iterator[tuple[Any, SkipSet]]:
-        """Trials of plans that were not tried yet: the simple ones, the greedy path, and
-        then in turns the sampler's and neighbours of the best."""
+        """Trials of plans that were not tried yet: the simple ones, the greedy path,
+        and then in turns neighbours of the best and the sampler's."""
         known = {plan for plan, _ in self._tried()}
         for plan in self._candidates():
             if plan is None or plan not in known:
