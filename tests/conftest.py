@@ -5,7 +5,9 @@ fraction of a second. None is ever shut down: vLLM's shutdown tears down state t
 engines of a process share.
 """
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +59,18 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def build_tiny_model(family: str, directory: Path, **overrides: Any) -> Path:
-    """Saves a random model of `family` and a one-token-per-letter tokenizer."""
+    """Saves a random model of `family` and a one-token-per-letter tokenizer.
+
+    None leaves a key of `TINY` out.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     extra = {"sliding_window": 48} if family == "mistral" else {}
-    config = AutoConfig.for_model(family, **{**TINY, **extra, **overrides})
+    keys = {**TINY, **extra, **overrides}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    config = AutoConfig.for_model(family, **keys)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -150,8 +157,10 @@ class Engines:
 
 
 @pytest.fixture(scope="session")
-def engines() -> Engines:
-    return Engines()
+def engines() -> Iterator[Engines]:
+    yield Engines()
+    # Every engine collects garbage when it ends; with dozens that takes minutes.
+    gc.freeze()
 
 
 _counters: dict[int, SpecCounters] = {}
@@ -162,11 +171,13 @@ def counter(llm: Any, name: str) -> int:
     return _counters[id(llm)].total(name)
 
 
-def run(llm: Any, prompts: list[Any], params: Any) -> tuple[list[Any], Counts]:
+def run(
+    llm: Any, prompts: list[Any], params: Any, **kwargs: Any
+) -> tuple[list[Any], Counts]:
     """Generates; returns vLLM's outputs and what speculation did meanwhile."""
     read = _counters[id(llm)].read
     before = read()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False, **kwargs)
     return outputs, read() - before
 
 
