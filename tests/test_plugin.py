@@ -304,7 +304,6 @@ def test_the_plan_is_part_of_the_compile_cache_key(model: str) -> None:
     ("changed", "message"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2: use tensor"),
-        ({"enable_lora": True}, "remove --enable-lora"),
     ],
 )
 def test_a_deployment_that_cannot_draft_is_refused_before_weights_are_read(

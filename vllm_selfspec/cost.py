@@ -18,7 +18,10 @@ INDEX = f"{WEIGHTS}.index.json"
 # The limit of the safetensors library itself; a header is parsed whole.
 MAX_HEADER_BYTES = 100_000_000
 
-LAYER = re.compile(r"(?:.+\.)?model\.layers\.(?P<index>\d+)\.(?P<part>[^.]+)\.")
+# In the layouts of the supported families: Llama's, GPT-NeoX', Falcon's and GPT-2's.
+LAYER = re.compile(
+    r"(?:.+\.)?(?:(?:model|gpt_neox)\.layers|h)\.(?P<index>\d+)\.(?P<part>[^.]+)\."
+)
 # A norm counts with the sublayer it feeds. (A layer of which one sublayer is skipped
 # still runs both norms; next to a matrix they are less than a thousandth.)
 SUBLAYER_OF = {
@@ -26,10 +29,31 @@ SUBLAYER_OF = {
     "self_attn": "attention",
     "post_attention_layernorm": "mlp",
     "mlp": "mlp",
+    # Gemma
+    "pre_feedforward_layernorm": "mlp",
+    "post_feedforward_layernorm": "mlp",
+    # Mixtral
+    "block_sparse_moe": "mlp",
+    # Falcon
+    "self_attention": "attention",
+    "ln_attn": "attention",
+    "ln_mlp": "mlp",
+    # GPT-NeoX
+    "attention": "attention",
+    # GPT-2
+    "ln_1": "attention",
+    "attn": "attention",
+    "ln_2": "mlp",
 }
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
+HEADS = ("lm_head", "embed_out")
+LAST_NORMS = ("norm", "ln_f", "final_layer_norm")
 OUTSIDE_LAYERS = re.compile(
-    r"(?:.+\.)?(?P<part>model\.(?:embed_tokens|norm)|lm_head)\."
+    rf"(?:.+\.)?(?P<part>{'|'.join([*EMBEDDINGS, *HEADS, *LAST_NORMS, 'wpe'])})\."
 )
+EXPERT = re.compile(r"\.experts?\.")
+# How many experts a model has, as families call it.
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class CheckpointError(ValueError):
@@ -41,7 +65,8 @@ class ModelWeights:
     """Bytes that one decode step streams from memory, by part.
 
     Of the embedding a step reads one row per request, so it counts only where it is
-    the LM head too. Quantised weights count with their scales.
+    the LM head too. Of experts as many count as one token runs through. Quantised
+    weights count with their scales.
 
     Attributes:
         attention: Attention sublayer and the norm before it, by layer.
@@ -61,20 +86,25 @@ class ModelWeights:
             CheckpointError: If there are none, or a tensor's part is not known.
         """
         sizes: Counter[tuple[str, int]] = Counter()
+        expert_share = _expert_share(path)
         for name, num_bytes in tensor_bytes(weight_files(path)):
-            sizes[_part_of(name)] += num_bytes
+            share = expert_share if EXPERT.search(name) else 1.0
+            sizes[_part_of(name)] += round(share * num_bytes)
         indices = range(_num_layers(path, sizes))
         # Tied embeddings: the head is the embedding.
-        head = sizes["lm_head", 0] or sizes["model.embed_tokens", 0]
-        if not head:
+        head, tied, norm = (
+            sum(sizes[part, 0] for part in parts)
+            for parts in (HEADS, EMBEDDINGS, LAST_NORMS)
+        )
+        if not head + tied:
             raise CheckpointError(
-                f"a checkpoint must hold lm_head or model.embed_tokens, but "
+                f"a checkpoint must hold lm_head or {' or '.join(EMBEDDINGS)}, but "
                 f"{str(path)!r} has neither: use a complete checkpoint"
             )
         return cls(
             attention=tuple(sizes["attention", i] for i in indices),
             mlp=tuple(sizes["mlp", i] for i in indices),
-            head=head + sizes["model.norm", 0],
+            head=(head or tied) + norm,
         )
 
     @property
@@ -120,9 +150,19 @@ def _part_of(name: str) -> tuple[str, int]:
         return outside["part"], 0
     raise CheckpointError(
         f"every tensor must be part of a layer's {', '.join(SUBLAYER_OF)}, or of "
-        f"lm_head, model.norm or model.embed_tokens, but {name!r} is of none: use a "
-        "checkpoint in the Llama layout"
+        f"the LM head, last norm or embedding, but {name!r} is of none: use a "
+        "checkpoint of a supported family"
     )
+
+
+def _expert_share(path: Path) -> float:
+    """Of its experts, how many a token runs through."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        num = next(int(config[key]) for key in NUM_EXPERTS if key in config)
+        return int(config["num_experts_per_tok"]) / num
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        return 1.0
 
 
 def _num_layers(path: Path, parts: Iterable[tuple[str, int]]) -> int:
@@ -131,7 +171,7 @@ def _num_layers(path: Path, parts: Iterable[tuple[str, int]]) -> int:
         raise CheckpointError(
             f"a checkpoint must hold layers 0 to N-1, as 'model.layers.0.mlp', but "
             f"{str(path)!r} has {sorted(found) or 'none'}: use a complete checkpoint "
-            "in the Llama layout"
+            "of a supported family"
         )
     return len(found)
 

@@ -7,47 +7,62 @@ sublayers are exchanged.
 
 import copy
 import inspect
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
 from vllm_selfspec.support import Family, UnsupportedModelError
 
+# What attention, MLP and decoder layers of the supported families call their input.
+INPUT_NAMES = ("hidden_states", "x")
 
-class SkippedSublayer(nn.Module):
+
+class _Skipped(nn.Module):
+    """Finds the input among the arguments of the module it stands for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._names = [*inspect.signature(module.forward).parameters]
+        (self._input,) = (name for name in INPUT_NAMES if name in self._names)
+
+    def _argument(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        return args[self._names.index(name)]
+
+
+class SkippedSublayer(_Skipped):
     """Stands for a sublayer that adds nothing to the residual stream."""
 
-    def __init__(self, sublayer: nn.Module) -> None:
-        super().__init__()
-        # The hidden states are the last parameter without a default of every attention
-        # (positions, hidden_states) and MLP (x) forward in the supported families.
-        parameters = inspect.signature(sublayer.forward).parameters.values()
-        required = [p.name for p in parameters if p.default is p.empty]
-        self._name, self._position = required[-1], len(required) - 1
+    def __init__(self, sublayer: nn.Module, returns_pair: bool = False) -> None:
+        """For a sublayer that returns its output, or a pair of it and None."""
+        super().__init__(sublayer)
+        self._returns_pair = returns_pair
 
-    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        hidden_states = kwargs.get(self._name)
-        if hidden_states is None:
-            hidden_states = args[self._position]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Fresh each time: vLLM's fused add-and-norm writes into its input.
-        return torch.zeros_like(hidden_states)
+        zeros = torch.zeros_like(self._argument(self._input, args, kwargs))
+        return (zeros, None) if self._returns_pair else zeros
 
 
-class SkippedLayer(nn.Module):
-    """Stands for a decoder layer that is skipped whole, norms included."""
+class SkippedLayer(_Skipped):
+    """Stands for a decoder layer that is skipped whole, norms included.
 
-    def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return hidden_states, residual
+    A layer hands on its output, or its output and the residual stream that it is still
+    to be added to; then it takes both.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = self._argument(self._input, args, kwargs)
+        if "residual" not in self._names:
+            return hidden_states
+        return hidden_states, self._argument("residual", args, kwargs)
 
 
 class DraftView:
@@ -120,18 +135,13 @@ def _draft_layer(
     layer: nn.Module, index: int, skip_set: SkipSet, family: Family
 ) -> nn.Module:
     """The layer as the draft runs it: itself, a copy with holes, or nothing."""
-    names = [
-        name
-        for name, skipped in (
-            (family.attention, skip_set.attention),
-            (family.mlp, skip_set.mlp),
-        )
-        if index in skipped
-    ]
-    if len(names) == 2:
-        return SkippedLayer()
-    for name in names:
-        layer = _with_submodule(layer, [name], SkippedSublayer(getattr(layer, name)))
+    skipped = [which for which in SUBLAYERS if index in getattr(skip_set, which)]
+    if len(skipped) == len(SUBLAYERS):
+        return SkippedLayer(layer)
+    for which in skipped:
+        name = getattr(family, which)
+        stand_in = SkippedSublayer(getattr(layer, name), which in family.pairs)
+        layer = _with_submodule(layer, [name], stand_in)
     return layer
 
 
@@ -142,4 +152,8 @@ def _with_submodule(module: nn.Module, path: list[str], new: nn.Module) -> Any:
         new = _with_submodule(getattr(module, name), rest, new)
     clone = copy.copy(module)
     clone._modules = {**module._modules, name: new}
+    # vLLM's Transformers backend gives modules a forward of their own, bound to them.
+    for key, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            setattr(clone, key, MethodType(value.__func__, clone))
     return clone

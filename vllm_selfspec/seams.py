@@ -132,7 +132,7 @@ def _allow_v2_runner(original: Function) -> Function:
         unsupported = original(self)
         if not uses_selfspec(self):
             return unsupported
-        if tunes_online(self):  # exchanges skip sets, which CUDA graphs would hold
+        if needs_v1_runner(self):
             return unsupported
         return [feature for feature in unsupported if "'custom_class'" not in feature]
 
@@ -391,6 +391,15 @@ def uses_selfspec(vllm_config: Any) -> bool:
 def plans_draft_lengths(vllm_config: Any) -> bool:
     """Whether the draft lengths are chosen step by step, for the whole batch."""
     return _policy(vllm_config) == "goodput"
+
+
+def needs_v1_runner(vllm_config: Any) -> str | None:
+    """What the V2 runner's CUDA graphs of drafts would hold, and must not; or None."""
+    if tunes_online(vllm_config):
+        return "skip_layers 'online' exchanges skip sets"
+    if vllm_config.lora_config is not None:
+        return "--enable-lora exchanges adapters"
+    return None
 
 
 def tunes_online(vllm_config: Any) -> bool:

@@ -4,8 +4,10 @@ One rule: what is not known to work is refused here, before any weights are load
 the reason and what to do instead.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from vllm_selfspec.skip_set import SUBLAYERS
 
 
 class UnsupportedModelError(ValueError):
@@ -22,10 +24,17 @@ class Family:
     Attributes:
         attention: Name of the attention sublayer within a decoder layer.
         mlp: Name of the MLP sublayer.
+        pairs: Sublayers that return a pair: their output, and a bias to add or the
+            attention weights, which may be None.
     """
 
     attention: str = "self_attn"
     mlp: str = "mlp"
+    pairs: frozenset[str] = frozenset()
+
+
+# Layers of Hugging Face's own, which vLLM runs through its Transformers backend.
+TRANSFORMERS = Family(pairs=frozenset({"attention"}))
 
 
 # By vLLM's architecture name. To add one: check that its layers fit `Family`, add it to
@@ -35,6 +44,20 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family(),
     "Qwen2ForCausalLM": Family(),
     "Qwen3ForCausalLM": Family(),
+    "Phi3ForCausalLM": Family(),
+    # A norm after the sublayer, too; of zeros it makes zeros.
+    "Gemma2ForCausalLM": Family(),
+    "Gemma3ForCausalLM": Family(),
+    "GraniteForCausalLM": Family(),
+    # Attention and MLP side by side, added up.
+    "CohereForCausalLM": Family(),
+    "FalconForCausalLM": Family("self_attention", pairs=frozenset(SUBLAYERS)),
+    "GPT2LMHeadModel": Family(attention="attn"),
+    "MixtralForCausalLM": Family(mlp="block_sparse_moe"),
+    "Qwen3MoeForCausalLM": Family(),
+    "Olmo2ForCausalLM": TRANSFORMERS,
+    "Starcoder2ForCausalLM": TRANSFORMERS,
+    "GPTNeoXForCausalLM": replace(TRANSFORMERS, attention="attention"),
 }
 
 
@@ -53,15 +76,12 @@ def family_of(architecture: str) -> Family:
     return FAMILIES[architecture]
 
 
-def raise_if_unsupported(
-    model_config: Any, parallel_config: Any, engine_args: Any
-) -> None:
+def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
     """Refuses what a draft cannot run on.
 
     Args:
         model_config: vLLM's `ModelConfig` of the target.
         parallel_config: vLLM's `ParallelConfig`.
-        engine_args: vLLM's `EngineArgs`.
 
     Raises:
         UnsupportedModelError: With the first reason found.
@@ -82,8 +102,6 @@ def raise_if_unsupported(
         f"{model_config.runner_type!r}: serve it without selfspec": (
             model_config.runner_type != "generate"
         ),
-        "a draft batch has no LoRA token mapping of its own yet: remove --enable-lora, "
-        "or serve without selfspec": bool(engine_args.enable_lora),
         "a draft's KV slots are not split over context-parallel ranks, and "
         "decode_context_parallel_size is "
         f"{parallel_config.decode_context_parallel_size}: use 1": (

@@ -52,7 +52,8 @@ class TargetModel:
         try:
             config = json.loads(file.read_bytes())
             str(config["architectures"][0])
-            return cls.of(int(config["num_hidden_layers"]), name, config)
+            num_layers = config.get("num_hidden_layers", config.get("n_layer"))
+            return cls.of(int(num_layers), name, config)
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise CheckpointError(
                 "a model directory holds a config.json with architectures and "

@@ -143,6 +143,7 @@ class SelfSpecProposer:
         rows = np.flatnonzero(num_drafts)
         if not len(rows):
             return Drafts([[] for _ in sampled_token_ids])
+        _set_loras(runner, rows)
         batch = self._draft_batch(runner, rows, num_drafts[rows])
         sampling = _for_rows(sampling_metadata, rows)
         if self._stops is not None:
@@ -192,6 +193,7 @@ class SelfSpecProposer:
     ) -> np.ndarray:
         """What a draft would say after tokens of verified contexts; writes nowhere."""
         view = self._view if skip_set == self.skip_set else self._view_of(skip_set)
+        _set_loras(runner, rows)
         batch = DraftBatch(
             rows=rows,
             token_ids=runner.input_batch.token_ids_cpu[rows, positions],
@@ -274,6 +276,17 @@ class SelfSpecProposer:
             logits, sampling, self._use_fp64_gumbel
         )
         return token_ids.int(), probs
+
+
+def _set_loras(runner: Any, rows: np.ndarray) -> None:
+    """Tells vLLM's LoRA layers which adapter each token of a step is for: one token a
+    row. Before its next forward the target tells them again."""
+    if runner.lora_config is None:
+        return
+    input_batch = runner.input_batch
+    of_tokens = tuple(input_batch.request_lora_mapping[rows].tolist())
+    active = {*input_batch.lora_id_to_lora_request.values()}
+    runner._set_active_loras(of_tokens, of_tokens, active)
 
 
 def _confidence(

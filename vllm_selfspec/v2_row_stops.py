@@ -33,13 +33,13 @@ def make_speculator(
     """The speculator for the configured draft length.
 
     Raises:
-        ConfigError: If skip sets are to be exchanged while serving.
+        ConfigError: If what its CUDA graphs hold is to be exchanged while serving.
     """
-    if seams.tunes_online(vllm_config):
+    reason = seams.needs_v1_runner(vllm_config)
+    if reason is not None:
         raise ConfigError(
-            "skip_layers 'online' exchanges skip sets, which the V2 runner's CUDA "
-            "graphs hold, but VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0, or use a "
-            "profile of `vllm-selfspec tune`"
+            f"{reason}, which the V2 runner's CUDA graphs of drafts hold, but "
+            "VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0, or serve without that"
         )
     if seams.stops_rows(vllm_config):
         return RowStoppingSpeculator(vllm_config, device)

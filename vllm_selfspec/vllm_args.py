@@ -101,7 +101,7 @@ def _resolve(
     """Checks the user's keys, leaves the draft plan in `additional_config`, and returns
     what `SpeculativeConfig` knows."""
     config = SelfSpecConfig.parse(keys)
-    raise_if_unsupported(model_config, parallel_config, engine_args)
+    raise_if_unsupported(model_config, parallel_config)
     plan = resolve_plan(config, target_of(model_config))
     if config.is_online:
         _raise_if_not_tunable(parallel_config)
