@@ -1,6 +1,7 @@
 """The draft view runs the target's own modules, owns nothing, skips what it should."""
 
 from collections import Counter
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import (
     run,
     token_ids,
 )
+from torch import nn
 
 pytestmark = pytest.mark.v2
 PLANS: dict[str, dict[str, Any]] = {
@@ -253,3 +255,22 @@ def test_a_model_without_one_list_of_layers_is_refused() -> None:
     target.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     with pytest.raises(UnsupportedModelError, match="one list of 4 decoder layers"):
         DraftView(target, SkipSet.of(4), Family())
+
+
+def test_a_forward_that_is_bound_to_a_module_is_bound_to_its_copy() -> None:
+    """As vLLM's Transformers backend binds them."""
+    from vllm_selfspec.draft_view import _with_submodule
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(x)
+        return found
+
+    outer = nn.Module()
+    outer.inner = nn.Identity()
+    outer.forward = MethodType(forward, outer)
+    double = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(double.weight, 2)
+    clone = _with_submodule(outer, ["inner"], double)
+    one = torch.ones(1)
+    assert clone(one) == 2, "the copy runs what was exchanged in it"
+    assert outer(one) == 1
