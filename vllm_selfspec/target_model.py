@@ -52,8 +52,8 @@ class TargetModel:
         try:
             config = json.loads(file.read_bytes())
             str(config["architectures"][0])
-            num_layers = config.get("num_hidden_layers", config.get("n_layer"))
-            return cls.of(int(num_layers), name, config)
+            key = "n_layer" if "n_layer" in config else "num_hidden_layers"  # GPT-2's
+            return cls.of(int(config[key]), name, config)
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise CheckpointError(
                 "a model directory holds a config.json with architectures and "
