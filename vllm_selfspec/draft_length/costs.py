@@ -31,11 +31,9 @@ def cleaned(
 ) -> tuple[Floats, Floats]:
     """Takes out of measurements what cannot be.
 
-    A verification that was interrupted took too long, never too short: fewer rows cost
-    no more than more, and more no more than running fewer as often as it takes. A draft
-    step is a difference of two times, wrong either way; but it runs a part of the same
-    model, so its share of a verification changes slowly with the rows, and is the
-    median of its neighbours'.
+    Of verifications, see `without_interruptions`. A draft step is a difference of two
+    times, wrong either way; but it runs a part of the same model, so its share of a
+    verification changes slowly with the rows, and is the median of its neighbours'.
 
     Args:
         num_rows: Where it was measured, ascending, `[num_knots]`.
@@ -45,16 +43,31 @@ def cleaned(
     Returns:
         Both, `[num_knots]`.
     """
-    rows = np.asarray(num_rows, float)
-    times = np.ceil(rows / rows[:, None])  # how often one does for another
-    possible: Floats = (verify[:, None] * times).min(axis=0)
+    possible = without_interruptions(num_rows, verify)
     share = draft / possible
     reach = NUM_NEIGHBOURS // 2
     median = [
         float(np.median(share[max(0, i - reach) : i + reach + 1]))
-        for i in range(rows.size)
+        for i in range(share.size)
     ]
     return possible, possible * median
+
+
+def without_interruptions(num_rows: Sequence[int], seconds: Floats) -> Floats:
+    """A forward that was interrupted took too long, never too short: fewer rows cost no
+    more than more, and more no more than running fewer as often as it takes.
+
+    Args:
+        num_rows: Where it was measured, ascending, `[num_knots]`.
+        seconds: What it took, `[num_knots]`.
+
+    Returns:
+        What it can have taken, `[num_knots]`.
+    """
+    rows = np.asarray(num_rows, float)
+    times = np.ceil(rows / rows[:, None])  # how often one does for another
+    possible: Floats = (np.asarray(seconds)[:, None] * times).min(axis=0)
+    return possible
 
 
 class StepCosts:

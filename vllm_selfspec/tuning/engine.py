@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_selfspec.draft_length.types import Ints
+from vllm_selfspec.draft_length.costs import without_interruptions
+from vllm_selfspec.draft_length.types import Floats, Ints
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.spec_counters import Counts, SpecCounters
 from vllm_selfspec.tuning.score import Score, Walk, best_score
@@ -115,12 +116,14 @@ class TuningEngine:
         self._counters = SpecCounters()
         self._has_read = False
         if known is None:
-            num_layers = self._ask(_num_layers)[0]
+            texts = tuple(self._generated(prompts))
+            plain, *verify = self._measure_verify()
+            head, attention, mlp = self._measure_draft() / plain
             known = Known(
-                num_layers,
-                tuple(self._generated(prompts)),
-                tuple(self._measure_verify()),
-                self._measure_draft(),
+                self._ask(_num_layers)[0],
+                texts,
+                tuple(float(seconds / plain) for seconds in verify),
+                (float(head), float(attention), float(mlp)),
             )
         self.known = known
 
@@ -207,20 +210,16 @@ class TuningEngine:
         self._generate(prompts)
         return time.perf_counter() - started
 
-    def _measure_verify(self) -> list[float]:
-        n = self._num_streams
-        alone, *seconds = (
-            max(self._ask(_time_step, n * (1 + k), 0))
-            for k in range(self._num_drafts + 1)
-        )
-        return [one / alone for one in seconds]
+    def _measure_verify(self) -> Floats:
+        """Seconds of a step that verifies 0, 1, ... draft tokens a stream."""
+        rows = [self._num_streams * (1 + k) for k in range(self._num_drafts + 1)]
+        seconds = [max(self._ask(_time_step, num, 0)) for num in rows]
+        return without_interruptions(rows, np.array(seconds))
 
-    def _measure_draft(self) -> tuple[float, float, float]:
-        rows = self._num_streams
-        plain = max(self._ask(_time_step, rows, 0))
-        found = self._ask(_time_sublayers, rows)
-        head, attention, mlp = np.max(found, axis=0) / plain
-        return float(head), float(attention), float(mlp)
+    def _measure_draft(self) -> Floats:
+        """Seconds of the head, an attention and an MLP sublayer in a draft step."""
+        found: Floats = np.max(self._ask(_time_sublayers, self._num_streams), axis=0)
+        return found
 
 
 def _walk_of(counts: Counts, k: int) -> Walk:
