@@ -113,12 +113,12 @@ def draft_and_verify(
             {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for i, s in names}
         )
 
+    def which_name(which: tuple[int, str]) -> str:
+        return f"{which[1]}.{which[0]}"
+
     def plan_of(trial: Any) -> SkipSet:
         skipped = [which for which in names if trial.params[which_name(which)] > 0.5]
         return skipping(num_layers, skipped)
-
-    def which_name(which: tuple[int, str]) -> str:
-        return f"{which[1]}.{which[0]}"
 
     values: dict[SkipSet, float] = {}  # many points stand for one plan
     while (done := len(study.get_trials(False, complete))) < iterations:
@@ -244,8 +244,21 @@ def searches(
 def markdown(document: dict[str, Any]) -> str:
     """What there is of both tables."""
     tables = {"agreement": agreement_table, "searches": searches_table}
-    found = [tables[name](document[name]) for name in PARTS["all"] if name in document]
+    found = [
+        f"{run_of(name, document[name])}\n\n{tables[name](document[name])}"
+        for name in PARTS["all"]
+        if name in document
+    ]
     return "\n".join(found)
+
+
+def run_of(name: str, part: dict[str, Any]) -> str:
+    """Where a part's figures are from."""
+    texts, tokens = part["texts"]
+    return (
+        f"`python benchmarks/tune.py --part {name}`, {part['date']}: "
+        f"{part['hardware']}; vLLM {part['vllm']}, {texts} texts of {tokens} tokens."
+    )
 
 
 def agreement_table(part: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ fraction of a second. None is ever shut down: vLLM's shutdown tears down state t
 engines of a process share.
 """
 
-import gc
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +26,12 @@ from vllm_selfspec.spec_counters import Counts, SpecCounters  # noqa: E402
 
 # `make test-v2` runs with vLLM's V2 model runner, under Triton's interpreter.
 IS_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-# The interpreter takes seconds for a step; what it runs of a long list is a part then,
-# unless `make test-all` asks for everything.
-IS_PART = IS_V2 and "SELFSPEC_TEST_ALL" not in os.environ
+# 1 for everything, as in `make test-all`, or `shown`: each row of the support table,
+# but not every case of it.
+TEST_ALL = os.environ.get("SELFSPEC_TEST_ALL", "")
+IS_SHORT = not TEST_ALL
+# The interpreter takes seconds for a step; what it runs of a long list is a part then.
+IS_PART = IS_V2 and TEST_ALL in ("", "shown")
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "demo_model"
 NUM_LAYERS = 4
@@ -101,6 +104,34 @@ def build_tokenizer() -> Any:
     )
 
 
+_shown: dict[tuple[str, str], bool] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "note in FILE which rows of the README's support table were shown"
+    parser.addoption("--support", metavar="FILE", type=Path, help=help)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report: Any = yield
+    for marker in item.iter_markers("shows"):
+        if report.failed:
+            _shown[marker.args] = False
+        elif report.when == "call" and report.passed:
+            _shown.setdefault(marker.args, True)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--support")
+    if file is None:
+        return
+    document = json.loads(file.read_text()) if file.exists() else {}
+    document["V2" if IS_V2 else "V1"] = sorted(row for row, ok in _shown.items() if ok)
+    file.write_text(json.dumps(document, indent=1) + "\n")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter() -> None:
     if IS_V2:
@@ -117,9 +148,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 class Engines:
-    """vLLM engines by configuration, each started when first asked for."""
+    """vLLM engines by configuration, each started when first asked for.
+
+    Attributes:
+        others: Started elsewhere, to be kept with these.
+    """
 
     def __init__(self) -> None:
+        self.others: list[Any] = []
         self._engines: dict[str, Any] = {}
 
     def get(self, model: str, spec: dict[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -155,12 +191,23 @@ class Engines:
             _counters[id(llm)] = SpecCounters()
         return self._engines[key]
 
+    def leave(self) -> None:
+        """To the end of the process, but for those with workers of their own. An engine
+        that shuts down collects garbage some times over, which takes minutes with
+        dozens."""
+        for llm in [*self._engines.values(), *self.others]:
+            core = llm.llm_engine.engine_core
+            if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+                core._finalizer.detach()
+            else:
+                core.shutdown()
+
 
 @pytest.fixture(scope="session")
 def engines() -> Iterator[Engines]:
-    yield Engines()
-    # Every engine collects garbage when it ends; with dozens that takes minutes.
-    gc.freeze()
+    found = Engines()
+    yield found
+    found.leave()
 
 
 _counters: dict[int, SpecCounters] = {}
@@ -201,6 +248,13 @@ def with_costs(llm: Any, costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def drafter_of(runner: Any) -> Any:
     """Our part of vLLM's model runner, V1 or V2; None in a plain engine."""
     return getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+
+
+def greedy(max_tokens: int) -> Any:
+    """vLLM's `SamplingParams` of a request that generates so many tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def token_ids(outputs: list[Any]) -> list[list[list[int]]]:

@@ -13,6 +13,7 @@ from conftest import (
     IS_V2,
     NUM_LAYERS,
     Engines,
+    greedy,
     prompts_of,
     run,
     token_ids,
@@ -70,6 +71,15 @@ def test_a_better_plan_is_found_and_another_task_finds_its_own() -> None:
     serve(search, CHAT, 800, seed=2)
     assert worth(search.incumbent, CHAT) > max(0.97 * best(CHAT), 1.2 * on_chat)
     assert search.num_duels > search.num_adopted > 3
+
+
+def test_a_plan_far_from_the_first_is_found_within_few_rows() -> None:
+    """By single sublayers it would take ten times as many."""
+    whole = frozenset(range(SEARCHED))
+    needed = SkipSet.of(SEARCHED, attention=[0, 1], mlp=[0, 1])  # an exit after two
+    search = OnlineSearch(SkipSet.of(SEARCHED, attention=whole, mlp=whole - {7}))
+    serve(search, needed, 40, seed=4)
+    assert worth(search.incumbent, needed) > 0.97 * best(needed)
 
 
 def test_a_plan_that_cannot_be_bettered_stays() -> None:
@@ -191,25 +201,21 @@ def test_it_is_refused_where_engines_run_in_lockstep() -> None:
 
 
 @pytest.mark.v2
+@pytest.mark.shows("Refused", "skip_layers 'online' in the V2 runner")
 def test_the_v2_runner_refuses_to_exchange_skip_sets() -> None:
     if not IS_V2:
         pytest.skip("its modules need Triton")
     from vllm_selfspec.v2_row_stops import make_speculator
 
     config: Any = SimpleNamespace(additional_config={"selfspec": {"online": {}}})
-    with pytest.raises(ConfigError, match="'online' exchanges skip sets, which the V2"):
+    with pytest.raises(ConfigError, match="'online' exchanges skip sets") as error:
         make_speculator(config, "cpu")  # type: ignore[arg-type]
+    assert "VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0" in str(error.value)
 
 
 # In the engine.
 
 GREEDY_TOKENS = 96
-
-
-def params() -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
 
 
 def online(engines: Engines, model: str, **keys: Any) -> Any:
@@ -231,9 +237,9 @@ def test_the_text_is_plain_vllms_while_plans_change(
     prompts = prompts_of(8)
     llm = online(engines, model)
     tuner = tuner_in(llm)
-    expected, _ = run(engines.get(model), prompts, params())
+    expected, _ = run(engines.get(model), prompts, greedy(GREEDY_TOKENS))
     for _ in range(3):
-        found, _ = run(llm, prompts, params())
+        found, _ = run(llm, prompts, greedy(GREEDY_TOKENS))
         assert token_ids(found) == token_ids(expected)
     assert tuner.search.num_duels > 1, "nothing was tried, so nothing was shown"
 
@@ -250,7 +256,7 @@ def test_a_plan_that_skips_nothing_is_always_right(
     search, seen = tuner_in(llm).search, []
     assert search.incumbent == SkipSet.of(NUM_LAYERS)
     monkeypatch.setattr(search, "observe", lambda *args: seen.append(args[:2]))
-    run(llm, prompts_of(8), params())
+    run(llm, prompts_of(8), greedy(GREEDY_TOKENS))
     right, right_candidate = map(np.concatenate, zip(*seen, strict=True))
     assert len(right) >= 64
     assert right.all(), "it reads another context than the target did"
@@ -266,9 +272,9 @@ def test_what_is_better_is_adopted_and_kept(
     llm = online(engines, str(DEMO_MODEL), profile=str(file))
     tuner = tuner_in(llm)
     first = tuner.search.incumbent
-    expected, _ = run(engines.get(str(DEMO_MODEL)), texts(), params())
+    expected, _ = run(engines.get(str(DEMO_MODEL)), texts(), greedy(GREEDY_TOKENS))
     for _ in range(4):
-        found, _ = run(llm, texts(), params())
+        found, _ = run(llm, texts(), greedy(GREEDY_TOKENS))
         assert token_ids(found) == token_ids(expected)
     assert tuner.search.num_adopted
     assert tuner.search.incumbent != first

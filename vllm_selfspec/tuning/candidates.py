@@ -1,8 +1,7 @@
 """Plans worth a try before any search: what is published, and what follows from single
 sublayers."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
 
@@ -44,10 +43,23 @@ def neighbours(plan: SkipSet) -> Iterator[SkipSet]:
     """What differs from a plan in one sublayer."""
     for sublayer in SUBLAYERS:
         for layer in range(plan.num_layers):
-            lists = {name: getattr(plan, name) for name in SUBLAYERS}
-            lists[sublayer] ^= {layer}
-            with suppress(SkipSetError):  # nothing would be left
-                yield SkipSet.of(plan.num_layers, **lists)
+            neighbour = switched(plan, [(layer, sublayer)])
+            if neighbour is not None:
+                yield neighbour
+
+
+def switched(plan: SkipSet, which: Sequence[Sublayer]) -> SkipSet | None:
+    """The plan with some sublayers skipped that ran, and run that were skipped; None
+    where nothing would be left."""
+    lists = {
+        sublayer: getattr(plan, sublayer)
+        ^ {layer for layer, name in which if name == sublayer}
+        for sublayer in SUBLAYERS
+    }
+    try:
+        return SkipSet.of(plan.num_layers, **lists)
+    except SkipSetError:
+        return None
 
 
 def skipping(num_layers: int, which: list[Sublayer]) -> SkipSet:

@@ -3,13 +3,15 @@
 One rule: no clock and no chance of its own. Workers of one engine that are shown the
 same rows decide the same, and so draft with the same sublayers.
 
-A candidate is the incumbent with one or two sublayers switched, or a plan that served
-before. Both say the next token on the same rows of contexts, so that what is hard in a
-text is hard for both. The candidate takes over when it is better beyond noise, by
-expected tokens per second; it is given up when it is worse beyond noise, or was not
-better after many rows. Which sublayers to switch is drawn from what earlier duels
-showed (Thompson sampling), where SWIFT draws at random and by a Gaussian process
-(arXiv 2410.06916, section 4.2).
+A candidate is first one of the plans that `tune` starts from, too, evenly spread sets
+and early exits: far from each other, so that few rows tell. Then it is the incumbent
+with one or two sublayers switched, or, now and then, such a plan or one that served
+before: another task may want it. Both say the next token on the same rows of contexts,
+so that what is hard in a text is hard for both. The candidate takes over when it is
+better beyond noise, by expected tokens per second; it is given up when it is worse
+beyond noise, or was not better after many rows. Which sublayers to switch is drawn from
+what earlier duels showed (Thompson sampling), where SWIFT draws at random and by a
+Gaussian process (arXiv 2410.06916, section 4.2).
 """
 
 import random
@@ -17,8 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
-from vllm_selfspec.tuning.candidates import Sublayer
+from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.tuning.candidates import Sublayer, simple_plans, switched
 
 # Deviations that count as more than noise.
 BEYOND_NOISE = 2.0
@@ -28,10 +30,12 @@ MIN_ROWS, MAX_ROWS = 64, 1024
 # share of plain vLLM's speed; and what was seen counts by this much less each duel.
 USUAL_GAIN = 0.05
 FADE = 0.98
-# Plans that served before and may be wanted again: how many, and how often one is tried
-# in place of a new one.
+# Plans that served before and may be wanted again: how many, and how often one of them,
+# or a simple one, is tried in place of a new one.
 MAX_FORMER, FORMER_SHARE = 8, 0.2
 PAIR_SHARE = 0.3  # of the new candidates switch two sublayers
+# What a candidate that switches more has won says little of any single sublayer.
+MAX_TOLD_APART = 2
 
 # Expected tokens per second over plain vLLM's of a plan whose draft tokens are right
 # with a given chance.
@@ -101,6 +105,8 @@ class OnlineSearch:
             for sublayer in SUBLAYERS
         }
         self._former: list[SkipSet] = []
+        self._simple = [*simple_plans(start.num_layers)]
+        self._to_try = iter(self._simple)
         self._begin()
 
     def _begin(self) -> None:
@@ -108,7 +114,10 @@ class OnlineSearch:
         self._duel = _Duel()
 
     def _propose(self) -> SkipSet:
-        others = [plan for plan in self._former if plan != self.incumbent]
+        for plan in self._to_try:
+            if plan != self.incumbent:
+                return plan
+        others = [p for p in (*self._former, *self._simple) if p != self.incumbent]
         if others and self._chance.random() < FORMER_SHARE:
             return self._chance.choice(others)
         drawn = {which: s.draw(self._chance) for which, s in self._switches.items()}
@@ -117,7 +126,7 @@ class OnlineSearch:
         if self._chance.random() < PAIR_SHARE:
             ways.insert(0, promising[:2])
         for way in ways:
-            found = _switched(self.incumbent, way)
+            found = switched(self.incumbent, way)
             if found is not None:
                 return found
         raise AssertionError("a model has at least two sublayers")
@@ -181,29 +190,15 @@ class OnlineSearch:
         for switch in self._switches.values():
             switch.gain *= FADE
             switch.precision *= FADE
-        for which in switched:
-            switch = self._switches[which]
-            switch.gain += gain / len(switched) / noise**2
-            switch.precision += noise**-2
-            if is_better:  # from now on it would be switched back
-                switch.gain = -switch.gain
+        if len(switched) <= MAX_TOLD_APART:
+            for switch in map(self._switches.__getitem__, switched):
+                switch.gain += gain / len(switched) / noise**2
+                switch.precision += noise**-2
+                if is_better:  # from now on it would be switched back
+                    switch.gain = -switch.gain
         if is_better:
             former = [plan for plan in self._former if plan != self.incumbent]
             self._former = [*former, self.incumbent][-MAX_FORMER:]
             self.incumbent = self.candidate
             self.num_adopted += 1
         self._begin()
-
-
-def _switched(plan: SkipSet, which: Sequence[Sublayer]) -> SkipSet | None:
-    """The plan with some sublayers skipped that ran, and run that were skipped; None
-    where nothing would be left."""
-    lists = {
-        sublayer: getattr(plan, sublayer)
-        ^ {layer for layer, name in which if name == sublayer}
-        for sublayer in SUBLAYERS
-    }
-    try:
-        return SkipSet.of(plan.num_layers, **lists)
-    except SkipSetError:
-        return None

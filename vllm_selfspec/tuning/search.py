@@ -136,25 +136,24 @@ class Search:
         """Trials of plans that were not tried yet: the simple ones, the greedy path,
         and then in turns neighbours of the best and the sampler's."""
         known = {plan for plan, _ in self._tried()}
-        for plan in self._candidates():
+        for plan in self._candidates(known):
             if plan is None or plan not in known:
                 trial, plan = self._ask(plan, known)
                 known.add(plan)
                 yield trial, plan
 
-    def _candidates(self) -> Iterator[SkipSet | None]:
+    def _candidates(self, known: set[SkipSet]) -> Iterator[SkipSet | None]:
         yield from simple_plans(self._num_layers)
         yield from greedy_path(self._num_layers, self._losses())
         while True:
-            yield self._neighbour_of_the_best()
+            yield self._neighbour_of_the_best(known)
             yield None
 
-    def _neighbour_of_the_best(self) -> SkipSet | None:
-        """With one sublayer switched, that was not tried yet; None if there is none."""
+    def _neighbour_of_the_best(self, known: set[SkipSet]) -> SkipSet | None:
+        """With one sublayer switched, that is not `known`; None if there is none."""
         found = self.found()
         if not found:
             return None
-        known = {plan for plan, _ in self._tried()}
         left = [plan for plan in neighbours(found[0].skip_set) if plan not in known]
         return self._random.choice(left) if left else None
 
