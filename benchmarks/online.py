@@ -32,6 +32,7 @@ from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.spec_counters import SpecCounters
 from vllm_selfspec.tuning.engine import TuningEngine
+from vllm_selfspec.tuning.online import MAX_ROWS
 from vllm_selfspec.tuning.search import Search
 
 MAX_PROMPT_TOKENS = 128
@@ -56,7 +57,7 @@ class Arm:
     counters: SpecCounters
 
     @classmethod
-    def start(cls, name: str, model: Path, streams: int, spec: dict[str, Any]) -> "Arm":
+    def start(cls, name: str, model: Path, spec: dict[str, Any]) -> "Arm":
         """With drafts of a fixed length, so that acceptance alone differs."""
         from vllm import LLM
 
@@ -68,7 +69,7 @@ class Arm:
                 "num_speculative_tokens": NUM_DRAFTS,
                 **spec,
             },
-            max_num_seqs=streams,
+            max_num_seqs=MAX_ROWS,  # that many rows are scored at once
             disable_log_stats=False,
             **SETTINGS,
         )
@@ -149,7 +150,7 @@ def plot(rounds: Sequence[dict[str, Any]], phases: Sequence[str]) -> Any:
     for name in dict.fromkeys(row["arm"] for row in rounds):
         own = [row["speed"] for row in rounds if row["arm"] == name]
         axis.plot(own, label=name, linewidth=2 if name == "online" else 0.8)
-    per_phase = len(rounds) // len({row["arm"] for row in rounds}) // len(phases)
+    per_phase = rounds_of({"rounds": rounds, "phases": phases})
     for number, task in enumerate(phases):
         axis.axvline(number * per_phase, color="grey", linewidth=0.5)
         axis.text(number * per_phase, axis.get_ylim()[1], task, va="bottom")
@@ -180,9 +181,23 @@ def markdown(document: dict[str, Any]) -> str:
                     ),
                 ]
             )
+    run = (
+        f"`python benchmarks/online.py --rounds {rounds_of(document)}`, "
+        f"{document['date']}: {document['hardware']}; "
+        f"vLLM {document['vllm']}, {document['model']}, float32, {document['streams']} "
+        f"streams; {document['candidates']} candidates were tried and "
+        f"{document['adopted']} adopted, in "
+        f"{document['seconds_scoring'] / document['seconds_serving']:.1%} of the time."
+    )
     columns = ["phase", "arm", "first token accepted, at first", "at last"]
     columns += ["E / (v + k c), at first", "at last"]
-    return "\n".join(markdown_table(columns, rows)) + "\n"
+    return "\n".join([run, "", *markdown_table(columns, rows)]) + "\n"
+
+
+def rounds_of(document: dict[str, Any]) -> int:
+    """Of requests, a phase."""
+    num_arms = len({row["arm"] for row in document["rounds"]})
+    return len(document["rounds"]) // num_arms // len(document["phases"])
 
 
 def first_acceptance(row: dict[str, Any]) -> float:
@@ -220,11 +235,11 @@ def main(
     auto = SkipSet.evenly_spread(known.num_layers)
     fixed = {"auto": auto} | {f"tuned for {task}": plans[task] for task in names}
     arms = [
-        Arm.start(name, path, streams, {"skip_layers": plan.to_dict()})
+        Arm.start(name, path, {"skip_layers": plan.to_dict()})
         for name, plan in fixed.items()
     ]
     spec = {"skip_layers": "online", "online": {"share": share}}
-    arms.append(Arm.start("online", path, streams, spec))
+    arms.append(Arm.start("online", path, spec))
     tuner, phases = tuner_of(arms[-1].llm), [names[0], names[1], names[0]]
     found: list[dict[str, Any]] = []
     serving = 0.0

@@ -6,6 +6,7 @@ Each table is that of one run, named in its first line; a test fails when it is 
 """
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,19 @@ from vllm_selfspec.bench import report, serve_report
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "benchmarks" / "results"
+Markdown = Callable[[dict[str, Any]], str]
+
+
+def markdown_of(script: str) -> Markdown:
+    """What a script of benchmarks/ makes of its run."""
+    found: Markdown = runpy.run_path(str(REPOSITORY / "benchmarks" / script))[
+        "markdown"
+    ]
+    return found
+
+
 # By the name of the place in the README: the run, and what is made of it.
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: dict[str, tuple[str, Markdown]] = {
     "quick": ("quick/report.json", report.markdown),
     "all": ("demo/report.json", report.markdown),
     "sampling": ("sampling/report.json", report.markdown),
@@ -24,6 +36,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lengths": ("draft_length/report.json", report.markdown),
     "serve": ("serve/serve.json", serve_report.markdown),
     "float32": ("float32/report.json", report.markdown),
+    "online": ("online/online.json", markdown_of("online.py")),
 }
 
 

@@ -12,11 +12,15 @@ from conftest import (
     NUM_LAYERS,
     Engines,
     drafter_of,
+    greedy,
     prompts_of,
     run,
     token_ids,
 )
+from reference import recorded_drafts, reference_draft
 from torch import nn
+
+from vllm_selfspec.skip_set import SkipSet
 
 pytestmark = pytest.mark.v2
 PLANS: dict[str, dict[str, Any]] = {
@@ -105,7 +109,7 @@ def test_a_draft_runs_the_kept_sublayers_and_no_other(
 
     drafter._draft = counted
     try:
-        run(llm, prompts_of(2), sampling(12))
+        run(llm, prompts_of(2), greedy(12))
     finally:
         del drafter._draft
     attention, mlp = SKIPPED[plan]
@@ -115,100 +119,19 @@ def test_a_draft_runs_the_kept_sublayers_and_no_other(
     assert len(set(calls.values())) == 1, "a kept sublayer ran more often than another"
 
 
-def sampling(max_tokens: int) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-@pytest.fixture
-def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
-    """Records, for each propose, the number of tokens that the first request has, and
-    its draft."""
-    recorded: list[tuple[int, list[int]]] = []
-
-    def record_v1(self: Any, runner: Any, *args: Any) -> Any:
-        result = original(self, runner, *args)
-        num_tokens = int(runner.input_batch.num_tokens_no_spec[0])
-        recorded.append((num_tokens, result.token_ids[0]))
-        return result
-
-    def record_v2(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        num_rejected = args[5]
-        last = int(input_batch.query_start_loc[1] - 1 - num_rejected[0])
-        # The newest token comes after the last accepted one, and counts too.
-        num_tokens = int(input_batch.positions[last]) + 2
-        result = original(self, input_batch, *args, **kwargs)
-        recorded.append((num_tokens, result[0].tolist()))
-        return result
-
-    if IS_V2:
-        from vllm_selfspec.v2_speculator import SelfSpecSpeculator
-
-        original = SelfSpecSpeculator.propose
-        monkeypatch.setattr(SelfSpecSpeculator, "propose", record_v2)
-    else:
-        from vllm_selfspec.v1_proposer import SelfSpecProposer
-
-        original = SelfSpecProposer.propose_for_runner
-        monkeypatch.setattr(SelfSpecProposer, "propose_for_runner", record_v1)
-    return recorded
-
-
-class Nothing(torch.nn.Module):
-    """A sublayer taken out of a Hugging Face model."""
-
-    def __init__(self, is_attention: bool) -> None:
-        super().__init__()
-        self.is_attention = is_attention
-
-    def forward(self, x: Any = None, **kwargs: Any) -> Any:
-        zeros = torch.zeros_like(kwargs.get("hidden_states", x))
-        return (zeros, None) if self.is_attention else zeros
-
-
-def reference_draft(path: str, plan: str, context: list[int], k: int) -> list[int]:
-    """Drafts with Hugging Face modules: full KV of the context, then a holed model."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-    with torch.no_grad():
-        cache = model(torch.tensor([context[:-1]]), use_cache=True).past_key_values
-        attention, mlp = SKIPPED[plan]
-        for index, layer in enumerate(model.model.layers):
-            if index in attention:
-                layer.self_attn = Nothing(is_attention=True)
-            if index in mlp:
-                layer.mlp = Nothing(is_attention=False)
-        token, drafted = context[-1], []
-        for step in range(k):
-            position = torch.tensor([[len(context) - 1 + step]])
-            hidden = model.model.embed_tokens(torch.tensor([[token]]))
-            rope = model.model.rotary_emb(hidden, position)
-            for layer in model.model.layers:  # one query sees all keys: no mask
-                hidden = layer(
-                    hidden,
-                    position_embeddings=rope,
-                    past_key_values=cache,
-                    attention_mask=None,
-                )
-            token = int(model.lm_head(model.model.norm(hidden))[0, -1].argmax())
-            drafted.append(token)
-    return drafted
-
-
-def wrong_drafts(
-    path: str, plan: str, engines: Engines, drafts: list[tuple[int, list[int]]]
-) -> int:
+def wrong_drafts(path: str, plan: str, engines: Engines) -> int:
     """How many of the first drafts are not what the reference drafts: the one after
     the prefill, and those after rejections."""
+    attention, mlp = SKIPPED[plan]
+    skip_set = SkipSet.of(NUM_LAYERS, attention=attention, mlp=mlp)
     prompts = prompts_of(1, shortest=20)
-    outputs, counts = run(engines.get(path, PLANS[plan]), prompts, sampling(10))
+    with recorded_drafts() as drafts:
+        outputs, counts = run(engines.get(path, PLANS[plan]), prompts, greedy(10))
     assert counts.accepted_tokens < counts.draft_tokens, "nothing was rejected"
     sequence = prompts[0]["prompt_token_ids"] + token_ids(outputs)[0][0]
     assert len(drafts) >= 3
     return sum(
-        drafted != reference_draft(path, plan, sequence[:num_tokens], len(drafted))
+        drafted != reference_draft(path, skip_set, sequence[:num_tokens], len(drafted))
         for num_tokens, drafted in drafts[:3]
     )
 
@@ -220,9 +143,8 @@ def test_drafts_are_those_of_a_model_without_the_sublayers(
     plan: str,
     tiny_models: dict[str, str],
     engines: Engines,
-    drafts: list[tuple[int, list[int]]],
 ) -> None:
-    assert wrong_drafts(tiny_models[family], plan, engines, drafts) == 0
+    assert wrong_drafts(tiny_models[family], plan, engines) == 0
 
 
 @pytest.mark.skipif(
@@ -231,7 +153,6 @@ def test_drafts_are_those_of_a_model_without_the_sublayers(
 def test_reading_the_kv_of_rejected_tokens_is_noticed(
     tiny_models: dict[str, str],
     engines: Engines,
-    drafts: list[tuple[int, list[int]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm_selfspec import v2_speculator
@@ -243,7 +164,7 @@ def test_reading_the_kv_of_rejected_tokens_is_noticed(
 
     monkeypatch.setattr(v2_speculator, "prepare_decode_inputs", untrimmed)
     path = tiny_models["llama"]
-    assert wrong_drafts(path, "middling", engines, drafts) > 0
+    assert wrong_drafts(path, "middling", engines) > 0
 
 
 def test_a_model_without_one_list_of_layers_is_refused() -> None:

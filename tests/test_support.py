@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -36,55 +37,68 @@ def check(**changed: object) -> None:
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
 def test_every_known_family_is_accepted(architecture: str) -> None:
     check(architecture=architecture)
+    assert family_of(architecture) == FAMILIES[architecture]
+
+
+def refusal(what: str, changed: dict[str, object], *said: str) -> Any:
+    """A row of the support table: what is refused, and what the message says."""
+    shows = pytest.mark.shows("Refused", what)
+    return pytest.param(changed, *said, marks=shows, id=next(iter(changed)))
 
 
 @pytest.mark.parametrize(
     ("changed", "rule", "found", "fix"),
     [
-        (
+        refusal(
+            "pipeline parallelism",
             {"pipeline_parallel_size": 2},
             "a draft needs all of them in one process",
             "pipeline_parallel_size is 2",
             "use tensor parallelism",
         ),
-        (
+        refusal(
+            "models with recurrent layers",
             {"is_hybrid": True},
             "cannot take a rejected draft back",
             "this model has some",
             "serve it without selfspec",
         ),
-        (
+        refusal(
+            "models with recurrent layers",
             {"is_attention_free": True},
             "recurrent layers change their state on every forward",
             "this model has some",
             "serve it without selfspec",
         ),
-        (
+        refusal(
+            "encoder-decoder models",
             {"is_encoder_decoder": True},
             "cross-attention is not part of a skip set",
             "encoder-decoder model",
             "serve it without selfspec",
         ),
-        (
+        refusal(
+            "pooling models",
             {"runner_type": "pooling"},
             "only text generation can be drafted for",
             "the model runner is 'pooling'",
             "serve it without selfspec",
         ),
-        (
+        refusal(
+            "context parallelism",
             {"decode_context_parallel_size": 2},
             "not split over context-parallel ranks",
             "decode_context_parallel_size is 2",
             "use 1",
         ),
-        (
+        refusal(
+            "models that are not in this table",
             {"architecture": "BloomForCausalLM"},
             "must know where a model's sublayers are",
             "this model is a BloomForCausalLM",
             "serve it without --speculative-config selfspec",
         ),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_drafted_for_is_refused(
     changed: dict[str, object], rule: str, found: str, fix: str

@@ -55,6 +55,8 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": Family(attention="attn"),
     "MixtralForCausalLM": Family(mlp="block_sparse_moe"),
     "Qwen3MoeForCausalLM": Family(),
+    "GptOssForCausalLM": Family(attention="attn"),
+    "DeepseekV2ForCausalLM": Family(),
     "Olmo2ForCausalLM": TRANSFORMERS,
     "Starcoder2ForCausalLM": TRANSFORMERS,
     "GPTNeoXForCausalLM": replace(TRANSFORMERS, attention="attention"),
@@ -95,7 +97,8 @@ def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
         "an encoder-decoder model's cross-attention is not part of a skip set: serve "
         "it without selfspec": model_config.is_encoder_decoder,
         "recurrent layers change their state on every forward and cannot take a "
-        "rejected draft back, and this model has some: serve it without selfspec": (
+        "rejected draft back but by kernels of vLLM's for GPUs, where selfspec was not "
+        "tried on them, and this model has some: serve it without selfspec": (
             model_config.is_hybrid or model_config.is_attention_free
         ),
         "only text generation can be drafted for, and the model runner is "

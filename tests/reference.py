@@ -1,0 +1,118 @@
+"""What a draft must be, by Hugging Face's modules: slow, and independent of vLLM's."""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+from conftest import IS_V2
+from torch import nn
+
+from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
+
+# Of a layer: the modules whose output is added to the residual stream.
+ADDED = ("self_attn", "mlp")
+
+
+@contextmanager
+def recorded_drafts() -> Iterator[list[tuple[int, list[int]]]]:
+    """Records, for each propose, the number of tokens that the first request has, and
+    its draft."""
+    recorded: list[tuple[int, list[int]]] = []
+
+    def record_v1(self: Any, runner: Any, *args: Any) -> Any:
+        result = original(self, runner, *args)
+        num_tokens = int(runner.input_batch.num_tokens_no_spec[0])
+        recorded.append((num_tokens, result.token_ids[0]))
+        return result
+
+    def record_v2(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        num_rejected = args[5]
+        last = int(input_batch.query_start_loc[1] - 1 - num_rejected[0])
+        # The newest token comes after the last accepted one, and counts too.
+        num_tokens = int(input_batch.positions[last]) + 2
+        result = original(self, input_batch, *args, **kwargs)
+        recorded.append((num_tokens, result[0].tolist()))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        if IS_V2:
+            from vllm_selfspec.v2_speculator import SelfSpecSpeculator
+
+            original = SelfSpecSpeculator.propose
+            patch.setattr(SelfSpecSpeculator, "propose", record_v2)
+        else:
+            from vllm_selfspec.v1_proposer import SelfSpecProposer
+
+            original = SelfSpecProposer.propose_for_runner
+            patch.setattr(SelfSpecProposer, "propose_for_runner", record_v1)
+        yield recorded
+
+
+@cache
+def _process() -> ProcessPoolExecutor:
+    """One without vLLM, whose Transformers backend changes Hugging Face's classes."""
+    return ProcessPoolExecutor(1, get_context("spawn"))
+
+
+def reference_draft(
+    path: str,
+    skip_set: SkipSet,
+    context: list[int],
+    num_drafts: int,
+    added: tuple[str, str] = ADDED,
+) -> list[int]:
+    """Drafts on the whole model's KV of the context, adding nothing to the residual
+    stream where the skip set says so.
+
+    Args:
+        path: A checkpoint.
+        skip_set: What the draft leaves out.
+        context: Token ids, with the newest.
+        num_drafts: Tokens to draft.
+        added: Names within a layer of what attention and MLP add: the last module
+            before the sum.
+    """
+    call = _process().submit(_draft, path, skip_set, context, num_drafts, added)
+    return call.result()
+
+
+def _draft(
+    path: str,
+    skip_set: SkipSet,
+    context: list[int],
+    num_drafts: int,
+    added: tuple[str, str],
+) -> list[int]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    layers = next(
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == skip_set.num_layers
+    )
+    with torch.no_grad():
+        kv_cache = model(torch.tensor([context[:-1]]), use_cache=True).past_key_values
+        for sublayer, name in zip(SUBLAYERS, added, strict=True):
+            for index in getattr(skip_set, sublayer):
+                layers[index].get_submodule(name).register_forward_hook(_nothing)
+        drafted: list[int] = []
+        for step in range(num_drafts):
+            logits = model(
+                torch.tensor([[drafted[-1] if drafted else context[-1]]]),
+                position_ids=torch.tensor([[len(context) - 1 + step]]),
+                past_key_values=kv_cache,
+            ).logits
+            drafted.append(int(logits[0, -1].argmax()))
+    return drafted
+
+
+def _nothing(_module: nn.Module, _args: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
