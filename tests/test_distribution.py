@@ -106,6 +106,7 @@ def samples_of(llm: Any, setting: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(samples[0]) for samples in token_ids(outputs)]
 
 
+@pytest.mark.shows("Requests", "sampling: temperature, top_p, top_k")
 @pytest.mark.parametrize(
     ("setting", "method"),
     [("T=0.7", "greedy"), ("top_p", "probabilistic")]

@@ -7,23 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import (
-    NUM_LAYERS,
-    Engines,
-    drafter_of,
-    prompts_of,
-    run,
-    token_ids,
-)
+from conftest import NUM_LAYERS, Engines, drafter_of, greedy, prompts_of, run, token_ids
 
 PLAN: dict[str, Any] = {"exit_layer": NUM_LAYERS // 2, "num_speculative_tokens": 4}
 
 
 def generated(llm: Any) -> Any:
     """The tokens, and what was drafted and accepted on the way."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    params = greedy(20)
     outputs, counts = run(llm, prompts_of(4), params)
     return [token_ids(outputs), vars(counts)]
 

@@ -1,10 +1,13 @@
 """What a request can ask for, and what happens to it, leaves the text plain vLLM's."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import (
+    IS_SHORT,
+    IS_V2,
     KV_CACHE_BYTES,
     NUM_LAYERS,
     Engines,
@@ -15,6 +18,10 @@ from conftest import (
     token_ids,
 )
 
+pytestmark = [
+    pytest.mark.v2,
+    pytest.mark.skipif(IS_V2 and IS_SHORT, reason="long there: make test-all"),
+]
 PLAN = {"exit_layer": NUM_LAYERS // 4, "num_speculative_tokens": 4}
 # Room for two or three of eight long requests: see test_identity.
 TIGHT: dict[str, Any] = {"kv_cache_memory_bytes": 384 << 10, "block_size": 32}
@@ -49,7 +56,13 @@ def pair(tiny_models: dict[str, str], engines: Engines) -> tuple[Any, Any]:
     return engines.get(path), engines.get(path, PLAN)
 
 
-@pytest.mark.parametrize("what", REQUESTS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(what, marks=pytest.mark.shows("Requests", what))
+        for what in REQUESTS
+    ],
+)
 def test_what_a_request_asks_for_is_kept_to(what: str, pair: tuple[Any, Any]) -> None:
     prompts = prompts_of(4)
     free, _ = run(pair[0], prompts, params())
@@ -63,6 +76,7 @@ def test_what_a_request_asks_for_is_kept_to(what: str, pair: tuple[Any, Any]) ->
     assert (token_ids(expected)[:3] != token_ids(free)[:3]) is changed
 
 
+@pytest.mark.shows("Requests", "bad words")
 def test_bad_words_are_kept_out(pair: tuple[Any, Any]) -> None:
     prompts = prompts_of(4)
     free, _ = run(pair[0], prompts, params())
@@ -75,6 +89,7 @@ def test_bad_words_are_kept_out(pair: tuple[Any, Any]) -> None:
     assert counts.draft_tokens
 
 
+@pytest.mark.shows("Refused", "logit bias: by vLLM itself beside speculation")
 def test_what_vllm_refuses_beside_speculation_it_refuses(pair: tuple[Any, Any]) -> None:
     from vllm.exceptions import VLLMValidationError
 
@@ -84,6 +99,7 @@ def test_what_vllm_refuses_beside_speculation_it_refuses(pair: tuple[Any, Any]) 
         run(pair[1], prompts_of(1), params(logit_bias={101: 3.0}))
 
 
+@pytest.mark.shows("Requests", "seeds")
 def test_a_seeded_request_gets_the_same_text_again(pair: tuple[Any, Any]) -> None:
     sampling = [params(temperature=1, seed=seed) for seed in (1, 2, 1)]
     prompts = [prompts_of(1)[0]] * 3
@@ -92,6 +108,7 @@ def test_a_seeded_request_gets_the_same_text_again(pair: tuple[Any, Any]) -> Non
     assert first[0] == first[2] != first[1]
 
 
+@pytest.mark.shows("Engine", "priority scheduling")
 def test_priorities_with_preemption(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
@@ -107,6 +124,7 @@ def test_priorities_with_preemption(
     assert counter(drafting, "vllm:num_preemptions") > before
 
 
+@pytest.mark.shows("Requests", "aborted requests")
 def test_aborted_requests_leave_nothing_behind(pair: tuple[Any, Any]) -> None:
     llm = pair[1]
     prompts = prompts_of(6)
@@ -131,7 +149,13 @@ def test_aborted_requests_leave_nothing_behind(pair: tuple[Any, Any]) -> None:
     assert pool.get_num_free_blocks() == free
 
 
-@pytest.mark.parametrize("cache", ["fp8", "auto"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param("fp8", marks=pytest.mark.shows("Engine", "fp8 KV cache")),
+        pytest.param("auto", marks=pytest.mark.shows("Engine", "long contexts")),
+    ],
+)
 def test_long_contexts(
     cache: str, tiny_models: dict[str, str], engines: Engines
 ) -> None:
@@ -147,3 +171,33 @@ def test_long_contexts(
     found, counts = run(drafting, prompts, params(max_tokens=60))
     assert token_ids(found) == token_ids(expected)
     assert counts.draft_tokens
+
+
+@pytest.mark.shows("Engine", "KV cache from a connector")
+def test_prompts_whose_kv_comes_from_a_connector(
+    tiny_models: dict[str, str], engines: Engines, tmp_path: Path
+) -> None:
+    """vLLM's example of one, which keeps it on disk; those that offload it to the CPU's
+    memory want a GPU."""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    connector = KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": str(tmp_path)},
+    )
+    prompts = prompts_of(4, shortest=70)
+    expected, _ = run(engines.get(tiny_models["llama"]), prompts, params())
+    llm = engines.get(
+        tiny_models["llama"], PLAN, kv_transfer_config=connector, block_size=32
+    )
+    try:
+        for from_disk in (False, True):
+            found, counts = run(llm, prompts, params())
+            assert token_ids(found) == token_ids(expected)
+            assert counts.draft_tokens
+            assert all(out.num_cached_tokens > 0 for out in found) is from_disk
+            llm.reset_prefix_cache()
+    finally:  # it is the whole process's, and would ask every other engine for its data
+        ensure_kv_transfer_shutdown()

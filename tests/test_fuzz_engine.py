@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import Engines, prompts_of, run, token_ids
+from conftest import Engines, greedy, prompts_of, run, token_ids
 from hypothesis import Phase, given, settings
 from test_config import (
     CANARY,
@@ -126,10 +126,8 @@ def drafts_for(spec: dict[str, Any], num_requests: int) -> bool:
 def test_accepted_configurations_generate_what_plain_vllm_does(
     fuzzed: list[Fuzzed], tiny_models: dict[str, str], engines: Engines
 ) -> None:
-    from vllm import SamplingParams
-
     model, prompts = tiny_models["llama"], prompts_of(3)
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    params = greedy(NUM_TOKENS)
     plain, _ = run(engines.get(model), prompts, params)
     sample = sample_of(fuzzed)
     assert len({case.skip_set for case in sample}) > NUM_GENERATING // 2

@@ -63,6 +63,27 @@ EAGER_CASES = [case for case in CASES if case.eager]
 PART_OF_CASES = [*EAGER_CASES[0::3], *EAGER_CASES[2::3], CASES[0]]
 
 
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "demo": "LlamaForCausalLM",
+}
+
+
+def marked(cases: list[Case]) -> list[Any]:
+    """Each shows that its model is supported."""
+    return [
+        pytest.param(
+            case,
+            marks=pytest.mark.shows("Models", ARCHITECTURES[case.model]),
+            id=str(case),
+        )
+        for case in cases
+    ]
+
+
 def test_the_part_has_every_value() -> None:
     for column in ("model", "plan", "k", "eager"):
         values = {getattr(case, column) for case in CASES}
@@ -148,7 +169,10 @@ def assert_same_tokens(plain: list[Any], drafted: list[Any], what: str) -> None:
     assert reasons[0] == reasons[1], f"{what}: finished for another reason"
 
 
-@pytest.mark.parametrize("case", PART_OF_CASES if IS_PART else CASES, ids=str)
+@pytest.mark.shows("Requests", "penalties")
+@pytest.mark.shows("Requests", "two samples of a prompt")
+@pytest.mark.shows("Requests", "JSON schema")
+@pytest.mark.parametrize("case", marked(PART_OF_CASES if IS_PART else CASES))
 def test_greedy_output_is_plain_vllms(
     case: Case, paths: dict[str, str], engines: Engines
 ) -> None:
@@ -233,6 +257,7 @@ SMALL_PLANS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.shows("Engine", "chunked prefill")
 @SMALL_PLANS
 def test_chunked_prefill_forced_by_a_small_token_budget(
     plan: str, paths: dict[str, str], engines: Engines
@@ -248,6 +273,7 @@ def test_chunked_prefill_forced_by_a_small_token_budget(
         )
 
 
+@pytest.mark.shows("Engine", "prefix caching")
 @SMALL_PLANS
 def test_prefix_caching_with_shared_prefixes(
     plan: str, paths: dict[str, str], engines: Engines
@@ -270,6 +296,7 @@ def test_prefix_caching_with_shared_prefixes(
     compare(pair, longer, params(), "prompt that goes on with generated text")
 
 
+@pytest.mark.shows("Engine", "preemption")
 @SMALL_PLANS
 def test_preemption_forced_by_a_tiny_kv_cache(
     plan: str, paths: dict[str, str], engines: Engines
@@ -286,6 +313,7 @@ def test_preemption_forced_by_a_tiny_kv_cache(
     )
 
 
+@pytest.mark.shows("Requests", "max_model_len inside a draft")
 @SMALL_PLANS
 @pytest.mark.parametrize("room", [2, 5] if IS_PART else [1, 2, 3, 5, 6])
 def test_max_model_len_reached_inside_a_draft(
@@ -299,6 +327,7 @@ def test_max_model_len_reached_inside_a_draft(
     ]
 
 
+@pytest.mark.shows("Requests", "EOS, stop tokens and stop strings inside a draft")
 @SMALL_PLANS
 def test_eos_and_stop_inside_a_draft(
     plan: str, paths: dict[str, str], engines: Engines
@@ -319,6 +348,7 @@ def test_eos_and_stop_inside_a_draft(
         compare(pair, prompts, held, f"min_tokens beyond a stop token at {at}")
 
 
+@pytest.mark.shows("Requests", "logprobs of text and prompt")
 def test_logprobs_equal_plain_vllms(paths: dict[str, str], engines: Engines) -> None:
     pair = both(engines, paths["llama"], "middling")
     sampling = params(logprobs=3, prompt_logprobs=2)

@@ -12,6 +12,7 @@ from conftest import (
     TINY,
     Engines,
     build_tiny_model,
+    greedy,
     prompts_of,
     run,
     token_ids,
@@ -82,13 +83,12 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def generate(llm: Any, num: int, adapters: list[Any]) -> tuple[Any, Any]:
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    params = greedy(24)
     requests = [adapters[number % len(adapters)] for number in range(num)]
     return run(llm, prompts_of(num), params, lora_request=requests)
 
 
+@pytest.mark.shows("Engine", "LoRA adapters")
 @pytest.mark.parametrize("skip_layers", [{}, {"attention": [1], "mlp": [1, 2]}])
 def test_adapters_draft_losslessly(
     skip_layers: dict[str, Any], model: str, adapters: list[Any], engines: Engines
@@ -112,6 +112,7 @@ def test_the_adapters_make_texts_of_their_own(
 
 
 @pytest.mark.v2
+@pytest.mark.shows("Refused", "LoRA adapters in the V2 runner")
 def test_the_v2_runner_refuses_adapters() -> None:
     if not IS_V2:
         pytest.skip("its modules need Triton")

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import KV_CACHE_BYTES, Engines, build_tiny_model
+from conftest import CORES, IS_SHORT, KV_CACHE_BYTES, Engines, build_tiny_model, greedy
 from prometheus_client.parser import text_string_to_metric_families
 
 NAME = "tiny"
@@ -42,8 +42,8 @@ GREEDY: dict[str, Any] = {
 }
 
 
-def command(model: str, port: int, spec: str) -> list[str]:
-    """`vllm serve` with everything that makes it small."""
+def command(model: str, port: int, spec: str, *more: str) -> list[str]:
+    """`vllm serve` with everything that makes it small, and `more` flags."""
     flags = {
         "--host": "127.0.0.1",
         "--port": port,
@@ -56,7 +56,7 @@ def command(model: str, port: int, spec: str) -> list[str]:
     }
     vllm = str(Path(sys.executable).with_name("vllm"))
     words = [str(word) for flag in flags.items() for word in flag]
-    return [vllm, "serve", model, "--enforce-eager", *words]
+    return [vllm, "serve", model, "--enforce-eager", *words, *more]
 
 
 def environment() -> dict[str, str]:
@@ -101,14 +101,15 @@ class Server:
             return False
         return response.status_code == 200
 
-    def metric(self, name: str) -> float:
-        """The sum of a Prometheus sample over all its labels."""
+    def metric(self, name: str, engine: int | None = None) -> float:
+        """The sum of a Prometheus sample over all its labels, or those of an engine."""
         text = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=30).text
         return sum(
             sample.value
             for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == name
+            and (engine is None or sample.labels.get("engine") == str(engine))
         )
 
     def is_idle(self) -> bool:
@@ -117,12 +118,12 @@ class Server:
 
 
 @contextmanager
-def serving(model: str, spec: str, log: Path) -> Iterator[Server]:
-    """Starts a server and ends it, with the processes it started."""
+def serving(model: str, spec: str, log: Path, *more: str) -> Iterator[Server]:
+    """Starts a server, with `more` flags, and ends it, with its processes."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(model, port, spec),
+            command(model, port, spec, *more),
             env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -174,15 +175,19 @@ def server(shared_server: Server) -> Iterator[Server]:
     print(shared_server.log_tail())
 
 
-@pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(
         base_url=f"{server.url}/v1",
         api_key="none",
         max_retries=0,
         timeout=120,
         http_client=httpx.Client(trust_env=False),  # no proxy on the way to loopback
-    ) as client:
+    )
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with client_of(server) as client:
         yield client
 
 
@@ -202,11 +207,9 @@ def messages(prompt: str) -> list[Any]:
 def test_a_completion_is_the_text_of_plain_vllm(
     client: openai.OpenAI, model: str, engines: Engines
 ) -> None:
-    from vllm import SamplingParams
-
     plain = engines.get(model).generate(
         PROMPTS[:4],
-        SamplingParams(temperature=0, max_tokens=48, ignore_eos=True),
+        greedy(48),
         use_tqdm=False,
     )
     texts = [complete(client, prompt) for prompt in PROMPTS[:4]]
@@ -290,12 +293,37 @@ def test_an_engine_process_plans_draft_lengths_and_shows_it(
     """It loads plugins later than an engine within its own process does."""
     with serving(model, "selfspec", tmp_path / "log") as server:
         assert "selfspec: a step of [1, 2, 3, 4" in server.log.read_text(), "measured"
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        client = client_of(server)
         for _ in range(2):  # counts are written with the first step after a second
             complete(client, PROMPTS[0])
             time.sleep(1.2)
         complete(client, PROMPTS[1])
         assert server.metric("vllm:selfspec_steps_total") > 10
+
+
+@pytest.mark.skipif(IS_SHORT, reason="minutes: make test-all")
+@pytest.mark.shows("Engine", "data parallelism")
+def test_two_data_parallel_engines_each_draft(
+    model: str, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"0|{CORES - 1}")
+    params = greedy(48)
+    expected = engines.get(model).generate(PROMPTS, params, use_tqdm=False)
+    spec = '{"method": "selfspec", "exit_layer": 2, "draft_length": "fixed"}'
+    flags = ("--data-parallel-size", "2")
+    with (
+        serving(model, spec, tmp_path / "log", *flags) as server,
+        client_of(server) as client,
+        ThreadPoolExecutor(NUM_CONCURRENT) as pool,
+    ):
+        found = [*pool.map(lambda prompt: complete(client, prompt), PROMPTS)]
+        wait_until(server.is_idle, "no request runs or waits", 60)
+        drafts = [
+            server.metric("vllm:spec_decode_num_drafts_total", engine)
+            for engine in (0, 1)
+        ]
+    assert found == [output.outputs[0].text for output in expected]
+    assert min(drafts) > 0, "both had requests"
 
 
 def test_an_invalid_plan_ends_vllm_serve_with_our_words(model: str) -> None:

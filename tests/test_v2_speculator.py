@@ -13,6 +13,7 @@ from conftest import (
     IS_V2,
     Engines,
     drafter_of,
+    greedy,
     prompts_of,
     run,
     token_ids,
@@ -24,12 +25,7 @@ pytestmark = [
 ]
 SPEC: dict[str, Any] = {"exit_layer": 2, "num_speculative_tokens": 3}
 NUM_PROMPTS = 3
-
-
-def greedy(max_tokens: int = 14) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+MAX_TOKENS = 14
 
 
 def runner_of(llm: Any) -> Any:
@@ -37,7 +33,7 @@ def runner_of(llm: Any) -> Any:
 
 
 def generated(llm: Any) -> dict[str, Any]:
-    outputs, counts = run(llm, prompts_of(NUM_PROMPTS), greedy())
+    outputs, counts = run(llm, prompts_of(NUM_PROMPTS), greedy(MAX_TOKENS))
     return {"tokens": token_ids(outputs), "accepted": counts.accepted_tokens}
 
 
@@ -171,8 +167,8 @@ def test_async_scheduling_is_on_unless_switched_off(
     for spec in ({"skip_layers": {}}, SPEC):
         llm = engines.get(path, spec, async_scheduling=asked)
         assert cpu_schedules_as_configured[-1] is (asked is not False)
-        expected, _ = run(plain, prompts_of(5), greedy())
-        found, counts = run(llm, prompts_of(5), greedy())
+        expected, _ = run(plain, prompts_of(5), greedy(MAX_TOKENS))
+        found, counts = run(llm, prompts_of(5), greedy(MAX_TOKENS))
         assert token_ids(found) == token_ids(expected)
         assert counts.draft_tokens > 0
         if spec is not SPEC:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_LAYERS, Engines, drafter_of, prompts_of, run, token_ids
+from conftest import NUM_LAYERS, Engines, drafter_of, greedy, prompts_of, run, token_ids
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,6 +20,7 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"enforce_eager": False},
 }
 NUM_DRAFTS = 4
+MAX_TOKENS = 32
 PLANS: dict[str, dict[str, Any]] = {
     "empty": {"skip_layers": {}},
     "middling": {"skip_layers": {"attention": [1], "mlp": [2]}},
@@ -30,12 +31,6 @@ PLANS: dict[str, dict[str, Any]] = {
     },
 }
 SHARE = {"gpu_memory_utilization": 0.05}  # of the device, by each of the engines
-
-
-def greedy() -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 
 
 def drafter(llm: Any) -> Any:
@@ -55,9 +50,9 @@ def test_text_is_plain_vllms_and_acceptance_that_of_eager_drafting(
     llm = engines.get(path, keys, **SHARE, **MODES[mode])
     for num_requests in (1, 3, 8):
         prompts = prompts_of(num_requests)
-        expected, _ = run(plain, prompts, greedy())
-        _, eager_counts = run(eager, prompts, greedy())
-        found, counts = run(llm, prompts, greedy())
+        expected, _ = run(plain, prompts, greedy(MAX_TOKENS))
+        _, eager_counts = run(eager, prompts, greedy(MAX_TOKENS))
+        found, counts = run(llm, prompts, greedy(MAX_TOKENS))
         assert token_ids(found) == token_ids(expected)
         assert counts == eager_counts, "a graph must not replay stale metadata"
         if plan == "empty":
@@ -84,7 +79,7 @@ def test_drafting_never_waits_for_the_device(
 ) -> None:
     keys = {"num_speculative_tokens": NUM_DRAFTS, **PLANS["exit"]}
     llm = engines.get(tiny_models["llama"], keys, **SHARE, **MODES["graphs"])
-    run(llm, prompts_of(8), greedy())  # kernels are compiled
+    run(llm, prompts_of(8), greedy(MAX_TOKENS))  # kernels are compiled
     speculator = drafter(llm)
     propose, num_calls = type(speculator).propose, 0
 
@@ -98,7 +93,7 @@ def test_drafting_never_waits_for_the_device(
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(type(speculator), "propose", watched)
-    run(llm, prompts_of(8), greedy())
+    run(llm, prompts_of(8), greedy(MAX_TOKENS))
     assert num_calls > 0
 
 
@@ -121,3 +116,34 @@ def test_weights_and_kv_blocks_are_those_of_plain_vllm(
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
         found.append((sum(storages.values()), blocks))
     assert found[0] == found[1]
+
+
+def test_text_over_vllms_ray_executor(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """Which vLLM's CPU platform refuses; test_ray has what is sent over it."""
+    pytest.importorskip("ray")
+    path = tiny_models["llama"]
+    keys = {"num_speculative_tokens": NUM_DRAFTS, **PLANS["middling"]}
+    by_ray = {"distributed_executor_backend": "ray", **SHARE}
+    expected, _ = run(engines.get(path, **SHARE), prompts_of(8), greedy(MAX_TOKENS))
+    found, counts = run(
+        engines.get(path, keys, **by_ray), prompts_of(8), greedy(MAX_TOKENS)
+    )
+    assert token_ids(found) == token_ids(expected)
+    assert counts.draft_tokens
+
+
+def test_text_after_sleep_and_wake(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """The view must draft with the weights where they are after waking."""
+    path = tiny_models["llama"]
+    keys = {"num_speculative_tokens": NUM_DRAFTS, **PLANS["middling"]}
+    llm = engines.get(path, keys, enable_sleep_mode=True, **SHARE, **MODES["graphs"])
+    before, counts_before = run(llm, prompts_of(8), greedy(MAX_TOKENS))
+    llm.sleep(level=1)
+    llm.wake_up()
+    after, counts_after = run(llm, prompts_of(8), greedy(MAX_TOKENS))
+    assert token_ids(after) == token_ids(before)
+    assert counts_after == counts_before

@@ -1,0 +1,87 @@
+"""Two workers with half of every layer each draft as one does."""
+
+from typing import Any
+
+import pytest
+from conftest import (
+    CORES,
+    KV_CACHE_BYTES,
+    NUM_LAYERS,
+    Engines,
+    greedy,
+    prompts_of,
+    run,
+    token_ids,
+)
+
+from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.tuning.engine import TuningEngine
+
+TWO: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+}
+NUM_DRAFTS = 3
+MAX_TOKENS = 24
+
+
+@pytest.fixture(autouse=True)
+def a_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"0|{CORES - 1}")
+
+
+@pytest.mark.shows("Engine", "tensor parallelism")
+@pytest.mark.parametrize("plan", [{}, {"attention": [1], "mlp": [1, 2]}])
+def test_greedy_text_is_plain_vllms(
+    plan: dict[str, Any], tiny_models: dict[str, str], engines: Engines
+) -> None:
+    model, prompts = tiny_models["qwen3"], prompts_of(8)
+    spec = {"skip_layers": plan, "num_speculative_tokens": NUM_DRAFTS}
+    expected, _ = run(engines.get(model), prompts, greedy(MAX_TOKENS))
+    found, counts = run(engines.get(model, spec, **TWO), prompts, greedy(MAX_TOKENS))
+    assert token_ids(found) == token_ids(expected)
+    assert counts.draft_tokens
+    assert (counts.acceptance == 1) is (not plan)
+
+
+@pytest.mark.shows("Engine", "tensor parallelism, skip_layers 'online'")
+def test_both_workers_change_plans_together(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    model, prompts = tiny_models["qwen3"], prompts_of(8)
+    spec = {"skip_layers": "online", "online": {"share": 0.5}}
+    llm = engines.get(model, spec, **TWO)
+    expected, _ = run(engines.get(model), prompts, greedy(MAX_TOKENS))
+    for _ in range(4):
+        found, _ = run(llm, prompts, greedy(MAX_TOKENS))
+        assert token_ids(found) == token_ids(expected)
+    (first, second) = llm.collective_rpc(_search)
+    assert first == second
+    assert first[0] > 1, "nothing was tried, so nothing was shown"
+
+
+def _search(worker: Any) -> tuple[int, str, str]:
+    search = worker.model_runner.drafter.tuner.search
+    return search.num_duels, str(search.incumbent), str(search.candidate)
+
+
+@pytest.mark.shows("Engine", "tensor parallelism, tune")
+def test_plans_are_scored_over_two_workers(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    found = TuningEngine(
+        tiny_models["qwen3"],
+        prompts_of(3),
+        MAX_TOKENS,
+        NUM_DRAFTS,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        kv_cache_memory_bytes=16 * KV_CACHE_BYTES,
+        **TWO,
+    )
+    engines.others.append(found._llm)
+    everything = found.score(SkipSet.of(NUM_LAYERS), range(3))
+    assert everything.walk.acceptance == (1,) * everything.k
+    less = found.score(SkipSet.of(NUM_LAYERS, mlp=[1, 2]), range(3))
+    assert less.walk.acceptance[0] < 1
