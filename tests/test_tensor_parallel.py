@@ -1,5 +1,6 @@
 """Two workers with half of every layer each draft as one does."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,8 +27,14 @@ MAX_TOKENS = 24
 
 
 @pytest.fixture(autouse=True)
-def a_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def a_core_each(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM reads its variables once, when the first engine of the process starts."""
+    from vllm import envs
+
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"0|{CORES - 1}")
+    envs.disable_envs_cache()
+    yield
+    envs.disable_envs_cache()
 
 
 @pytest.mark.shows("Engine", "tensor parallelism")

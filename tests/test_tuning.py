@@ -192,7 +192,7 @@ def test_a_search_goes_on_from_the_best_by_single_sublayers(tmp_path: Path) -> N
         return found
 
     search = Search(12, near, 4, tmp_path / "study.db", "study")
-    search.run(60, ignore, max_plans=120)
+    search.run(600, ignore, max_plans=120)
     assert search.found()[0].skip_set == wanted
 
 
