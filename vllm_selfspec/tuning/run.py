@@ -25,7 +25,7 @@ from vllm_selfspec.config import ConfigError
 from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.profile import write_profile
 from vllm_selfspec.skip_set import SkipSet
-from vllm_selfspec.target_model import TargetModel
+from vllm_selfspec.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.tuning import report
 from vllm_selfspec.tuning.engine import Known
 from vllm_selfspec.tuning.engines import Engines, LocalEngine, RayEngines
@@ -249,22 +249,6 @@ def _document(
             "dtype": options.dtype,
         },
     }
-
-
-def weights_fingerprint(path: Path) -> str:
-    """Of a checkpoint: names, shapes and types of its tensors, and the ends of files.
-
-    Not all of it is read: 26 GB would take a minute.
-    """
-    found = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
-            found.update(content.read(1 << 20))
-            content.seek(max(0, size - (1 << 20)))
-            found.update(content.read())
-    return found.hexdigest()[:16]
 
 
 def texts_fingerprint(known: Known) -> str:
