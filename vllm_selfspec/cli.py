@@ -24,6 +24,8 @@ from vllm_selfspec.config import (
     ConfigError,
 )
 from vllm_selfspec.cost import CheckpointError
+from vllm_selfspec.exit_layer.card import ExitHeadError
+from vllm_selfspec.exit_layer.errors import TextsError, TrainError
 from vllm_selfspec.preview import Preview
 from vllm_selfspec.profile import MAX_NUM_SPECULATIVE_TOKENS, ProfileError
 from vllm_selfspec.skip_set import SkipSetError
@@ -31,7 +33,8 @@ from vllm_selfspec.support import UnsupportedModelError
 from vllm_selfspec.tuning.run import TuneError
 
 # What the user wrote is wrong, like an unknown option; the rest is the model's fault.
-USAGE_ERRORS = (ConfigError, SkipSetError, ProfileError, TaskError)
+USAGE_ERRORS = (ConfigError, SkipSetError, ProfileError, TaskError, ExitHeadError)
+FAILURES = (ServerError, TuneError, TextsError, TrainError)
 REFUSALS = (
     UnsupportedModelError,
     CheckpointError,
@@ -57,7 +60,7 @@ def errors_in_one_line() -> Iterator[None]:
     """Without traceback: exits with 1 for a refused model, with 2 for wrong words."""
     try:
         yield
-    except (ServerError, TuneError) as error:  # the first with lines of its log
+    except FAILURES as error:  # the first with lines of its log
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     except (*USAGE_ERRORS, *REFUSALS) as error:
@@ -449,6 +452,162 @@ def tune(
         )
 
 
+@app.command(
+    name="train-exit",
+    epilog="Example: vllm-selfspec train-exit my_model --prompts my_prompts.jsonl "
+    "--exit-layer 3 -o my_head",
+)
+def train_exit(
+    model: Annotated[
+        str, typer.Argument(help="Model directory, or name on the Hugging Face Hub.")
+    ],
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            help="Prompts like those that will be served: JSON lines with prompt or "
+            "messages, or a task of bench. More than once for several.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Of the head, its card, the loss curve and the checkpoint with which "
+            "the same command goes on where it was stopped.",
+        ),
+    ],
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to measure on, as --prompts; a tenth of those otherwise.",
+        ),
+    ] = None,
+    exit_layer: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="The target's layers before the exit layer; auto trains a few for an "
+            "epoch each and goes on with the best.",
+        ),
+    ] = "auto",
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="At most so many, drawn with the seed."),
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="The last so many tokens of a prompt are read."
+        ),
+    ] = 512,
+    max_tokens: Annotated[
+        int,
+        typer.Option(min=2, metavar="N", help="The target goes on for so many."),
+    ] = 256,
+    temperature: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="It does at these, by turns; 0 is greedy."),
+    ] = "0,1",
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="K", help="Tokens of its distribution that are learned from."
+        ),
+    ] = 32,
+    loss: Annotated[
+        Literal["kl", "ce"],
+        typer.Option(
+            help="kl to the target's distribution, or cross-entropy on its tokens."
+        ),
+    ] = "kl",
+    head: Annotated[
+        Literal["shared", "low-rank", "full"],
+        typer.Option(help="The target's LM head, or one of its own that starts there."),
+    ] = "shared",
+    head_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Of a low-rank head. Default: hidden size / 4."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Times that each text is seen.")
+    ] = 3,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Texts a step.")
+    ] = 16,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-8, help="The highest learning rate. Default: 0.256 / hidden size."
+        ),
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Steps between two checkpoints.")
+    ] = 100,
+    ray: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Train in N workers of Ray Train, on this machine or in the cluster "
+            "of RAY_ADDRESS; --output and --cache must be where all see them.",
+        ),
+    ] = 0,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="vLLM's, to generate the texts.")
+    ] = 1,
+    dtype: Annotated[str, typer.Option(help="vLLM's, of the same.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, texts and order.")] = 0,
+    cache: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", envvar="VLLM_SELFSPEC_CACHE", help="Of generated texts."
+        ),
+    ] = Path("~/.cache/vllm_selfspec"),
+) -> None:
+    """Train a decoder layer that drafts after the target's first N.
+
+    The target goes on with the prompts, by vLLM, and the layer learns what it says.
+    Nothing of the target changes. Ctrl-C loses nothing: the same command goes on.
+    """
+    from vllm_selfspec.exit_layer.run import Options, run_train_exit
+    from vllm_selfspec.exit_layer.texts import TextOptions
+    from vllm_selfspec.exit_layer.train import Recipe
+
+    with errors_in_one_line():
+        texts = TextOptions(
+            max_tokens=max_tokens,
+            temperatures=tuple(numbers("--temperature", temperature, float, 0)),
+            top_k=top_k,
+            seed=seed,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        options = Options(
+            model=model,
+            prompts=tuple(prompts),
+            held_out=tuple(held_out or ()),
+            num_prompts=num_prompts,
+            max_prompt_tokens=max_prompt_tokens,
+            exit_layer=parse_exit_layer(exit_layer),
+            head=head,
+            head_rank=head_rank,
+            texts=texts,
+            recipe=Recipe(loss, epochs, batch_size, lr, seed),
+            save_every=save_every,
+            ray=ray,
+            cache=cache.expanduser(),
+            output=output,
+            command=shlex.join(["vllm-selfspec", *sys.argv[1:]]),
+        )
+        run_train_exit(options)
+
+
 @app.command()
 def catalogue(
     as_json: Annotated[
@@ -510,6 +669,22 @@ def arm_groups(text: str) -> list[str]:
                 f"--arms takes {', '.join(GROUPS)}, but it holds {piece!r}: correct it"
             )
     return found
+
+
+def parse_exit_layer(text: str) -> int | None:
+    """N, or None for `auto`.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise ConfigError(
+            f"--exit-layer takes a number of layers or auto, but it is {text!r}: "
+            "correct it"
+        )
+    return int(text)
 
 
 def parse_skip_layers(text: str) -> Any:

@@ -1,0 +1,87 @@
+"""`Workers`: the processes that train one exit layer together.
+
+One rule: what is added up is the same in all of them afterwards, so that each takes the
+same step. A batch is shared out, so their number decides nothing but the time.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class Workers(Protocol):
+    """Attributes:
+    rank: Of this one, from 0.
+    num: Of all.
+    """
+
+    rank: int
+    num: int
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sums over all workers, in place."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, num = 0, 1
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """It is the sum."""
+
+
+class TogetherByTorch:
+    """The process group that torch has been told of."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.num = torch.distributed.get_world_size()
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """One message for all of them."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        at = 0
+        for tensor in tensors:
+            tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
+            at += tensor.numel()
+
+
+def run_by_ray(
+    num: int, function: Callable[[Any, Workers], object], argument: Any, directory: str
+) -> None:
+    """Runs `function` in `num` workers of Ray Train, each with a GPU where there are.
+
+    They are in the cluster of `RAY_ADDRESS`, or on this machine. What `function` writes
+    must be where all of them see it.
+
+    Args:
+        num: Workers.
+        function: Of `argument` and the workers; at the top of a module.
+        argument: Anything that can be pickled.
+        directory: For what Ray Train notes.
+    """
+    import os
+
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    on_gpu = torch.cuda.is_available()
+    names = ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    ray.init(runtime_env={"env_vars": environment}, ignore_reinit_error=True)
+
+    def loop(config: dict[str, Any]) -> None:
+        config["function"](config["argument"], TogetherByTorch())
+
+    TorchTrainer(
+        loop,
+        train_loop_config={"function": function, "argument": argument},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num, use_gpu=on_gpu),
+        run_config=RunConfig(storage_path=directory),
+    ).fit()
