@@ -29,9 +29,15 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 from vllm_selfspec.cost import WEIGHTS, CheckpointError, weight_files
+from vllm_selfspec.exit_layer.card import (
+    TENSORS_FILE,
+    read_exit_card,
+    write_exit_head,
+)
+from vllm_selfspec.target_model import TargetModel, weights_fingerprint
 
 ARCHITECTURES = ["LlamaForCausalLM"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -238,6 +244,61 @@ def widen_tensor(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
     if weight.ndim == 1:
         return weight.repeat(factor)
     return weight.repeat(factor, factor) / factor
+
+
+def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
+    """Writes an exit head of a small model as the one of its widened form.
+
+    What it drafts stays the same. Of an LM head of its own the rank stays.
+
+    Args:
+        head: Directory of the exit head.
+        source: Checkpoint directory of its target.
+        wide: What `widen` made of that.
+        output: Directory to write.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ExitHeadError: If the head is damaged, or not of `source`.
+        WidenError: If `wide` is not made of `source`.
+    """
+    card = read_exit_card(head)
+    card.check_fits(TargetModel.read(source, str(source)), source)
+    stamp = read_stamp(wide) or {}
+    if stamp.get("source_sha256") != digest(source):
+        raise WidenError(
+            f"a head is widened for a model that was widened from its target {source}, "
+            f"but {wide} was not: widen that first"
+        )
+    factor, dtype = int(stamp["factor"]), DTYPES[stamp["dtype"]]
+    tensors = {
+        name: widen_head_tensor(name, tensor.to(dtype), factor)
+        for name, tensor in load_file(head / TENSORS_FILE).items()
+    }
+    target = TargetModel.read(wide, wide.name)
+    changed = {
+        "model": f"{card.model}, widened {factor} times",
+        "architecture": dict(target.architecture),
+        "weights": weights_fingerprint(wide),
+        "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
+    }
+    write_exit_head(
+        output,
+        card.model_dump(exclude={"tensors"}) | changed,
+        save(tensors, {"format": "pt"}),
+    )
+    return output
+
+
+def widen_head_tensor(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
+    """One widened tensor of an exit head, whose own LM head reads what is widened and
+    writes what is not."""
+    if name == "head.up.weight":
+        return weight
+    is_head = name in ("head.down.weight", "head.weight")
+    return widen_tensor(HEAD if is_head else name, weight, factor)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
