@@ -103,13 +103,6 @@ def run_train_exit(options: Options) -> None:
     training.run(exit_layer)
 
 
-def _train_quietly(job: Any, workers: Any) -> None:
-    """In a worker of Ray's."""
-    from vllm_selfspec.exit_layer.train import train
-
-    train(job, workers)
-
-
 def candidates(num_layers: int) -> list[int]:
     """The exit layers that `auto` compares."""
     found = {max(1, round(share * num_layers)) for share in AUTO_SHARES}
@@ -268,7 +261,7 @@ class _Training:
 
         self._console.print(f"Training the exit layer after {job.exit_layer} layers")
         if self._options.ray:
-            run_by_ray(self._options.ray, _train_quietly, job, str(job.output / "ray"))
+            run_by_ray(self._options.ray, job, job.output / "ray")
             trainer = Trainer(job, job.student(), Alone())
             trainer.load()
             return trainer

@@ -4,10 +4,20 @@ One rule: what is added up is the same in all of them afterwards, so that each t
 same step. A batch is shared out, so their number decides nothing but the time.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+# What decides how a process runs, and must be the same in the workers.
+PASSED_ON = (
+    "PYTHONPATH",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
 
 
 class Workers(Protocol):
@@ -50,38 +60,34 @@ class TogetherByTorch:
             at += tensor.numel()
 
 
-def run_by_ray(
-    num: int, function: Callable[[Any, Workers], object], argument: Any, directory: str
-) -> None:
-    """Runs `function` in `num` workers of Ray Train, each with a GPU where there are.
+def run_by_ray(num: int, job: Any, directory: Path) -> None:
+    """Runs `train` in `num` workers of Ray Train, each with a GPU where there are.
 
-    They are in the cluster of `RAY_ADDRESS`, or on this machine. What `function` writes
-    must be where all of them see it.
+    They are in the cluster of `RAY_ADDRESS`, or on this machine.
 
     Args:
         num: Workers.
-        function: Of `argument` and the workers; at the top of a module.
-        argument: Anything that can be pickled.
+        job: A `Job`, whose directories all of them see.
         directory: For what Ray Train notes.
     """
-    import os
-
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     on_gpu = torch.cuda.is_available()
-    names = ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-    environment = {name: os.environ[name] for name in names if name in os.environ}
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     ray.init(runtime_env={"env_vars": environment}, ignore_reinit_error=True)
-
-    def loop(config: dict[str, Any]) -> None:
-        config["function"](config["argument"], TogetherByTorch())
-
     TorchTrainer(
-        loop,
-        train_loop_config={"function": function, "argument": argument},
+        _train,
+        train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num, use_gpu=on_gpu),
-        run_config=RunConfig(storage_path=directory),
+        run_config=RunConfig(storage_path=str(directory.resolve())),
     ).fit()
+
+
+def _train(config: dict[str, Any]) -> None:
+    """In each worker."""
+    from vllm_selfspec.exit_layer.train import train
+
+    train(config["job"], TogetherByTorch())
