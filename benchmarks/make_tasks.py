@@ -43,9 +43,9 @@ QUESTIONS = (
 )
 
 
-def held_out() -> dict[str, str]:
+def sources_of(held_out: bool) -> dict[str, str]:
     """Text by name, that of tests last: the library itself reads better."""
-    found = sorted(texts(held_out=True), key=lambda item: ("test" in item[0], item[0]))
+    found = sorted(texts(held_out), key=lambda item: ("test" in item[0], item[0]))
     return {
         name: text
         for name, text in found
@@ -64,10 +64,12 @@ def docstrings(sources: dict[str, str]) -> Iterator[tuple[str, str, str]]:
                 yield file, node.name, text
 
 
-def summarization(sources: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
+def summarization(
+    sources: dict[str, str], rng: random.Random, num: int
+) -> list[dict[str, Any]]:
     """Documents whose beginning is repeated, for a model to go on with."""
     found = []
-    for number in range(NUM_PROMPTS):
+    for number in range(num):
         name, text, start = _cut(sources, rng, DOCUMENT_CHARACTERS)
         length = rng.randint(*DOCUMENT_CHARACTERS)
         document = textwrap.dedent(text[start : start + length]).strip()
@@ -83,16 +85,16 @@ def summarization(sources: dict[str, str], rng: random.Random) -> list[dict[str,
     return found
 
 
-def code(sources: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
+def code(sources: dict[str, str], rng: random.Random, num: int) -> list[dict[str, Any]]:
     """Pieces of source files, cut at lines."""
     modules = {name: text for name, text in sources.items() if name.endswith(".py")}
     return [
         _continuation("code", number, modules, rng, CODE_CHARACTERS)
-        for number in range(NUM_PROMPTS)
+        for number in range(num)
     ]
 
 
-def text(sources: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
+def text(sources: dict[str, str], rng: random.Random, num: int) -> list[dict[str, Any]]:
     """Pieces of prose: the language reference and long docstrings."""
     prose = {n: t for n, t in sources.items() if not n.endswith(".py")}
     for file, name, docstring in docstrings(sources):
@@ -100,15 +102,15 @@ def text(sources: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
             prose[f"{file}:{name}"] = docstring
     return [
         _continuation("text", number, prose, rng, PROSE_CHARACTERS)
-        for number in range(NUM_PROMPTS)
+        for number in range(num)
     ]
 
 
-def chat(sources: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
+def chat(sources: dict[str, str], rng: random.Random, num: int) -> list[dict[str, Any]]:
     """Questions about functions, answered by their docstrings."""
     known = [item for item in docstrings(sources) if len(item[2]) > 60]
     found = []
-    for number, (file, name, docstring) in enumerate(rng.sample(known, NUM_PROMPTS)):
+    for number, (file, name, docstring) in enumerate(rng.sample(known, num)):
         question = rng.choice(QUESTIONS).format(name=name, file=file)
         found.append(
             {
@@ -151,11 +153,14 @@ def _continuation(
     }
 
 
+TASKS = (summarization, code, chat, text)
+
+
 def main() -> None:
     """Write one file a task."""
-    sources = held_out()
-    for make in (summarization, code, chat, text):
-        rows = make(sources, random.Random(f"{SEED} {make.__name__}"))
+    sources = sources_of(held_out=True)
+    for make in TASKS:
+        rows = make(sources, random.Random(f"{SEED} {make.__name__}"), NUM_PROMPTS)
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         path = OUTPUT / f"{make.__name__}.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

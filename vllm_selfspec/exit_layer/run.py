@@ -307,6 +307,7 @@ class _Training:
             "steps": trainer.step,
             "tokens": trainer.num_tokens,
             "seconds": round(trainer.seconds),
+            "cpu_seconds": round(trainer.cpu_seconds),
             "workers": max(1, options.ray),
             "last_loss": round(sum(trainer.curve[-50:]) / len(trainer.curve[-50:]), 4),
             "date": date.today().isoformat(),

@@ -91,11 +91,13 @@ class Trainer:
     num_steps: Of the whole run.
     num_tokens: Of the target's own that were learned from so far.
     seconds: That it took so far.
+    cpu_seconds: The same of all cores together, on a machine shared with others.
     curve: Mean loss of a token, by step.
     """
 
     def __init__(self, job: Job, student: Student, workers: Workers) -> None:
-        self.step, self.num_tokens, self.seconds = 0, 0, 0.0
+        self.step = self.num_tokens = 0
+        self.seconds = self.cpu_seconds = 0.0
         self.curve: list[float] = []
         self.student, self._job, self._workers = student, job, workers
         self._texts = Texts(job.texts)
@@ -109,7 +111,7 @@ class Trainer:
 
     def train_step(self) -> float:
         """Takes one; returns its loss."""
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), time.process_time()
         texts = self._my_texts()
         trained = [*self.student.trained.values()]
         for parameter in trained:
@@ -132,6 +134,7 @@ class Trainer:
         self.curve.append(float(total[0] / total[1]))
         self.num_tokens += int(total[1])
         self.seconds += time.monotonic() - started
+        self.cpu_seconds += time.process_time() - cpu_started
         return self.curve[-1]
 
     def _losses(self, batch: Batch) -> torch.Tensor:
@@ -176,6 +179,7 @@ class Trainer:
             "step": self.step,
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "curve": self.curve,
             "trained": {n: p.detach() for n, p in self.student.trained.items()},
             "optimizer": self._optimizer.state_dict(),
@@ -208,6 +212,7 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         self.step, self.curve = state["step"], state["curve"]
         self.num_tokens, self.seconds = state["num_tokens"], state["seconds"]
+        self.cpu_seconds = state["cpu_seconds"]
 
 
 def train(
