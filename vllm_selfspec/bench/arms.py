@@ -5,6 +5,7 @@ and KV cache as ours; where its documentation leaves a choice, a small grid is r
 every point of it is reported.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,19 @@ class Arm:
     def has_one_length(self) -> bool:
         """Whether all its drafts have `k` tokens, so that v is the cost of one number
         of rows."""
-        return (self.speculative_config or {}).get("draft_length") != "goodput"
+        config = self.speculative_config or {}
+        return bool(config.get("draft_length", "fixed") == "fixed")
 
 
 GROUPS = ("plain", "selfspec", "ngram", "suffix", "draft_model", "hf")
 
 
 def arms_of(
-    model: Path, draft_model: Path | None, groups: list[str], lengths: list[int]
+    model: Path,
+    draft_model: Path | None,
+    groups: list[str],
+    lengths: list[int],
+    configs: Sequence[Mapping[str, Any]] = (),
 ) -> list[Arm]:
     """The arms of `groups`, plain vLLM first.
 
@@ -74,11 +80,18 @@ def arms_of(
         groups: Some of `GROUPS`.
         lengths: Draft lengths of the grids, the best known one first: the arms that are
             no grid take that.
+        configs: Configurations of ours, in place of the usual ones.
+
+    Raises:
+        ConfigError, SkipSetError, ProfileError, ExitHeadError: If one of `configs` is
+            not allowed, or does not fit the model.
     """
     weights = ModelWeights.from_checkpoint(model)
     found = [Arm(PLAIN, "plain")]
     if "selfspec" in groups:
-        found += _ours(TargetModel.read(model, str(model)), lengths)
+        target = TargetModel.read(model, str(model))
+        found += [_configured(keys, target) for keys in configs]
+        found += [] if configs else _ours(target, lengths)
     if "ngram" in groups:
         found += [
             _peer("ngram", {**NGRAM, "num_speculative_tokens": k}) for k in (3, 5)
@@ -132,6 +145,29 @@ def _own(
         return Arm(f"selfspec {name}, goodput", "selfspec", config, skip_set)
     config |= {"draft_length": "fixed", "num_speculative_tokens": k}
     return Arm(f"selfspec {name}, k {k}", "selfspec", config, skip_set)
+
+
+def _configured(keys: Mapping[str, Any], target: TargetModel) -> Arm:
+    """What a user configured, under a name that tells it from others."""
+    config = SelfSpecConfig.parse(keys)
+    plan = resolve_plan(config, target)
+    k = config.num_speculative_tokens
+    if "num_speculative_tokens" not in keys and plan.num_speculative_tokens:
+        k = plan.num_speculative_tokens
+    policy = config.draft_length.policy
+    words = [str(plan.skip_set)]
+    if plan.exit_head is not None:
+        first = min(plan.skip_set.whole_layers)
+        holes = plan.skip_set.num_skipped - 2 * (target.num_layers - first)
+        words = [f"exit head {first}", *[f"{holes} skipped"] * bool(holes)]
+    elif plan.skip_set.exit_layer is not None:
+        words = [f"exit_layer {plan.skip_set.exit_layer}"]
+    elif isinstance(config.skip_layers, str):
+        words = [Path(config.skip_layers).stem]
+    words.append(f"k {k}" if policy == "fixed" else policy)
+    resolved = {**keys, "method": METHOD, "num_speculative_tokens": k}
+    resolved |= {"draft_length": policy} if policy in ("fixed", "goodput") else {}
+    return Arm(f"selfspec {', '.join(words)}", "selfspec", resolved, plan.skip_set)
 
 
 def _peer(method: str, config: dict[str, Any], extra_bytes: int = 0) -> Arm:

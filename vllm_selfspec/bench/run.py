@@ -9,7 +9,7 @@ import runpy
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from vllm_selfspec.bench.engines import (
 from vllm_selfspec.bench.tasks import Task, load
 from vllm_selfspec.cost import CheckpointError, ModelWeights, locate
 from vllm_selfspec.demo import cpu_name, prepare_environment
+from vllm_selfspec.exit_layer.card import read_exit_card
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -68,6 +69,7 @@ class Options:
         max_tokens: Generated a request.
         dtype: vLLM's.
         output: Directory of the report.
+        configs: Of ours, in place of the usual ones.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Options:
     max_tokens: int
     dtype: str
     output: Path
+    configs: tuple[Mapping[str, Any], ...] = ()
 
 
 def run_bench(options: Options) -> None:
@@ -99,7 +102,7 @@ def run_bench(options: Options) -> None:
     tasks = [load(words) for words in options.tasks]
     model = find_model(options.model, options.widen, console)
     draft = find_draft_model(options, console)
-    arms = available(arms_of(model, draft, list(options.groups), list(options.lengths)))
+    arms = find_arms(options, list(options.groups), model, draft)
     engines = start(arms, model, options, console)
     samplings = [
         Sampling(t, options.max_tokens, SEED if t else None)
@@ -156,6 +159,22 @@ def find_draft_model(options: Options, console: Console) -> Path | None:
     return None
 
 
+def _for_model(
+    keys: Mapping[str, Any], options: Options, model: Path
+) -> Mapping[str, Any]:
+    """With the exit head of a model of our own widened as that is."""
+    if "exit_head" not in keys or options.model not in OWN_MODELS:
+        return keys
+    head, source = Path(keys["exit_head"]), BENCHMARKS / OWN_MODELS[options.model]
+    card = read_exit_card(head)
+    name = f"{model.name}_exit_{card.exit_layer}_{card.tensors[:8]}"
+    widen = runpy.run_path(str(BENCHMARKS / "widen.py"))["widen_exit_head"]
+    return {
+        **keys,
+        "exit_head": str(widen(head, source, model, REPOSITORY / ".cache" / name)),
+    }
+
+
 def _usual_factor() -> int:
     from vllm.platforms import current_platform
 
@@ -173,6 +192,19 @@ def _widened(name: str, factor: int, console: Console) -> Path:
     widen = runpy.run_path(str(BENCHMARKS / "widen.py"))["widen"]
     path: Path = widen(source, REPOSITORY / ".cache" / f"{name}_x{factor}", factor)
     return path
+
+
+def find_arms(
+    options: Options, groups: list[str], model: Path, draft: Path | None
+) -> list[Arm]:
+    """What is compared, as far as it is installed.
+
+    Raises:
+        ConfigError, SkipSetError, ProfileError, ExitHeadError: If a configuration is
+            not allowed, or does not fit the model.
+    """
+    configs = [_for_model(keys, options, model) for keys in options.configs]
+    return available(arms_of(model, draft, groups, list(options.lengths), configs))
 
 
 def available(arms: list[Arm]) -> list[Arm]:

@@ -24,13 +24,13 @@ from typing import Any
 from rich.console import Console
 
 from vllm_selfspec.bench import serve_report
-from vllm_selfspec.bench.arms import PLAIN, Arm, arms_of
+from vllm_selfspec.bench.arms import PLAIN, Arm
 from vllm_selfspec.bench.run import (
     SEED,
     Options,
-    available,
     describe,
     engine_settings,
+    find_arms,
     find_draft_model,
     find_model,
     prepare,
@@ -124,7 +124,7 @@ def run_serve(options: Options, serve: ServeOptions) -> None:
     model = find_model(options.model, options.widen, console)
     draft = find_draft_model(options, console)
     groups = [group for group in options.groups if group != "hf"]
-    arms = available(arms_of(model, draft, groups, list(options.lengths)))
+    arms = find_arms(options, groups, model, draft)
     options.output.mkdir(parents=True, exist_ok=True)
     bench = _ServeBench(options, serve, model, options.output)
     bench.write_requests(tasks)
