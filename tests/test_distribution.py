@@ -8,6 +8,7 @@ with it by a chi-squared test. A right build fails one comparison with probabili
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from conftest import (
     token_ids,
     with_costs,
 )
+from exit_heads import build_exit_head
 from scipy import stats
 
 from vllm_selfspec.bench.tasks import load
@@ -208,6 +210,24 @@ def test_goodput_lengths_leave_the_distribution_alone(
     samples = samples_of(llm, SETTINGS["T=1"])
     p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
     assert p > FALSE_ALARM, f"goodput, {method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [("probabilistic", "thompson-calibrated")]
+    if IS_PART
+    else [*itertools.product(["greedy", "probabilistic"], ["fixed", "thompson"])],
+)
+def test_an_exit_layer_leaves_the_distribution_alone(
+    method: str, policy: str, model: str, engines: Engines, tmp_path: Path
+) -> None:
+    head = build_exit_head(model, 2, tmp_path / "head")
+    spec = {"exit_head": str(head), "num_speculative_tokens": 2}
+    spec |= {"draft_sample_method": method, "draft_length": policy}
+    llm = engines.get(model, spec, max_num_seqs=256)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"{policy}, {method} drafts: p = {p:.2g}"
 
 
 def accept_all_drafts(

@@ -1,6 +1,7 @@
 """Two workers with half of every layer each draft as one does."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import (
     run,
     token_ids,
 )
+from exit_heads import build_exit_head
 
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.tuning.engine import TuningEngine
@@ -49,6 +51,21 @@ def test_greedy_text_is_plain_vllms(
     assert token_ids(found) == token_ids(expected)
     assert counts.draft_tokens
     assert (counts.acceptance == 1) is (not plan)
+
+
+@pytest.mark.shows("Engine", "tensor parallelism, exit head")
+@pytest.mark.parametrize("rank", [None, 0], ids=["shared head", "own head"])
+def test_an_exit_layer_drafts_as_in_one_worker(
+    rank: int | None, tiny_models: dict[str, str], engines: Engines, tmp_path: Path
+) -> None:
+    model, prompts = tiny_models["qwen3"], prompts_of(8)
+    head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head", rank)
+    spec = {"exit_head": str(head), "num_speculative_tokens": NUM_DRAFTS}
+    _, expected = run(engines.get(model, spec), prompts, greedy(MAX_TOKENS))
+    _, counts = run(engines.get(model, spec, **TWO), prompts, greedy(MAX_TOKENS))
+    assert counts == expected
+    assert (counts.acceptance == 1) is (rank is None)
+    assert counts.accepted_tokens
 
 
 @pytest.mark.shows("Engine", "tensor parallelism, skip_layers 'online'")

@@ -116,6 +116,10 @@ def show(
         int | None,
         typer.Option(metavar="N", help="Draft with layers 0 to N-1 instead."),
     ] = None,
+    exit_head: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Draft with a trained exit layer."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the same as JSON.")
     ] = False,
@@ -130,6 +134,8 @@ def show(
             keys["skip_layers"] = parse_skip_layers(skip_layers)
         if exit_layer is not None:
             keys["exit_layer"] = exit_layer
+        if exit_head is not None:
+            keys["exit_head"] = exit_head
         preview = Preview.of(model, keys)
     if as_json:
         typer.echo(json.dumps(preview.to_dict(), indent=2))
@@ -216,6 +222,15 @@ def bench(
             "draft_model, hf.",
         ),
     ] = "selfspec,ngram,suffix,draft_model,hf",
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="JSON",
+            help="A configuration of selfspec, in place of the usual ones, as in "
+            """'{"exit_head": "my_head", "draft_length": "thompson"}'. """
+            "More than once for several.",
+        ),
+    ] = None,
     streams: Annotated[
         str, typer.Option(metavar="LIST", help="Concurrent requests.")
     ] = "1,4,8,16",
@@ -312,6 +327,7 @@ def bench(
             max_tokens=max_tokens,
             dtype=dtype,
             output=output,
+            configs=tuple(json_object("--config", text) for text in config or ()),
         )
         if not serve:
             run_bench(options)
@@ -703,6 +719,24 @@ def parse_skip_layers(text: str) -> Any:
             f'{{"attention": [3], "mlp": [4]}}, but {text!r:.80} is not JSON '
             f"({error}): put it in single quotes for the shell"
         ) from error
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """What an option's value means that is a JSON object.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{option} takes a JSON object such as '{{\"exit_layer\": 3}}', but it is "
+            f"{text!r:.80}: correct it, in single quotes for the shell"
+        )
+    return found
 
 
 if __name__ == "__main__":

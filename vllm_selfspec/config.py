@@ -20,6 +20,7 @@ from pydantic import (
 
 from vllm_selfspec import catalogue
 from vllm_selfspec.draft_length.options import DraftLength, Goodput
+from vllm_selfspec.exit_layer.card import ExitHeadError, read_exit_card
 from vllm_selfspec.profile import (
     MAX_NUM_SPECULATIVE_TOKENS,
     PATH,
@@ -113,6 +114,13 @@ class SelfSpecConfig(Keys):
         description="Draft with layers 0 to N-1, then the final norm and LM head. "
         "Excludes skip_layers.",
     )
+    exit_head: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="Directory of an exit head, as `vllm-selfspec train-exit` writes "
+        "it: a trained layer that follows the first N. exit_layer may then be left "
+        "out, and skip_layers be a skip set within those N.",
+    )
     draft_sample_method: Literal["greedy", "probabilistic"] = Field(
         default="probabilistic",
         description="vLLM's: how draft tokens are drawn where the target samples. "
@@ -167,7 +175,15 @@ class SelfSpecConfig(Keys):
 
     @model_validator(mode="after")
     def _one_plan(self) -> "SelfSpecConfig":
-        if self.exit_layer is not None and "skip_layers" in self.model_fields_set:
+        if "skip_layers" not in self.model_fields_set:
+            return self
+        if self.exit_head is not None and not isinstance(self.skip_layers, SkipLayers):
+            raise ValueError(
+                "with exit_head, skip_layers is a skip set within the layers before "
+                f"it, but it is {shown(self.skip_layers)}: write one, like "
+                '{"mlp": [1]}, or leave it out'
+            )
+        if self.exit_layer is not None and self.exit_head is None:
             raise ValueError(
                 "exit_layer and skip_layers exclude each other: remove one of them"
             )
@@ -219,21 +235,29 @@ class DraftPlan:
         source: Where that is from, in words.
         num_speculative_tokens: The draft length it was found to be best at, if any;
             what the user says comes first.
+        exit_head: Directory of the exit head that comes after the last layer that is
+            not skipped whole, or None.
     """
 
     skip_set: SkipSet
     source: str
     num_speculative_tokens: int | None = None
+    exit_head: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the trip to the worker processes."""
-        lists = self.skip_set.to_dict()
-        return {"num_layers": self.skip_set.num_layers, **lists, "source": self.source}
+        return {
+            "num_layers": self.skip_set.num_layers,
+            **self.skip_set.to_dict(),
+            "source": self.source,
+            "exit_head": self.exit_head,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "DraftPlan":
         """The inverse of `to_dict`."""
-        return cls(SkipSet.from_dict(data["num_layers"], data), data["source"])
+        skip_set = SkipSet.from_dict(data["num_layers"], data)
+        return cls(skip_set, data["source"], exit_head=data.get("exit_head"))
 
 
 def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> DraftPlan:
@@ -242,8 +266,11 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> DraftPlan:
     Raises:
         SkipSetError: If the model has no such layer, or everything would be skipped.
         ProfileError: If a profile is missing, malformed or of another model.
+        ExitHeadError: If an exit head is missing, damaged or of another model.
     """
     num_layers = target.num_layers
+    if config.exit_head is not None:
+        return _exit_head_plan(config, config.exit_head, target)
     if config.exit_layer is not None:
         return DraftPlan(
             SkipSet.early_exit(num_layers, config.exit_layer), "exit_layer"
@@ -259,6 +286,40 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> DraftPlan:
         return _profile_plan(kept, target, f"online, from profile {kept}")
     path = config.skip_layers
     return _profile_plan(path, target, f"profile {path}")
+
+
+def _exit_head_plan(
+    config: SelfSpecConfig, directory: str, target: TargetModel
+) -> DraftPlan:
+    card = read_exit_card(Path(directory))
+    card.check_fits(target, Path(target.name))
+    if config.exit_layer not in (None, card.exit_layer):
+        raise ExitHeadError(
+            "an exit head follows the layers that it was trained after, and the first "
+            f"{card.exit_layer} those are for {directory!r}, but exit_layer is "
+            f"{config.exit_layer}: leave it out"
+        )
+    leaves = SkipSet.early_exit(target.num_layers, card.exit_layer)
+    skips = _holes(config, target.num_layers)
+    outside = sorted((skips.attention | skips.mlp) & leaves.whole_layers)
+    if outside:
+        raise SkipSetError(
+            f"with exit_head, skip_layers names layers before the exit layer, 0 to "
+            f"{card.exit_layer - 1}, but it names {outside[0]}: remove {outside}"
+        )
+    skip_set = SkipSet.of(
+        target.num_layers,
+        leaves.attention | skips.attention,
+        leaves.mlp | skips.mlp,
+    )
+    source = f"exit_head {directory}"
+    return DraftPlan(skip_set, source, exit_head=str(Path(directory).absolute()))
+
+
+def _holes(config: SelfSpecConfig, num_layers: int) -> SkipSet:
+    if not isinstance(config.skip_layers, SkipLayers):
+        return SkipSet.of(num_layers)
+    return _plan_of(config.skip_layers, num_layers, "skip_layers").skip_set
 
 
 def _auto_plan(target: TargetModel, word: str) -> DraftPlan:

@@ -2,13 +2,14 @@
 
 One rule: it owns no weights and no KV cache. Its modules are shallow copies of the
 target's that share every parameter, buffer and attention layer with it; only skipped
-sublayers are exchanged.
+sublayers are exchanged. Where an exit layer was trained for the target, the view runs
+it after the layers that it comes after, and in place of those that follow.
 """
 
 import copy
 import inspect
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +20,23 @@ from vllm_selfspec.support import Family, UnsupportedModelError
 
 # What attention, MLP and decoder layers of the supported families call their input.
 INPUT_NAMES = ("hidden_states", "x")
+
+
+class ExitLayer(Protocol):
+    """What `exit_layer.serving` loads.
+
+    Attributes:
+        index: N: it comes after so many of the target's layers.
+        layer: A decoder layer of the target's class.
+        head: An LM head of its own; None where it shares the target's.
+    """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def layer(self) -> nn.Module: ...
+    @property
+    def head(self) -> nn.Module | None: ...
 
 
 class _Skipped(nn.Module):
@@ -77,20 +95,38 @@ class DraftView:
         attn_layer_names: vLLM's names of the attention layers that still run.
     """
 
-    def __init__(self, target: Any, skip_set: SkipSet, family: Family) -> None:
+    def __init__(
+        self,
+        target: Any,
+        skip_set: SkipSet,
+        family: Family,
+        exit_layer: ExitLayer | None = None,
+    ) -> None:
         path, layers = _find_layers(target, skip_set.num_layers)
         drafting = nn.ModuleList(
             _draft_layer(layer, index, skip_set, family)
             for index, layer in enumerate(layers)
         )
+        if exit_layer is not None:
+            drafting[exit_layer.index] = exit_layer.layer
         self.model = _with_submodule(target, path.split("."), drafting)
         self.own_modules = _modules_on(self.model, path.split("."))
+        if exit_layer is not None:
+            self._take_out(exit_layer)
         self.is_compiled = False
         self.attn_layer_names = frozenset(
             module.layer_name
             for module in drafting.modules()
             if isinstance(module, AttentionLayerBase)
         )
+
+    def _take_out(self, exit_layer: ExitLayer) -> None:
+        """What the target does for an exit layer alone, and its head for another."""
+        for module in self.own_modules:
+            if hasattr(module, "aux_hidden_state_layers"):
+                module.aux_hidden_state_layers = ()
+        if exit_layer.head is not None:
+            self.model.compute_logits = exit_layer.head.forward
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor
@@ -104,7 +140,7 @@ class DraftView:
         return hidden_states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The target's own LM head: `[num_tokens, vocab_size]`."""
+        """By the target's LM head, or the exit layer's: `[num_tokens, vocab_size]`."""
         logits: torch.Tensor = self.model.compute_logits(hidden_states)
         return logits
 

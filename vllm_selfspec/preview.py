@@ -5,7 +5,10 @@ One rule: neither torch nor vLLM is needed, and of a checkpoint only headers are
 
 import json
 import shlex
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -20,7 +23,9 @@ from vllm_selfspec.cost import (
     bound,
     expected_tokens,
     locate,
+    tensor_bytes,
 )
+from vllm_selfspec.exit_layer.card import TENSORS_FILE
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
 from vllm_selfspec.support import family_of
 from vllm_selfspec.target_model import TargetModel
@@ -46,6 +51,8 @@ class Preview:
         keys: The user's keys, from which the plan follows.
         plan: The plan vLLM would draft with.
         weights: Bytes of the model's parts.
+        exit_head: Bytes of a trained exit layer's parts: `layer`, and `head` if it has
+            an LM head of its own.
     """
 
     model: str
@@ -53,14 +60,14 @@ class Preview:
     keys: dict[str, Any]
     plan: DraftPlan
     weights: ModelWeights
+    exit_head: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: str, keys: dict[str, Any]) -> "Preview":
         """Resolves the user's keys against the model on disk or on the Hub.
 
         Raises:
-            ConfigError, SkipSetError, ProfileError: What the user wrote is not allowed.
-            UnsupportedModelError: The model cannot be drafted for.
+            XXortedModelError: The model cannot be drafted for.
             CheckpointError: The model cannot be found or read.
         """
         config = SelfSpecConfig.parse(keys)
@@ -75,7 +82,8 @@ class Preview:
                 "other: download it again"
             )
         plan = resolve_plan(config, target)
-        return cls(model, target.class_name, keys, plan, weights)
+        exit_head = _bytes_of(plan.exit_head) if plan.exit_head else {}
+        return cls(model, target.class_name, keys, plan, weights, exit_head)
 
     @property
     def num_layers(self) -> int:
@@ -85,7 +93,8 @@ class Preview:
     @property
     def draft_share(self) -> float:
         """The `c` of the bound."""
-        return self.weights.draft_share(self.plan.skip_set)
+        target, draft = self.streamed()["total"]
+        return draft / target
 
     def speed_up(self, k: int, acceptance: float) -> float:
         """The most that drafting `k` tokens can win."""
@@ -103,8 +112,12 @@ class Preview:
             sizes: tuple[int, ...] = getattr(self.weights, sublayer)
             skipped = sum(sizes[i] for i in getattr(skip_set, sublayer))
             parts[sublayer] = (sum(sizes), sum(sizes) - skipped)
-        parts["head"] = (self.weights.head, self.weights.head)
-        parts["total"] = (self.weights.streamed, self.weights.draft_streamed(skip_set))
+        if self.exit_head:
+            parts["exit layer"] = (0, self.exit_head["layer"])
+        head = self.weights.head
+        parts["head"] = (head, self.exit_head.get("head", head))
+        target, draft = (sum(sizes) for sizes in zip(*parts.values(), strict=True))
+        parts["total"] = (target, draft)
         return parts
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,6 +219,14 @@ class Preview:
             Text(f"{ceiling}, for ever longer drafts that are all accepted", "bold"),
             Text(SPEED_UP_NOTE, "dim"),
         )
+
+
+def _bytes_of(exit_head: str) -> dict[str, int]:
+    """Of an exit head's parts."""
+    found: Counter[str] = Counter()
+    for name, num_bytes in tensor_bytes([Path(exit_head) / TENSORS_FILE]):
+        found["head" if name.startswith("head.") else "layer"] += num_bytes
+    return dict(found)
 
 
 def _outline(skip_set: SkipSet) -> str:

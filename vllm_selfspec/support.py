@@ -63,6 +63,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Whose decoder layers are run one by one for their K and V, and whose layers' states
+# vLLM hands out (its SupportsEagle3).
+WITH_EXIT_LAYER = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GraniteForCausalLM",
+)
+
+
 def family_of(architecture: str) -> Family:
     """The family of a vLLM architecture.
 
@@ -115,3 +127,32 @@ def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
         if applies:
             raise UnsupportedModelError(f"selfspec: {reason}")
     family_of(model_config.architecture)
+
+
+def raise_if_no_exit_layer(
+    model_config: Any, has_loras: bool, has_connector: bool
+) -> None:
+    """Refuses what a trained exit layer cannot be a part of.
+
+    Args:
+        model_config: vLLM's `ModelConfig` of the target.
+        has_loras: Whether it is served with adapters.
+        has_connector: Whether KV blocks come from elsewhere.
+
+    Raises:
+        UnsupportedModelError: With the first reason found.
+    """
+    reasons = {
+        f"an exit layer is served for {', '.join(WITH_EXIT_LAYER)}, but this model is "
+        f"a {model_config.architecture}: use exit_layer without exit_head": (
+            model_config.architecture not in WITH_EXIT_LAYER
+        ),
+        "an exit layer is trained for a target without adapters, but enable_lora is "
+        "on: leave out exit_head": has_loras,
+        "a KV connector moves what the target's attention writes, and the exit layer's "
+        "K and V are written beside it, but kv_transfer_config is given: leave out "
+        "exit_head": has_connector,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModelError(f"selfspec: {reason}")

@@ -26,6 +26,7 @@ from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_truncation import truncated
 from vllm_selfspec.draft_view import DraftView
+from vllm_selfspec.exit_layer.serving import ServedExitLayer
 from vllm_selfspec.row_stops import RowStops
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.support import family_of
@@ -64,12 +65,15 @@ class SelfSpecProposer:
         self._stops = RowStops.of(vllm_config)
         self.tuner = OnlineTuner.of(vllm_config)
         self._target: nn.Module
+        self._exit_layer: ServedExitLayer | None
         self._view: DraftView
 
     def load_model(self, target: nn.Module) -> None:
         """Builds the draft view. vLLM calls it once the target is loaded."""
+        plan = plan_of(self._vllm_config)
         self._target = target
-        self.use_skip_set(plan_of(self._vllm_config).skip_set)
+        self._exit_layer = ServedExitLayer.of(plan, target, self._vllm_config)
+        self.use_skip_set(plan.skip_set)
         if self.tuner is None:  # otherwise it is exchanged too often
             compile_view(self._view, self._vllm_config)
 
@@ -83,7 +87,7 @@ class SelfSpecProposer:
 
     def _view_of(self, skip_set: SkipSet) -> DraftView:
         family = family_of(self._vllm_config.model_config.architecture)
-        return DraftView(self._target, skip_set, family)
+        return DraftView(self._target, skip_set, family, self._exit_layer)
 
     @torch.inference_mode()
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:

@@ -42,6 +42,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_truncation import truncated
 from vllm_selfspec.draft_view import DraftView
+from vllm_selfspec.exit_layer.serving import ServedExitLayer
 from vllm_selfspec.support import family_of
 from vllm_selfspec.vllm_args import plan_of
 
@@ -78,7 +79,8 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         """The target minus the skip set. No weights and no KV cache are added."""
         family = family_of(self.vllm_config.model_config.architecture)
         plan = plan_of(self.vllm_config)
-        self._view = DraftView(target_model, plan.skip_set, family)
+        exit_layer = ServedExitLayer.of(plan, target_model, self.vllm_config)
+        self._view = DraftView(target_model, plan.skip_set, family, exit_layer)
         compile_view(self._view, self.vllm_config)
         return self._view.model
 

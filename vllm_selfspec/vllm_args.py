@@ -27,7 +27,7 @@ from vllm_selfspec.draft_length.options import (
     schedule_of_all,
 )
 from vllm_selfspec.profile import Keys
-from vllm_selfspec.support import raise_if_unsupported
+from vllm_selfspec.support import raise_if_no_exit_layer, raise_if_unsupported
 from vllm_selfspec.target_model import TargetModel
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -70,7 +70,8 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
         parallel_config: The target's `ParallelConfig`.
 
     Raises:
-        ConfigError, SkipSetError, ProfileError: What the user wrote is not allowed.
+        ConfigError, SkipSetError, ProfileError, ExitHeadError: What the user wrote is
+            not allowed.
         UnsupportedModelError: The model or the deployment cannot be drafted for.
     """
     keys = _user_keys(engine_args)
@@ -103,6 +104,12 @@ def _resolve(
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config)
     plan = resolve_plan(config, target_of(model_config))
+    if plan.exit_head is not None:
+        raise_if_no_exit_layer(
+            model_config,
+            has_loras=bool(engine_args.enable_lora),
+            has_connector=engine_args.kv_transfer_config is not None,
+        )
     if config.is_online:
         _raise_if_not_tunable(parallel_config)
     if isinstance(config.draft_length, STOPPING):

@@ -118,10 +118,11 @@ def _content(file: Path) -> bytes:
 
 
 def _check_whole(file: Path, card: ExitCard) -> None:
-    if card.exit_layer > card.num_layers:
+    if card.exit_layer >= card.num_layers:
         raise ExitHeadError(
-            f"an exit layer follows one of the target's {card.num_layers} layers, but "
-            f"the card beside {str(file)!r} says {card.exit_layer}: train it again"
+            f"an exit layer stands for the last of the target's {card.num_layers} "
+            f"layers, but the card beside {str(file)!r} has it after "
+            f"{card.exit_layer}: train it again"
         )
     try:
         with file.open("rb") as stream:
