@@ -1,5 +1,5 @@
 # Two commands from a bare clone: `make demo` and `make test`. Both set everything up.
-.PHONY: demo test test-v1 test-v2 test-all bench bench-quick sources lint clean
+.PHONY: demo test test-v1 test-v2 test-all support bench bench-quick sources lint clean
 
 BIN := .venv/bin
 
@@ -48,6 +48,11 @@ test-v1: .venv/installed sources
 test-v2: .venv/installed .venv-v2/installed sources
 	PYTHONPATH=$(CURDIR)/.venv-v2 TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
 	$(BIN)/python -m pytest -m v2
+
+# The README's support table, from the tests that prove it: most of an hour.
+support: .venv/installed .venv-v2/installed sources
+	$(BIN)/python benchmarks/support_table.py $(ARGS)
+	$(BIN)/python benchmarks/update_readme.py
 
 .venv-v2/installed: .venv/installed .ci/install-v2.sh $(wildcard tests/triton_cpu_stub/*/*.py)
 	.ci/install-v2.sh

@@ -127,9 +127,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--support")
     if file is None:
         return
-    document = json.loads(file.read_text()) if file.exists() else {}
-    document["V2" if IS_V2 else "V1"] = sorted(row for row, ok in _shown.items() if ok)
-    file.write_text(json.dumps(document, indent=1) + "\n")
+    file.write_text(json.dumps(sorted((*row, ok) for row, ok in _shown.items())))
 
 
 @pytest.fixture(scope="session", autouse=True)

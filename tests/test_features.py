@@ -89,14 +89,17 @@ def test_bad_words_are_kept_out(pair: tuple[Any, Any]) -> None:
     assert counts.draft_tokens
 
 
-@pytest.mark.shows("Refused", "logit bias: by vLLM itself beside speculation")
-def test_what_vllm_refuses_beside_speculation_it_refuses(pair: tuple[Any, Any]) -> None:
+@pytest.mark.shows("Refused", "`min_p`, `logit_bias`: by vLLM itself, with any drafts")
+@pytest.mark.parametrize("asked", [{"min_p": 0.1}, {"logit_bias": {101: 3.0}}])
+def test_what_vllm_refuses_beside_speculation_it_refuses(
+    asked: dict[str, Any], pair: tuple[Any, Any]
+) -> None:
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(
-        VLLMValidationError, match="logit_bias .* not yet supported with spec"
+        VLLMValidationError, match="min_p and logit_bias .* not yet supported with spec"
     ):
-        run(pair[1], prompts_of(1), params(logit_bias={101: 3.0}))
+        run(pair[1], prompts_of(1), params(temperature=1, **asked))
 
 
 @pytest.mark.shows("Requests", "seeds")

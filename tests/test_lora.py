@@ -112,7 +112,9 @@ def test_the_adapters_make_texts_of_their_own(
 
 
 @pytest.mark.v2
-@pytest.mark.shows("Refused", "LoRA adapters in the V2 runner")
+@pytest.mark.shows(
+    "Refused", "LoRA adapters in the V2 runner: its CUDA graphs of drafts hold them"
+)
 def test_the_v2_runner_refuses_adapters() -> None:
     if not IS_V2:
         pytest.skip("its modules need Triton")
