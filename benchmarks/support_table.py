@@ -30,6 +30,7 @@ from vllm_selfspec.demo import cpu_name
 REPOSITORY = Path(__file__).resolve().parents[1]
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "support.json"
 TRITON = REPOSITORY / ".venv-v2"  # beside vLLM's CPU build it would break the V1 runner
+PATHS = filter(None, [os.environ.get("PYTHONPATH")])  # the user's own
 LOGS = REPOSITORY / ".cache"
 REFUSED = "Refused"
 KINDS = ("Models", "Requests", "Engine", REFUSED)
@@ -70,7 +71,7 @@ RUNNERS = (
         "V2",
         "shows and v2",
         {
-            "PYTHONPATH": str(TRITON),
+            "PYTHONPATH": os.pathsep.join([str(TRITON), *PATHS]),
             "TRITON_INTERPRET": "1",
             "VLLM_USE_V2_MODEL_RUNNER": "1",
         },

@@ -19,6 +19,7 @@ MODEL = {
     "is_encoder_decoder": False,
     "is_hybrid": False,
     "is_attention_free": False,
+    "uses_mrope": False,
     "runner_type": "generate",
 }
 PARALLEL = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1}
@@ -83,6 +84,14 @@ def refusal(
             {"is_encoder_decoder": True},
             "cross-attention is not part of a skip set",
             "encoder-decoder model",
+            "serve it without selfspec",
+        ),
+        refusal(
+            "multimodal models with M-RoPE",
+            {"uses_mrope": True},
+            "with M-RoPE the text after an image goes on at positions that are not "
+            "those of its tokens, by which a draft counts",
+            "this model has it",
             "serve it without selfspec",
         ),
         refusal(

@@ -52,6 +52,8 @@ OUTSIDE_LAYERS = re.compile(
     rf"(?:.+\.)?(?P<part>{'|'.join([*EMBEDDINGS, *HEADS, *LAST_NORMS, 'wpe'])})\."
 )
 EXPERT = re.compile(r"\.experts?\.")
+# What turns images or audio into embeddings runs once a prompt.
+TOWER = re.compile(r"(?:vision_tower|audio_tower|multi_modal_projector)\.")
 # How many experts a model has, as families call it.
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -88,6 +90,8 @@ class ModelWeights:
         sizes: Counter[tuple[str, int]] = Counter()
         expert_share = _expert_share(path)
         for name, num_bytes in tensor_bytes(weight_files(path)):
+            if TOWER.match(name):
+                continue
             share = expert_share if EXPERT.search(name) else 1.0
             sizes[_part_of(name)] += round(share * num_bytes)
         indices = range(_num_layers(path, sizes))

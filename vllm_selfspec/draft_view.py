@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models import supports_multimodal
 
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
 from vllm_selfspec.support import Family, UnsupportedModelError
@@ -145,12 +146,17 @@ class DraftView:
         return logits
 
 
-def _find_layers(target: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
+def _find_layers(target: Any, num_layers: int) -> tuple[str, nn.ModuleList]:
     """The one list of the target's decoder layers, and its path in the model."""
+    # Towers for images and audio have layers, too.
+    multimodal = supports_multimodal(target)
+    text_model = target.get_language_model() if multimodal else target
+    within = {*text_model.modules()}
     found = [
         (path, module)
         for path, module in target.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if module in within
     ]
     if len(found) != 1:
         raise UnsupportedModelError(

@@ -57,6 +57,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen3MoeForCausalLM": Family(),
     "GptOssForCausalLM": Family(attention="attn"),
     "DeepseekV2ForCausalLM": Family(),
+    # Text, from images or audio too.
+    "PaliGemmaForConditionalGeneration": Family(),
+    "Qwen2AudioForConditionalGeneration": Family(),
     "Olmo2ForCausalLM": TRANSFORMERS,
     "Starcoder2ForCausalLM": TRANSFORMERS,
     "GPTNeoXForCausalLM": replace(TRANSFORMERS, attention="attention"),
@@ -113,6 +116,9 @@ def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
         "tried on them, and this model has some: serve it without selfspec": (
             model_config.is_hybrid or model_config.is_attention_free
         ),
+        "with M-RoPE the text after an image goes on at positions that are not those "
+        "of its tokens, by which a draft counts, and this model has it: serve it "
+        "without selfspec": model_config.uses_mrope,
         "only text generation can be drafted for, and the model runner is "
         f"{model_config.runner_type!r}: serve it without selfspec": (
             model_config.runner_type != "generate"

@@ -53,8 +53,10 @@ class TargetModel:
         try:
             config = json.loads(file.read_bytes())
             str(config["architectures"][0])
-            key = "n_layer" if "n_layer" in config else "num_hidden_layers"  # GPT-2's
-            return cls.of(int(config[key]), name, config)
+            text = {**config, **config.get("text_config", {})}  # of a multimodal model
+            text["architectures"] = config["architectures"]
+            key = "n_layer" if "n_layer" in text else "num_hidden_layers"  # GPT-2's
+            return cls.of(int(text[key]), name, text)
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise CheckpointError(
                 "a model directory holds a config.json with architectures and "

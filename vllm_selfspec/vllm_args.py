@@ -156,7 +156,10 @@ def target_of(model_config: Any) -> TargetModel:
     return TargetModel.of(
         model_config.get_total_num_hidden_layers(),
         str(model_config.model),
-        model_config.hf_text_config.to_dict(),
+        {
+            **model_config.hf_text_config.to_dict(),
+            "architectures": model_config.hf_config.architectures,
+        },
     )
 
 
