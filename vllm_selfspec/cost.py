@@ -32,6 +32,12 @@ SUBLAYER_OF = {
     # Gemma
     "pre_feedforward_layernorm": "mlp",
     "post_feedforward_layernorm": "mlp",
+    # GLM-4
+    "post_self_attn_layernorm": "attention",
+    "post_mlp_layernorm": "mlp",
+    # Apertus
+    "attention_layernorm": "attention",
+    "feedforward_layernorm": "mlp",
     # Mixtral
     "block_sparse_moe": "mlp",
     # Falcon
@@ -47,15 +53,22 @@ SUBLAYER_OF = {
 }
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
 HEADS = ("lm_head", "embed_out")
-LAST_NORMS = ("norm", "ln_f", "final_layer_norm")
+LAST_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 OUTSIDE_LAYERS = re.compile(
     rf"(?:.+\.)?(?P<part>{'|'.join([*EMBEDDINGS, *HEADS, *LAST_NORMS, 'wpe'])})\."
 )
-EXPERT = re.compile(r"\.experts?\.")
+# Granite's are rows of two tensors.
+EXPERT = re.compile(r"\.experts?\.|\.block_sparse_moe\.(?:in|out)put_linear\.")
 # What turns images or audio into embeddings runs once a prompt.
 TOWER = re.compile(r"(?:vision_tower|audio_tower|multi_modal_projector)\.")
 # How many experts a model has, as families call it.
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+NUM_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+NUM_CHOSEN = ("num_experts_per_tok", "moe_k")  # of them for a token
 
 
 class CheckpointError(ValueError):
@@ -164,7 +177,7 @@ def _expert_share(path: Path) -> float:
     try:
         config = json.loads((path / "config.json").read_bytes())
         num = next(int(config[key]) for key in NUM_EXPERTS if key in config)
-        return int(config["num_experts_per_tok"]) / num
+        return next(int(config[key]) for key in NUM_CHOSEN if key in config) / num
     except (OSError, ValueError, LookupError, TypeError, StopIteration):
         return 1.0
 
