@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import (
+    IS_SHORT,
     KV_CACHE_BYTES,
     NUM_LAYERS,
     Engines,
@@ -15,6 +17,8 @@ from conftest import (
     run,
     token_ids,
 )
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from vllm_selfspec.skip_set import SkipSet
 
@@ -25,6 +29,14 @@ SPEC = {
     "exit_layer": NUM_LAYERS // 2,
     "draft_length": "fixed",
     "num_speculative_tokens": 3,
+}
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    "disable_log_stats": False,
 }
 MAX_TOKENS = 24
 # Two engines on two cores: each keeps to one.
@@ -66,12 +78,7 @@ class Generator:
         self.llm = LLM(
             model,
             speculative_config=SPEC,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=256,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
-            disable_log_stats=False,
+            **SETTINGS,
         )
         self.params = SamplingParams(
             temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True
@@ -175,3 +182,44 @@ def _arrived(vllm_config: Any) -> dict[str, Any]:
         "seam": hasattr(GPUModelRunner.propose_draft_token_ids, seams.ATTACHED),
         "problems": seams.problems,
     }
+
+
+@pytest.mark.skipif(IS_SHORT, reason="a minute: make test-all")
+@pytest.mark.shows("Engine", "Ray Data's LLM batch API")
+def test_rays_own_batch_api(
+    tiny_models: dict[str, str], expected: list[list[int]], tmp_path: Path
+) -> None:
+    llm = pytest.importorskip("ray.data.llm")
+    config = llm.vLLMEngineProcessorConfig(
+        model_source=tiny_models["llama"],
+        engine_kwargs={"speculative_config": SPEC, **SETTINGS},
+        placement_group_config={"bundles": [{"CPU": 1}]},
+        # Its engine is gone in the end, but not what it counted.
+        runtime_env={"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}},
+        log_engine_metrics=False,  # which wants a whole Ray Serve
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+    )
+    sampling = {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    rows = [
+        {
+            "number": number,
+            "prompt": "".join(map(chr, prompt["prompt_token_ids"])),
+            "sampling_params": sampling,
+        }
+        for number, prompt in enumerate(prompts_of(6))
+    ]
+    found = llm.build_processor(config)(ray.data.from_items(rows)).take_all()
+    found.sort(key=lambda row: row["number"])
+    assert [list(row["generated_tokens"]) for row in found] == expected
+    counters = CollectorRegistry()
+    MultiProcessCollector(counters, path=str(tmp_path))
+    drafted = "vllm:spec_decode_num_draft_tokens"
+    totals = [
+        sample.value
+        for metric in counters.collect()
+        if metric.name == drafted
+        for sample in metric.samples
+    ]
+    assert sum(totals) > 0
