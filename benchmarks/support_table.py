@@ -82,7 +82,7 @@ RUNNERS = (
 def follow(runner: Runner, process: subprocess.Popen[str]) -> int:
     """Prints a line a test and keeps the rest; returns pytest's exit status."""
     assert process.stdout is not None
-    with (LOGS / f"support-{runner.name}.log").open("w") as log:
+    with (LOGS / f"support-{runner.name}.log").open("w", buffering=1) as log:
         for line in process.stdout:
             log.write(line)
             if line.rstrip().endswith("%]"):
@@ -94,14 +94,18 @@ def follow(runner: Runner, process: subprocess.Popen[str]) -> int:
 def run_tests(folder: Path, only: str) -> dict[str, int]:
     """Both runners' tests at once; pytest's exit status of each."""
     LOGS.mkdir(exist_ok=True)
-    started = [(runner, runner.start(folder / runner.name, only)) for runner in RUNNERS]
-    with ThreadPoolExecutor(len(started)) as pool:
-        followed = {r.name: pool.submit(follow, r, process) for r, process in started}
+    started: list[subprocess.Popen[str]] = []
+    with ThreadPoolExecutor(len(RUNNERS)) as pool:
         try:
-            return {name: status.result() for name, status in followed.items()}
+            for runner in RUNNERS:
+                started.append(runner.start(folder / runner.name, only))
+            statuses = pool.map(follow, RUNNERS, started)
+            names = [runner.name for runner in RUNNERS]
+            return dict(zip(names, statuses, strict=True))
         except KeyboardInterrupt:
-            for _, process in started:
-                os.killpg(process.pid, signal.SIGINT)
+            for process in started:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGINT)
             raise
 
 

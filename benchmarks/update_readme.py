@@ -29,6 +29,7 @@ def markdown_of(script: str) -> Markdown:
 
 # By the name of the place in the README: the run, and what is made of it.
 TABLES: dict[str, tuple[str, Markdown]] = {
+    "support": ("support.json", markdown_of("support_table.py")),
     "quick": ("quick/report.json", report.markdown),
     "all": ("demo/report.json", report.markdown),
     "sampling": ("sampling/report.json", report.markdown),

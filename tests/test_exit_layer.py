@@ -82,6 +82,7 @@ def spec_of(head: Path, **more: Any) -> dict[str, Any]:
     return {"exit_head": str(head), "num_speculative_tokens": NUM_DRAFTS, **more}
 
 
+@pytest.mark.shows("Engine", "trained exit layers")
 @pytest.mark.parametrize("exit_layer", [2, WHOLE])
 @pytest.mark.parametrize("family", ["llama"] if IS_PART else [*FAMILIES])
 def test_the_text_is_plain_vllms_in_every_family(

@@ -1,8 +1,12 @@
 """What the README says of files, keys and figures is so."""
 
+import json
 import re
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.support import FAMILIES
@@ -45,10 +49,9 @@ def test_keys_are_those_of_the_configuration() -> None:
 
 
 def test_families_are_those_that_are_supported() -> None:
-    lines = README.split("- Model families: ", 1)[1].split("\n-", 1)[0]
-    for architecture in FAMILIES:
-        name = re.sub("ForCausalLM|LMHeadModel", "", architecture)
-        assert name.lower() in lines.lower()
+    table = README.split("<!-- support:", 1)[1].split("<!-- /support -->", 1)[0]
+    rows = re.findall(r"^\| Models \| ([^,|]+)", table, flags=re.MULTILINE)
+    assert {name.strip() for name in rows} == set(FAMILIES)
 
 
 def test_figures_are_those_of_the_saved_runs() -> None:
@@ -65,3 +68,39 @@ def test_every_saved_run_has_its_table() -> None:
         start, end = f"<!-- {name}: benchmarks/results/{path} -->", f"<!-- /{name} -->"
         assert README.count(start) == README.count(end) == 1, name
         assert README.index(start) < README.index(end)
+
+
+class Collected:
+    """A plugin of pytest's that keeps what a session would run."""
+
+    items: Sequence[pytest.Item] = ()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.items = session.items
+
+
+@pytest.fixture(scope="module")
+def proofs() -> Sequence[pytest.Item]:
+    """The tests that show what is supported."""
+    found = Collected()
+    quiet = ("--collect-only", "-qqq", "-p", "no:cacheprovider", "-p", "no:warnings")
+    pytest.main([*quiet, "-m", "shows", str(REPOSITORY / "tests")], plugins=[found])
+    return found.items
+
+
+@pytest.mark.parametrize(("runner", "mark"), [("V1", "shows"), ("V2", "v2")])
+def test_the_support_table_has_what_the_tests_show(
+    runner: str, mark: str, proofs: Sequence[pytest.Item]
+) -> None:
+    claimed = {
+        shows.args
+        for item in proofs
+        if item.get_closest_marker(mark)
+        for shows in item.iter_markers("shows")
+    }
+    assert len(claimed) > 30, "found the tests"
+    script = runpy.run_path(str(REPOSITORY / "benchmarks" / "support_table.py"))
+    saved = script["rows_of"](json.loads(script["OUTPUT"].read_text()), runner)
+    if runner == "V1":
+        claimed = {row for row in claimed if "in the V2 runner" not in row[1]}
+    assert saved == claimed, "the support table is stale: run make support"
