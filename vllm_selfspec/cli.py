@@ -559,7 +559,7 @@ def train_exit(
     lr: Annotated[
         float | None,
         typer.Option(
-            min=1e-8, help="The highest learning rate. Default: 0.256 / hidden size."
+            min=1e-8, help="The highest learning rate. Default: 0.768 / hidden size."
         ),
     ] = None,
     save_every: Annotated[

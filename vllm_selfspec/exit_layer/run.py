@@ -283,7 +283,9 @@ class _Training:
         from vllm_selfspec.exit_layer.measure import draft_cost, score
 
         weights = ModelWeights.from_checkpoint(self._model)
-        cost = draft_cost(weights, trainer.student.exit_layer, trainer.student.own_head)
+        cost = draft_cost(
+            weights, trainer.student.exit_layer, trainer.student.own_head_bytes
+        )
         best = score(self._held_out, found, cost)
         return {
             "num_speculative_tokens": best.k,

@@ -5,24 +5,25 @@ last of which has the weights of the target's last. So no family needs code here
 more of the target is in memory than runs.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
-from vllm_selfspec.cost import LAYER, weight_files
-from vllm_selfspec.exit_layer.card import TENSORS_FILE, read_exit_card
-from vllm_selfspec.support import UnsupportedModelError, family_of
+from vllm_selfspec.exit_layer.card import read_exit_card
+from vllm_selfspec.exit_layer.cut import cut, layers_of, names_of, renumbered
+from vllm_selfspec.exit_layer.lm_head import (
+    PickingHead,
+    load_own_head,
+    own_head,
+    saved_head,
+)
+from vllm_selfspec.support import UnsupportedModelError
 from vllm_selfspec.target_model import TargetModel
 
-# Modules of a family's decoder that hold its layers.
-LAYERS = ("layers", "h")
 SAVED_BYTES = 2  # of a parameter, in bfloat16
 
 
@@ -63,11 +64,11 @@ class Student:
         """
         self.exit_layer, self.head_rank = exit_layer, head_rank
         self.device, self._dtype = torch.device(device), dtype
-        self._model = _cut(path, exit_layer, dtype, trained)
+        self._model = cut(path, exit_layer, dtype, trained)
         self._model.requires_grad_(False).eval().to(self.device)
-        self._layer = _layers(self._model)[exit_layer].float().requires_grad_()
-        self._head = PickingHead(_own_head(self._model, head_rank))
-        _load_own_head(self._head.inner, trained)
+        self._layer = layers_of(self._model)[exit_layer].float().requires_grad_()
+        self._head = PickingHead(own_head(self._model, head_rank))
+        load_own_head(self._head.inner, trained)
         self._model.set_output_embeddings(self._head)
         self.trained = self._by_saved_name(path)
 
@@ -88,7 +89,7 @@ class Student:
         return cls(path, card.exit_layer, card.head_rank, trained=head, **settings)
 
     @property
-    def own_head(self) -> int | None:
+    def own_head_bytes(self) -> int | None:
         """Bytes of its own LM head as it is saved; None where it has the target's."""
         if self.head_rank is None:
             return None
@@ -170,11 +171,11 @@ class Student:
             prefix + name: parameter
             for name, parameter in self._layer.named_parameters()
         }
-        own = _saved_head(self._head.inner) if self.head_rank is not None else {}
+        own = saved_head(self._head.inner) if self.head_rank is not None else {}
         self._prefix = prefix
         trained = found | own
         last = TargetModel.read(path, "").num_layers - 1
-        known = {_renumbered(name, 0) for name in _names(path, last)}
+        known = {renumbered(name, 0) for name in names_of(path, last)}
         saved = self._saved(found)
         if not {*saved} <= known:
             raise UnsupportedModelError(
@@ -192,191 +193,10 @@ class Student:
             n: p.detach() for n, p in trained.items() if n.startswith(self._prefix)
         }
         reverted: Any = revert_weight_conversion(self._model, layer)
-        found = {_renumbered(name, 0): tensor for name, tensor in reverted.items()}
+        found = {renumbered(name, 0): tensor for name, tensor in reverted.items()}
         return found | {n: p.detach() for n, p in trained.items() if n not in layer}
-
-
-class PickingHead(nn.Module):
-    """An LM head that runs where it is asked to, and nowhere else.
-
-    Attributes:
-        inner: The head itself.
-        where: Positions, bool, `[num_rows, length]`.
-    """
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.where: torch.Tensor | None = None
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[num_rows, length, hidden_size]` to `[where.sum(), vocab_size]`."""
-        found: torch.Tensor = self.inner(hidden[self.where])
-        return found
-
-
-class LowRankHead(nn.Module):
-    """`up(down(h))`, at first the best approximation of a full head at that rank."""
-
-    def __init__(self, full: torch.Tensor, rank: int) -> None:
-        """By the truncated SVD of `full`, `[vocab_size, hidden_size]`."""
-        super().__init__()
-        vocab_size, hidden_size = full.shape
-        self.down = nn.Linear(hidden_size, rank, bias=False, device=full.device)
-        self.up = nn.Linear(rank, vocab_size, bias=False, device=full.device)
-        # By the smaller of the two Gram matrices: W'W = V S^2 V', and W V = U S.
-        wide = full.double()
-        squares, vectors = torch.linalg.eigh(wide.T @ wide)
-        chosen = vectors[:, -rank:].flip(-1)  # [hidden_size, rank]
-        roots = squares[-rank:].flip(-1).clamp_min(1e-24) ** 0.25
-        with torch.no_grad():
-            self.down.weight.copy_((chosen * roots).T)
-            self.up.weight.copy_(wide @ chosen / roots)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[n, hidden_size]` to `[n, vocab_size]`."""
-        found: torch.Tensor = self.up(self.down(hidden))
-        return found
-
-
-def _cut(path: Path, exit_layer: int, dtype: torch.dtype, trained: Path | None) -> Any:
-    """The target's class, with N + 1 layers."""
-    import transformers
-
-    target = TargetModel.read(path, str(path))
-    family_of(target.class_name)
-    config: Any = transformers.AutoConfig.from_pretrained(path)
-    _check_can_cut(target, config, exit_layer)
-    config = _cut_config(config, target.num_layers, exit_layer)
-    weights = _cut_weights(path, target.num_layers, exit_layer)
-    if trained is not None:
-        for name, tensor in load_file(trained / TENSORS_FILE).items():
-            if LAYER.match(name):
-                weights[_renumbered(name, exit_layer)] = tensor
-    logging: Any = transformers.logging
-    logging.disable_progress_bar()
-    cls: Any = getattr(transformers, target.class_name)
-    model, info = cls.from_pretrained(
-        None,
-        config=config,
-        state_dict=weights,
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if lacking:
-        raise UnsupportedModelError(
-            "an exit layer is one of the target's own kind, but after "
-            f"{exit_layer} layers of this {target.class_name} there is another: its "
-            f"last layer has no {lacking[0]}: use another --exit-layer"
-        )
-    return model
-
-
-def _check_can_cut(target: TargetModel, config: Any, exit_layer: int) -> None:
-    if not 1 <= exit_layer < target.num_layers:
-        raise UnsupportedModelError(
-            "an exit layer comes after at least one and before the last of the "
-            f"target's {target.num_layers} layers, but --exit-layer is {exit_layer}: "
-            f"use 1 to {target.num_layers - 1}"
-        )
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedModelError(
-            "an exit layer starts from plain weights, but this checkpoint is "
-            "quantised: train on the original one"
-        )
-
-
-def _cut_config(config: Any, num_layers: int, exit_layer: int) -> Any:
-    """Of N + 1 layers, the last one of the target's last's kind."""
-    config = copy.deepcopy(config)
-    for key, value in config.to_dict().items():
-        if "layer" in key and isinstance(value, list) and len(value) == num_layers:
-            setattr(config, key, [*value[:exit_layer], value[-1]])
-    config.num_hidden_layers = exit_layer + 1
-    if hasattr(config, "first_k_dense_replace"):  # DeepSeek's layers without experts
-        first = min(config.first_k_dense_replace, exit_layer)
-        config.first_k_dense_replace = first
-    return config
-
-
-def _cut_weights(
-    path: Path, num_layers: int, exit_layer: int
-) -> dict[str, torch.Tensor]:
-    """Tensors of the checkpoint that the student has, by its names of them."""
-    found = {}
-    for file in weight_files(path):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                layer = LAYER.match(name)
-                index = int(layer["index"]) if layer else 0
-                if index == num_layers - 1:
-                    found[_renumbered(name, exit_layer)] = tensors.get_tensor(name)
-                elif index < exit_layer:
-                    found[name] = tensors.get_tensor(name)
-    return found
-
-
-def _names(path: Path, index: int) -> Iterator[str]:
-    """Tensors of one layer."""
-    for file in weight_files(path):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                if (layer := LAYER.match(name)) and int(layer["index"]) == index:
-                    yield name
-
-
-def _renumbered(name: str, index: int) -> str:
-    """The same tensor of another layer."""
-    layer = LAYER.match(name)
-    if layer is None:
-        return name
-    start, end = layer.span("index")
-    return f"{name[:start]}{index}{name[end:]}"
-
-
-def _layers(model: Any) -> Any:
-    for name in LAYERS:
-        if hasattr(model.base_model, name):
-            return getattr(model.base_model, name)
-    raise UnsupportedModelError(
-        f"a decoder keeps its layers in {' or '.join(LAYERS)}, but "
-        f"{type(model).__name__} has neither: it cannot be trained yet"
-    )
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     (name,) = (name for name, module in model.named_modules() if module is wanted)
     return str(name)
-
-
-def _own_head(model: Any, rank: int | None) -> nn.Module:
-    """The LM head that the student has: the target's, or one that starts from it."""
-    shared: nn.Linear = model.get_output_embeddings()
-    if rank is None:
-        return shared
-    vocab_size, hidden_size = shared.weight.shape
-    if shared.bias is not None or rank > min(vocab_size, hidden_size):
-        raise UnsupportedModelError(
-            f"an own LM head has a rank of at most {min(vocab_size, hidden_size)} here "
-            f"and no bias, but the rank is {rank} and the target's has "
-            f"{'no' if shared.bias is None else 'a'} bias: use the target's head"
-        )
-    weight = shared.weight.detach().float()
-    if rank:
-        return LowRankHead(weight, rank).requires_grad_()
-    own = nn.Linear(hidden_size, vocab_size, bias=False, device=weight.device)
-    own.weight = nn.Parameter(weight.clone())
-    return own
-
-
-def _load_own_head(head: nn.Module, trained: Path | None) -> None:
-    own = {} if trained is None else load_file(trained / TENSORS_FILE)
-    with torch.no_grad():
-        for name, parameter in _saved_head(head).items():
-            if name in own:
-                parameter.copy_(own[name])
-
-
-def _saved_head(head: nn.Module) -> dict[str, nn.Parameter]:
-    return {f"head.{name}": parameter for name, parameter in head.named_parameters()}
