@@ -93,6 +93,14 @@ def run_train_exit(options: Options) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic
+    try:
+        _run(options, console)
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on from there.")
+        raise
+
+
+def _run(options: Options, console: Console) -> None:
     model = locate(options.model)
     prompts, held_out = _prompts(options, model)
     texts = _texts(options, model, [*prompts, *held_out], console)
@@ -114,7 +122,7 @@ def _check_packages(options: Options) -> None:
         if importlib.util.find_spec(package) is None:
             raise TrainError(
                 f"train-exit needs the package {package}, which is not installed: "
-                "pip install 'vllm-selfspec[tune]'"
+                "pip install 'vllm-selfspec[train]'"
             )
 
 
