@@ -1,11 +1,12 @@
-"""Trains the exit heads of the demo model, and says what that gains and takes.
+"""Trains exit heads of the demo model or its twin, and says what that gains and takes.
 
 Trained on prompts cut as the tasks of the benchmark are, from the files the demo model
 was trained on; measured on the benchmark's own, from files that nothing was trained on.
 On two cores the time goes to the matrices of one layer and the LM head, forward and
 back, and to N layers forward.
 
-    python benchmarks/exit_heads.py 3 1 2 4    # benchmarks/exit_heads/N
+    python benchmarks/exit_heads.py 3 1 2 4    # benchmarks/exit_heads/demo/N
+    python benchmarks/exit_heads.py 2 3 --model plain
 
 Ctrl-C keeps what is there; the same command goes on.
 """
@@ -30,8 +31,8 @@ from vllm_selfspec.exit_layer.texts import TextOptions
 from vllm_selfspec.exit_layer.train import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MODEL, HEADS, WORK = "benchmarks/demo_model", "benchmarks/exit_heads", ".cache/exit"
-OUTPUT = REPOSITORY / "benchmarks" / "results" / "exit_layer" / "demo.json"
+HEADS, WORK = "benchmarks/exit_heads", ".cache/exit"
+RESULTS = REPOSITORY / "benchmarks" / "results" / "exit_layer"
 NUM_PROMPTS = 400  # of each task
 EPOCHS = 2
 TASKS = tuple(make.__name__ for make in make_tasks.TASKS)
@@ -49,11 +50,11 @@ def write_prompts(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(exit_layer: int) -> None:
+def train(model: str, exit_layer: int) -> None:
     """One head; where it was trained before, it is only measured again."""
-    output = Path(WORK) / str(exit_layer)
+    output = Path(WORK) / model / str(exit_layer)
     options = Options(
-        model=MODEL,
+        model=f"benchmarks/{model}_model",
         prompts=(f"{WORK}/prompts.jsonl",),
         held_out=TASKS[1:] + TASKS[:1],
         num_prompts=None,
@@ -67,25 +68,26 @@ def train(exit_layer: int) -> None:
         ray=0,
         cache=Path(WORK) / "texts",
         output=output,
-        command=f"python benchmarks/exit_heads.py {exit_layer}",
+        command=f"python benchmarks/exit_heads.py {exit_layer} --model {model}",
     )
     run_train_exit(options)
-    head = Path(HEADS) / str(exit_layer)
+    head = Path(HEADS) / model / str(exit_layer)
     head.mkdir(parents=True, exist_ok=True)
     for name in (TENSORS_FILE, CARD_FILE):
         shutil.copy(output / name, head)
 
 
-def results() -> dict[str, Any]:
-    """What the cards of all heads say."""
-    found = sorted(Path(HEADS).glob(f"*/{CARD_FILE}"), key=lambda p: int(p.parent.name))
+def results(model: str) -> dict[str, Any]:
+    """What the cards of all heads of a model say."""
+    directory = Path(HEADS) / model
+    found = sorted(directory.glob(f"*/{CARD_FILE}"), key=lambda p: int(p.parent.name))
     cards = [read_exit_card(file.parent) for file in found]
     training = cards[-1].training
     kept = ("seconds", "cpu_seconds", "steps", "tokens", "last_loss")
     same = ("date", "vllm", "torch", "hardware", "recipe", "texts", "num_texts")
     return {
-        "command": "python benchmarks/exit_heads.py",
-        "model": MODEL,
+        "command": f"python benchmarks/exit_heads.py --model {model}",
+        "model": model,
         "num_held_out": training["num_held_out"],
         **{key: training[key] for key in same},
         "rows": [
@@ -112,6 +114,7 @@ def markdown(document: dict[str, Any]) -> str:
         "k",
         "c",
         "E / (1 + k c)",
+        "of the shared head",
         "training",
         "cores' time",
     )
@@ -130,6 +133,7 @@ def markdown(document: dict[str, Any]) -> str:
                 str(row["num_speculative_tokens"]),
                 f"{row['draft_cost']:.2f}",
                 f"{row['speed_up']:.2f}x",
+                f"{row['shared_head']['speed_up']:.2f}x",
                 f"{row['seconds'] / 60:.1f} min",
                 f"{row['cpu_seconds'] / 60:.1f} min",
             )
@@ -144,15 +148,16 @@ def markdown(document: dict[str, Any]) -> str:
 
 def main(
     exit_layers: Annotated[list[int], typer.Argument(help="N, one or more.")],
+    model: Annotated[str, typer.Option(help="demo, or plain: its twin.")] = "demo",
 ) -> None:
-    """Train the heads of the demo model after so many layers, one after the other."""
+    """Train heads of a model after so many layers, one after the other."""
     os.chdir(REPOSITORY)
     write_prompts(Path(WORK) / "prompts.jsonl")
     for exit_layer in exit_layers:
-        train(exit_layer)
-    document = results()
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(document, indent=1) + "\n")
+        train(model, exit_layer)
+    document = results(model)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{model}.json").write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 

@@ -38,6 +38,11 @@ TABLES: dict[str, tuple[str, Markdown]] = {
     "serve": ("serve/serve.json", serve_report.markdown),
     "float32": ("float32/report.json", report.markdown),
     "online": ("online/online.json", markdown_of("online.py")),
+    "exit_bench_plain": ("exit_layer/bench_plain/report.json", report.markdown),
+    "exit_bench_demo": ("exit_layer/bench_demo/report.json", report.markdown),
+    "exit": ("exit_layer/demo.json", markdown_of("exit_heads.py")),
+    "exit_plain": ("exit_layer/plain.json", markdown_of("exit_heads.py")),
+    "budget": ("exit_layer/budget.json", markdown_of("exit_budget.py")),
 }
 
 

@@ -34,6 +34,7 @@ from reference import (
 )
 
 from vllm_selfspec.bench.arms import arms_of
+from vllm_selfspec.bench.run import describe
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.exit_layer.card import ExitHeadError
 from vllm_selfspec.preview import Preview
@@ -310,6 +311,7 @@ def test_a_benchmark_takes_it_beside_other_configurations(
     ]
     assert [arm.has_one_length for arm in arms] == [False, True, False]
     assert plain.speculative_config is None
+    assert describe(arms[0])["speculative_config"]["exit_head"] == "2", "not its path"
 
 
 def refused(

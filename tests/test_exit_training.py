@@ -94,7 +94,7 @@ def test_a_head_is_read_as_it_was_written(
         (lambda d: (d / CARD_FILE).write_text(" " * 2_000_000), "1000000 bytes"),
         (lambda d: edit(d, exit_layer=0), "exit_layer is 0, but must be at least 1"),
         (lambda d: edit(d, exit_layer=True), "must be a whole number"),
-        (lambda d: edit(d, exit_layer=5), "one of the target's 4 layers"),
+        (lambda d: edit(d, exit_layer=4), "the last of the target's 4 layers"),
         (lambda d: edit(d, tensors=None), "tensors is None, but must be text"),
         (lambda d: edit(d, layer=3), "there is no key 'layer'"),
     ],

@@ -346,8 +346,8 @@ def provenance(options: Options, model: Path) -> dict[str, Any]:
 def describe(arm: Arm) -> dict[str, Any]:
     """An arm for JSON."""
     config = dict(arm.speculative_config or {})
-    if "model" in config:  # where it lies on this machine is nobody's business
-        config["model"] = Path(config["model"]).name
+    for key in {"model", "exit_head"} & {*config}:
+        config[key] = Path(config[key]).name  # where it lies is nobody's business
     return {
         "name": arm.name,
         "group": arm.group,

@@ -12,6 +12,17 @@ from rich.table import Table
 from vllm_selfspec.bench.page import new_plot
 
 CURVE, PLOT = "loss.json", "loss.svg"
+COLUMNS = (
+    "N",
+    "shared head",
+    "untrained",
+    "trained",
+    "E",
+    "k",
+    "c",
+    "expected",
+    "without",
+)
 SMOOTHED_OVER = 50  # steps at most
 
 
@@ -43,7 +54,7 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table(
         title="Agreement with the target on held-out text", box=None, pad_edge=False
     )
-    for name in ("N", "shared head", "untrained", "trained", "E", "k", "c", "expected"):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -53,11 +64,13 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             str(row["num_speculative_tokens"]),
             f"{row['draft_cost']:.2f}",
             f"{row['speed_up']:.2f}x",
+            f"{row['shared_head']['speed_up']:.2f}x",
         )
     console.print(table)
     console.print(
         "shared head: the target's norm and LM head after N layers; untrained: with "
         "its last layer between. E, k: tokens a verification, at the best draft "
-        "length; c: bytes of a draft step over a plain step's; expected: E / (1 + k c)",
+        "length; c: bytes of a draft step over a plain step's; expected: "
+        "E / (1 + k c); without: of the shared head",
         style="dim",
     )

@@ -24,6 +24,7 @@ from vllm_selfspec.demo import cpu_name
 from vllm_selfspec.exit_layer import report
 from vllm_selfspec.exit_layer.card import write_exit_head
 from vllm_selfspec.exit_layer.errors import TrainError
+from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.target_model import TargetModel, weights_fingerprint
 
 # By share of the layers, what `auto` compares.
@@ -244,24 +245,29 @@ class _Training:
 
     def _trained(self, job: Any) -> tuple[Any, dict[str, Any]]:
         """Its trainer at the end, and what the student came to on held-out texts."""
-        from vllm_selfspec.exit_layer.measure import Agreement
+        from vllm_selfspec.exit_layer.measure import Agreement, draft_cost
         from vllm_selfspec.exit_layer.train import answers
 
         texts, student = self._held_out, job.student()
         untrained = Agreement.of(texts, answers(student, texts))
         with student.without_exit_layer():
-            before = Agreement.of(texts, answers(student, texts))
+            of_shared_head = answers(student, texts)
         del student
         trainer = self._train(job)
         found = answers(trainer.student, texts)
         agreements = {
-            "before": before,
+            "before": Agreement.of(texts, of_shared_head),
             "untrained": untrained,
             "after": Agreement.of(texts, found),
         }
         row: dict[str, Any] = {"exit_layer": job.exit_layer}
         row |= {name: asdict(agreement) for name, agreement in agreements.items()}
-        return trainer, row | self._worth(trainer, found)
+        student = trainer.student
+        weights = ModelWeights.from_checkpoint(self._model)
+        exit_only = SkipSet.early_exit(weights.num_layers, job.exit_layer)
+        row["shared_head"] = self._worth(of_shared_head, weights.draft_share(exit_only))
+        cost = draft_cost(weights, job.exit_layer, student.own_head_bytes)
+        return trainer, row | self._worth(found, cost)
 
     def _train(self, job: Any) -> Any:
         from vllm_selfspec.exit_layer.train import Trainer, train
@@ -286,14 +292,10 @@ class _Training:
 
             return train(job, Alone(), say)
 
-    def _worth(self, trainer: Any, found: Any) -> dict[str, Any]:
+    def _worth(self, found: Any, cost: float) -> dict[str, Any]:
         """By the tuner's score, at the best draft length."""
-        from vllm_selfspec.exit_layer.measure import draft_cost, score
+        from vllm_selfspec.exit_layer.measure import score
 
-        weights = ModelWeights.from_checkpoint(self._model)
-        cost = draft_cost(
-            weights, trainer.student.exit_layer, trainer.student.own_head_bytes
-        )
         best = score(self._held_out, found, cost)
         return {
             "num_speculative_tokens": best.k,

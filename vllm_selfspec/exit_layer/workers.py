@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+SAID_EVERY = 20  # steps
 # What decides how a process runs, and must be the same in the workers.
 PASSED_ON = (
     "PYTHONPATH",
@@ -76,18 +77,30 @@ def run_by_ray(num: int, job: Any, directory: Path) -> None:
 
     on_gpu = torch.cuda.is_available()
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    was_connected = ray.is_initialized()
     ray.init(runtime_env={"env_vars": environment}, ignore_reinit_error=True)
-    TorchTrainer(
-        _train,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num, use_gpu=on_gpu),
-        run_config=RunConfig(storage_path=str(directory.resolve())),
-    ).fit()
+    try:
+        TorchTrainer(
+            _train,
+            train_loop_config={"job": job},
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=num, use_gpu=on_gpu),
+            run_config=RunConfig(storage_path=str(directory.resolve())),
+        ).fit()
+    finally:
+        if not was_connected:
+            ray.shutdown()
 
 
 def _train(config: dict[str, Any]) -> None:
-    """In each worker."""
+    """In each worker; Ray shows what the first prints."""
     from vllm_selfspec.exit_layer.train import train
 
-    train(config["job"], TogetherByTorch())
+    workers = TogetherByTorch()
+
+    def say(trainer: Any) -> None:
+        done, of = trainer.step, trainer.num_steps
+        if workers.rank == 0 and done % SAID_EVERY == 0:
+            print(f"step {done} of {of}: loss {trainer.curve[-1]:.3f}", flush=True)
+
+    train(config["job"], workers, say)
