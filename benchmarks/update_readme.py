@@ -37,6 +37,7 @@ TABLES: dict[str, tuple[str, Markdown]] = {
     "lengths": ("draft_length/report.json", report.markdown),
     "serve": ("serve/serve.json", serve_report.markdown),
     "float32": ("float32/report.json", report.markdown),
+    "tune": ("tune/tune.json", markdown_of("tune.py")),
     "online": ("online/online.json", markdown_of("online.py")),
     "exit_bench_plain": ("exit_layer/bench_plain/report.json", report.markdown),
     "exit_bench_demo": ("exit_layer/bench_demo/report.json", report.markdown),
