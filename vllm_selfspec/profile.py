@@ -155,8 +155,13 @@ class Profile(Keys):
 
 def write_profile(document: Mapping[str, Any], file: Path) -> None:
     """Whole or not at all, whenever it is killed."""
+    write_whole(f"{json.dumps(document, indent=2)}\n".encode(), file)
+
+
+def write_whole(content: bytes, file: Path) -> None:
+    """All of it or nothing, whenever it is killed."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.write_bytes(content)
     partial.replace(file)
 
 

@@ -11,14 +11,20 @@ model of one layer; an LM head of its own is `head.down.weight` [rank, hidden_si
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from vllm_selfspec.profile import MAX_PROFILE_BYTES, Keys, describe, shown
+from vllm_selfspec.profile import (
+    MAX_PROFILE_BYTES,
+    Keys,
+    describe,
+    shown,
+    write_profile,
+    write_whole,
+)
 from vllm_selfspec.target_model import TargetModel, weights_fingerprint
 
 TENSORS_FILE, CARD_FILE = "exit_head.safetensors", "card.json"
@@ -156,13 +162,6 @@ def write_exit_head(
     digest = hashlib.sha256(tensors).hexdigest()
     checked = ExitCard.model_validate({**card, "tensors": digest})
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / TENSORS_FILE, tensors)
-    text = json.dumps(checked.model_dump(), indent=2)
-    _write(directory / CARD_FILE, f"{text}\n".encode())
+    write_whole(tensors, directory / TENSORS_FILE)
+    write_profile(checked.model_dump(), directory / CARD_FILE)
     return checked
-
-
-def _write(file: Path, data: bytes) -> None:
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(file)

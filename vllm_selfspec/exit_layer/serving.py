@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -97,7 +97,7 @@ class ServedExitLayer:
         directory = Path(plan.exit_head)
         card = read_exit_card(directory)
         device = torch.device(vllm_config.device_config.device)
-        tensors = _tensors(directory / TENSORS_FILE, device)
+        tensors = load_file(directory / TENSORS_FILE, str(device))
         layer = _layer(target, vllm_config, tensors, device)
         head = None if card.head_rank is None else _head(tensors, vllm_config)
         own = [*layer.parameters(), *(head.parameters() if head else ())]
@@ -168,11 +168,6 @@ class _Pass(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
         return hidden_states, None
-
-
-def _tensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    with safe_open(file, framework="pt", device=str(device)) as found:
-        return {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
 
 
 def _head(tensors: dict[str, torch.Tensor], vllm_config: VllmConfig) -> OwnHead:
