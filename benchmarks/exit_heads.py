@@ -60,6 +60,7 @@ def train(model: str, exit_layer: int) -> None:
         num_prompts=None,
         max_prompt_tokens=192,
         exit_layer=exit_layer,
+        skip_layers=None,
         head="shared",
         head_rank=None,
         texts=TextOptions(max_tokens=192),

@@ -1,6 +1,7 @@
 """Exit heads without training: a layer of the target's own, as a head's files."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -11,7 +12,11 @@ from vllm_selfspec.target_model import TargetModel, weights_fingerprint
 
 
 def build_exit_head(
-    model: str, exit_layer: int, directory: Path, head_rank: int | None = None
+    model: str,
+    exit_layer: int,
+    directory: Path,
+    head_rank: int | None = None,
+    **more: Any,
 ) -> Path:
     """The target's last layer as the layer that follows the first `exit_layer`.
 
@@ -22,6 +27,7 @@ def build_exit_head(
         exit_layer: N.
         directory: Where the head is to lie.
         head_rank: Of an LM head of its own, near the target's; 0 for a full one.
+        more: Further keys of the card.
     """
     path = Path(model)
     target = TargetModel.read(path, model)
@@ -43,7 +49,7 @@ def build_exit_head(
         "head_rank": head_rank,
         "num_parameters": sum(tensor.numel() for tensor in found.values()),
     }
-    write_exit_head(directory, card, save(found))
+    write_exit_head(directory, card | more, save(found))
     return directory
 
 

@@ -37,6 +37,7 @@ from vllm_selfspec.bench.arms import arms_of
 from vllm_selfspec.bench.run import describe
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.exit_layer.card import ExitHeadError
+from vllm_selfspec.exit_layer.student import Student
 from vllm_selfspec.preview import Preview
 from vllm_selfspec.skip_set import SkipSet, SkipSetError
 from vllm_selfspec.support import UnsupportedModelError, raise_if_no_exit_layer
@@ -271,6 +272,56 @@ def test_a_skip_set_before_it_composes(
         assert drafted == reference_draft(
             path, skip_set, context, len(drafted), exit_head=head
         )
+
+
+@pytest.mark.parametrize(
+    "holes",
+    [{"attention": [1], "mlp": [2]}, {"attention": [0, 1], "mlp": [1]}],
+    ids=["sublayers", "a layer"],
+)
+def test_a_head_is_trained_on_what_drafts_with_a_skip_set_compute(
+    holes: dict[str, Any],
+    models: dict[str, str],
+    heads: dict[tuple[str, int], Path],
+    engines: Engines,
+) -> None:
+    """At every depth of every draft, after acceptance and after rejection."""
+    path, head = models["llama"], heads["llama", WHOLE]
+    llm = engines.get(path, spec_of(head, skip_layers=holes))
+    _, counts, drafts = recorded(llm, prompts_of(1)[0])
+    assert counts.accepted_tokens < counts.draft_tokens
+    skip_set = SkipSet.from_dict(NUM_LAYERS, holes)
+    student = Student.read(Path(path), head, skip_set=skip_set)
+    for context, drafted, logits in drafts:
+        ids = torch.tensor([[*context, *drafted[:-1]]])
+        where = torch.arange(ids.shape[1])[None] >= len(context) - 1
+        begins = torch.full((len(drafted),), len(context) - 1)
+        with torch.no_grad():
+            found = student.logits(ids, where, begins)
+        # Logits up to some hundred; float32 sums in another order.
+        torch.testing.assert_close(found, logits, atol=1e-3, rtol=1e-4)
+
+
+def test_a_head_that_was_trained_with_a_skip_set_is_served_with_it(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    holes = {"attention": [0], "mlp": [1]}
+    path = models["llama"]
+    head = build_exit_head(path, 2, tmp_path, skip_layers=holes)
+    exits = SkipSet.early_exit(NUM_LAYERS, 2)
+    plan = Preview.of(path, {"exit_head": str(head)}).plan
+    assert plan.skip_set == SkipSet.of(
+        NUM_LAYERS, exits.attention | {0}, exits.mlp | {1}
+    )
+    other = Preview.of(path, {"exit_head": str(head), "skip_layers": {"mlp": [0]}})
+    assert other.plan.skip_set == SkipSet.of(
+        NUM_LAYERS, exits.attention, exits.mlp | {0}
+    )
+    whole = Preview.of(path, {"exit_head": str(head), "skip_layers": {}})
+    assert whole.plan.skip_set == exits
+    wrong = build_exit_head(path, 2, tmp_path, skip_layers={"mlp": [2]})
+    with pytest.raises(ExitHeadError, match="it names 2: remove"):
+        Preview.of(path, {"exit_head": str(wrong)})
 
 
 def test_memory_grows_by_the_kv_of_one_layer(pair: Any) -> None:

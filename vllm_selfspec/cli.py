@@ -510,6 +510,14 @@ def train_exit(
             "epoch each and goes on with the best.",
         ),
     ] = "auto",
+    skip_layers: Annotated[
+        str,
+        typer.Option(
+            metavar="JSON",
+            help="Sublayers of those N that drafts leave out, like '{\"mlp\": [1]}': "
+            "the exit layer then learns from what is left of them.",
+        ),
+    ] = "{}",
     num_prompts: Annotated[
         int | None,
         typer.Option(min=2, metavar="N", help="At most so many, drawn with the seed."),
@@ -611,6 +619,7 @@ def train_exit(
             num_prompts=num_prompts,
             max_prompt_tokens=max_prompt_tokens,
             exit_layer=parse_exit_layer(exit_layer),
+            skip_layers=json_object("--skip-layers", skip_layers, '{"mlp": [1]}'),
             head=head,
             head_rank=head_rank,
             texts=texts,
@@ -721,7 +730,9 @@ def parse_skip_layers(text: str) -> Any:
         ) from error
 
 
-def json_object(option: str, text: str) -> dict[str, Any]:
+def json_object(
+    option: str, text: str, example: str = '{"exit_layer": 3}'
+) -> dict[str, Any]:
     """What an option's value means that is a JSON object.
 
     Raises:
@@ -733,7 +744,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise ConfigError(
-            f"{option} takes a JSON object such as '{{\"exit_layer\": 3}}', but it is "
+            f"{option} takes a JSON object such as '{example}', but it is "
             f"{text!r:.80}: correct it, in single quotes for the shell"
         )
     return found

@@ -119,7 +119,8 @@ class SelfSpecConfig(Keys):
         max_length=4096,
         description="Directory of an exit head, as `vllm-selfspec train-exit` writes "
         "it: a trained layer that follows the first N. exit_layer may then be left "
-        "out, and skip_layers be a skip set within those N.",
+        "out, and skip_layers be a skip set within those N; by default the one that "
+        "it was trained with.",
     )
     draft_sample_method: Literal["greedy", "probabilistic"] = Field(
         default="probabilistic",
@@ -299,27 +300,12 @@ def _exit_head_plan(
             f"{card.exit_layer} those are for {directory!r}, but exit_layer is "
             f"{config.exit_layer}: leave it out"
         )
-    leaves = SkipSet.early_exit(target.num_layers, card.exit_layer)
-    skips = _holes(config, target.num_layers)
-    outside = sorted((skips.attention | skips.mlp) & leaves.whole_layers)
-    if outside:
-        raise SkipSetError(
-            f"with exit_head, skip_layers names layers before the exit layer, 0 to "
-            f"{card.exit_layer - 1}, but it names {outside[0]}: remove {outside}"
-        )
-    skip_set = SkipSet.of(
-        target.num_layers,
-        leaves.attention | skips.attention,
-        leaves.mlp | skips.mlp,
-    )
+    holes = card.skip_set
+    if isinstance(config.skip_layers, SkipLayers):
+        holes = _plan_of(config.skip_layers, card.num_layers, "skip_layers").skip_set
+    skip_set = SkipSet.before_exit(card.num_layers, card.exit_layer, holes)
     source = f"exit_head {directory}"
     return DraftPlan(skip_set, source, exit_head=str(Path(directory).absolute()))
-
-
-def _holes(config: SelfSpecConfig, num_layers: int) -> SkipSet:
-    if not isinstance(config.skip_layers, SkipLayers):
-        return SkipSet.of(num_layers)
-    return _plan_of(config.skip_layers, num_layers, "skip_layers").skip_set
 
 
 def _auto_plan(target: TargetModel, word: str) -> DraftPlan:

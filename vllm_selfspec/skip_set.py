@@ -82,6 +82,28 @@ class SkipSet:
         return cls.of(num_layers, skipped, skipped)
 
     @classmethod
+    def before_exit(
+        cls, num_layers: int, exit_layer: int, holes: "SkipSet | None"
+    ) -> "SkipSet":
+        """`early_exit` that leaves out sublayers of the first layers, too.
+
+        Raises:
+            SkipSetError: If `holes` names a layer from `exit_layer` on.
+        """
+        leaves = cls.early_exit(num_layers, exit_layer)
+        if holes is None:
+            return leaves
+        outside = sorted((holes.attention | holes.mlp) & leaves.whole_layers)
+        if outside:
+            raise SkipSetError(
+                "with an exit head, skip_layers names layers before the exit layer, 0 "
+                f"to {exit_layer - 1}, but it names {outside[0]}: remove {outside}"
+            )
+        return cls.of(
+            num_layers, leaves.attention | holes.attention, leaves.mlp | holes.mlp
+        )
+
+    @classmethod
     def evenly_spread(
         cls, num_layers: int, ratio: float = DEFAULT_SKIP_RATIO
     ) -> "SkipSet":

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.cost import ModelWeights
+from vllm_selfspec.exit_layer.card import read_exit_card
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.target_model import TargetModel
 
@@ -157,7 +158,7 @@ def _configured(keys: Mapping[str, Any], target: TargetModel) -> Arm:
     policy = config.draft_length.policy
     words = [str(plan.skip_set)]
     if plan.exit_head is not None:
-        first = min(plan.skip_set.whole_layers)
+        first = read_exit_card(Path(plan.exit_head)).exit_layer
         holes = plan.skip_set.num_skipped - 2 * (target.num_layers - first)
         words = [f"exit head {first}", *[f"{holes} skipped"] * bool(holes)]
     elif plan.skip_set.exit_layer is not None:

@@ -20,11 +20,13 @@ from pydantic import Field
 from vllm_selfspec.profile import (
     MAX_PROFILE_BYTES,
     Keys,
+    SkipLayers,
     describe,
     shown,
     write_profile,
     write_whole,
 )
+from vllm_selfspec.skip_set import SkipSet, SkipSetError
 from vllm_selfspec.target_model import TargetModel, weights_fingerprint
 
 TENSORS_FILE, CARD_FILE = "exit_head.safetensors", "card.json"
@@ -58,11 +60,23 @@ class ExitCard(Keys):
         strict=True,
         description="Rank of its own LM head; 0 for a full one, null for the target's.",
     )
+    skip_layers: SkipLayers | None = Field(
+        default=None,
+        description="Sublayers before the exit layer that drafts leave out, as it was "
+        "trained; null for none.",
+    )
     num_parameters: int = Field(ge=1, strict=True, description="Trained parameters.")
     tensors: str = Field(max_length=64, description=f"SHA-256 of {TENSORS_FILE}.")
     training: dict[str, Any] = Field(
         default={}, description="How it was trained; shown, not checked."
     )
+
+    @property
+    def skip_set(self) -> SkipSet | None:
+        """`skip_layers`, of the target."""
+        if self.skip_layers is None:
+            return None
+        return SkipSet.from_dict(self.num_layers, self.skip_layers.model_dump())
 
     def check_fits(self, target: TargetModel, path: Path) -> None:
         """Raises `ExitHeadError` if it was trained for another target.
@@ -130,6 +144,12 @@ def _check_whole(file: Path, card: ExitCard) -> None:
             f"layers, but the card beside {str(file)!r} has it after "
             f"{card.exit_layer}: train it again"
         )
+    try:
+        SkipSet.before_exit(card.num_layers, card.exit_layer, card.skip_set)
+    except SkipSetError as error:
+        raise ExitHeadError(
+            f"the card beside {str(file)!r} is wrong: {error}"
+        ) from error
     try:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -21,9 +21,12 @@ from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.exit_layer.batch import Batch, pieces
 from vllm_selfspec.exit_layer.errors import TrainError
 from vllm_selfspec.exit_layer.loss import cross_entropy, kl_to_top
+from vllm_selfspec.exit_layer.measure import MAX_DRAFTS
 from vllm_selfspec.exit_layer.student import Student
 from vllm_selfspec.exit_layer.texts import Continuation, Texts
+from vllm_selfspec.exit_layer.two_streams import begins_at_random, begins_of_one_length
 from vllm_selfspec.exit_layer.workers import Workers
+from vllm_selfspec.skip_set import SkipSet
 
 CHECKPOINT = "training.pt"
 # Wider matrices take smaller steps (maximal update parametrisation, arXiv 2203.03466,
@@ -65,6 +68,7 @@ class Job:
         numbers: Those to train on.
         recipe: How.
         output: Directory of the checkpoint.
+        skip_set: See `Student`.
         save_every: Steps between two checkpoints.
     """
 
@@ -76,13 +80,21 @@ class Job:
     recipe: Recipe
     output: Path
     save_every: int = 100
+    skip_set: SkipSet | None = None
 
     def student(self) -> Student:
         """Before the first step: float32 on a CPU, bfloat16 around it on a GPU."""
         on_gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if on_gpu else torch.float32
         device = "cuda" if on_gpu else "cpu"
-        return Student(self.model, self.exit_layer, self.head_rank, dtype, device)
+        return Student(
+            self.model,
+            self.exit_layer,
+            self.head_rank,
+            dtype,
+            device,
+            skip_set=self.skip_set,
+        )
 
 
 class Trainer:
@@ -113,13 +125,19 @@ class Trainer:
     def train_step(self) -> float:
         """Takes one; returns its loss."""
         started, cpu_started = time.monotonic(), time.process_time()
-        texts = self._my_texts()
+        chosen = self._my_texts()
+        texts = [self._texts[number] for number in chosen]
+        begins = [self._begins(number) for number in chosen]
         trained = [*self.student.trained.values()]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         total = torch.zeros(2, device=self.student.device)  # loss, tokens
         for numbers in pieces(texts, self.student.vocab_size):
-            batch = Batch.of([texts[n] for n in numbers], self.student.device)
+            batch = Batch.of(
+                [texts[n] for n in numbers],
+                self.student.device,
+                [begins[n] for n in numbers],
+            )
             losses = self._losses(batch)
             torch.autograd.backward(losses.sum())
             total += torch.stack((losses.detach().sum(), total.new_tensor(len(losses))))
@@ -139,19 +157,25 @@ class Trainer:
         return self.curve[-1]
 
     def _losses(self, batch: Batch) -> torch.Tensor:
-        logits = self.student.logits(batch.token_ids, batch.where)
+        logits = self.student.logits(batch.token_ids, batch.where, batch.begins)
         if self._job.recipe.loss == "ce":
             return cross_entropy(logits, batch.next_ids)
         return kl_to_top(logits, batch.top_ids, batch.top_logprobs)
 
-    def _my_texts(self) -> list[Continuation]:
-        """This worker's share of the step's batch."""
+    def _begins(self, number: int) -> Ints:
+        """Where drafts begin in a text, in this step."""
+        chance = np.random.default_rng((self._job.recipe.seed, self.step, number))
+        num = len(self._texts[number].top_ids)
+        return begins_at_random(num, MAX_DRAFTS, chance)
+
+    def _my_texts(self) -> list[int]:
+        """Numbers of this worker's share of the step's batch."""
         recipe, numbers = self._job.recipe, self._job.numbers
         epoch, within = divmod(self.step, self._steps_of_epoch)
         order = np.random.default_rng((recipe.seed, epoch)).permutation(len(numbers))
         chosen = order[within * recipe.batch_size :][: recipe.batch_size]
         mine = chosen[self._workers.rank :: self._workers.num]
-        return [self._texts[numbers[which]] for which in mine]
+        return [numbers[which] for which in mine]
 
     def _lr_share(self) -> float:
         """Up in a line, and down to zero in half a cosine."""
@@ -168,6 +192,7 @@ class Trainer:
             "head_rank": job.head_rank,
             "texts": self._texts.fingerprint,
             "num_texts": len(job.numbers),
+            "skip_layers": job.skip_set.to_dict() if job.skip_set else None,
             **asdict(job.recipe),
         }
 
@@ -276,13 +301,26 @@ def deterministic() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def answers(student: Student, texts: Sequence[Continuation]) -> list[Ints]:
-    """The student's likeliest token wherever the target says one, by text."""
+def answers(
+    student: Student, texts: Sequence[Continuation], draft_length: int = 1
+) -> list[Ints]:
+    """The student's likeliest token wherever the target says one, by text.
+
+    Args:
+        student: To be asked.
+        texts: To be asked about.
+        draft_length: In drafts of so many tokens, which begin as
+            `begins_of_one_length` says; it matters with a skip set alone.
+    """
     found: list[Ints] = []
     for numbers in pieces(texts, student.vocab_size):
         chosen = [texts[number] for number in numbers]
-        batch = Batch.of(chosen, student.device)
-        best = student.logits(batch.token_ids, batch.where).argmax(-1).cpu().numpy()
+        begins = [
+            begins_of_one_length(len(text.top_ids), draft_length) for text in chosen
+        ]
+        batch = Batch.of(chosen, student.device, begins)
+        logits = student.logits(batch.token_ids, batch.where, batch.begins)
+        best = logits.argmax(-1).cpu().numpy()
         ends = np.cumsum([len(text.top_ids) for text in chosen])
         found += np.split(best, ends[:-1])
     return found
