@@ -7,7 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import NUM_LAYERS, Engines, drafter_of, greedy, prompts_of, run, token_ids
+import pytest
+from conftest import (
+    IS_SHORT,
+    NUM_LAYERS,
+    Engines,
+    drafter_of,
+    greedy,
+    prompts_of,
+    run,
+    token_ids,
+)
+from exit_heads import build_exit_head
 
 PLAN: dict[str, Any] = {"exit_layer": NUM_LAYERS // 2, "num_speculative_tokens": 4}
 
@@ -27,15 +38,15 @@ def config_of(llm: Any) -> Any:
     return llm.llm_engine.vllm_config
 
 
-def compare(model: str, cache: Path) -> dict[str, Any]:
+def compare(model: str, cache: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Generates eagerly, with plain vLLM compiled, and with both compiled."""
     engines = Engines()
-    eager = engines.get(model, PLAN, enforce_eager=True)
+    eager = engines.get(model, plan, enforce_eager=True)
     found = {"eager": generated(eager)}
     plain = engines.get(model, enforce_eager=False)
     found["plain"] = generated(plain)
     before = set(os.listdir(cache))
-    llm = engines.get(model, PLAN, enforce_eager=False)
+    llm = engines.get(model, plan, enforce_eager=False)
     found["compiled"] = generated(llm)
     return {
         **found,
@@ -50,17 +61,23 @@ def compare(model: str, cache: Path) -> dict[str, Any]:
     }
 
 
-def test_compiled_draft_equals_eager_draft_and_has_a_cache_of_its_own(
-    tiny_models: dict[str, str], tmp_path: Path
-) -> None:
-    done = subprocess.run(  # vLLM reads where its cache lies once for a process
-        [sys.executable, __file__, tiny_models["llama"], str(tmp_path)],
-        env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)},
+def compared(model: str, root: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own, because vLLM reads where its cache lies once."""
+    done = subprocess.run(
+        [sys.executable, __file__, model, str(root), json.dumps(plan)],
+        env={**os.environ, "VLLM_CACHE_ROOT": str(root)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_compiled_draft_equals_eager_draft_and_has_a_cache_of_its_own(
+    tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    found = compared(tiny_models["llama"], tmp_path, PLAN)
     assert not found["eager view is compiled"], "the target is not"
     assert found["view is compiled"], "the target is"
     # Were the two one in the cache, the drafts would be the target's, or its tokens
@@ -71,7 +88,22 @@ def test_compiled_draft_equals_eager_draft_and_has_a_cache_of_its_own(
     assert found["added to the cache"] == 2, "the target with its drafts, and the view"
 
 
+@pytest.mark.skipif(IS_SHORT, reason="a minute: SELFSPEC_TEST_ALL=1")
+def test_a_compiled_exit_layer_has_the_kv_of_every_token(
+    tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    """As the target's own last layer it is right as often as the target: always."""
+    model = tiny_models["llama"]
+    head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head")
+    plan = {"exit_head": str(head), "num_speculative_tokens": 4}
+    found = compared(model, tmp_path, plan)
+    assert found["view is compiled"]
+    assert found["plain"][0] == found["compiled"][0] == found["eager"][0]
+    counts = found["compiled"][1]
+    assert counts["accepted_tokens"] == counts["draft_tokens"] > 0
+
+
 if __name__ == "__main__":
-    model, root = sys.argv[1:]
+    model, root, plan = sys.argv[1:]
     cache = Path(root, "torch_compile_cache", "torch_aot_compile")
-    print(json.dumps(compare(model, cache)))
+    print(json.dumps(compare(model, cache, json.loads(plan))))
