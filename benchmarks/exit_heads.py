@@ -151,7 +151,7 @@ def of_whole_layers(model: str, card: ExitCard) -> dict[str, Any] | None:
 
 def markdown(document: dict[str, Any]) -> str:
     """The README's table."""
-    columns = (
+    columns = [
         "N",
         "shared head",
         "exit layer, untrained",
@@ -163,32 +163,34 @@ def markdown(document: dict[str, Any]) -> str:
         "c",
         "E / (1 + k c)",
         "of the shared head",
-        "trained on whole layers",
         "training",
         "cores' time",
-    )
+    ]
+    with_holes = any(row["skips"] for row in document["rows"])
+    if with_holes:
+        columns.append("trained on whole layers")
     rows = []
     for row in document["rows"]:
         before, after = row["before"], row["after"]
-        of_whole = row["of_whole_layers"]
-        rows.append(
-            (
-                f"{row['exit_layer']} of 12{holes(row)}",
-                f"{before['all']:.3f}",
-                f"{row['untrained']['all']:.3f}",
-                f"{after['all']:.3f}",
-                f"{before['by_temperature']['0.0']:.3f}",
-                f"{after['by_temperature']['0.0']:.3f}",
-                f"{row['tokens_per_verification']:.2f}",
-                str(row["num_speculative_tokens"]),
-                f"{row['draft_cost']:.2f}",
-                f"{row['speed_up']:.2f}x",
-                f"{row['shared_head']['speed_up']:.2f}x",
-                f"{of_whole['speed_up']:.2f}x" if of_whole else "",
-                f"{row['seconds'] / 60:.1f} min",
-                f"{row['cpu_seconds'] / 60:.1f} min",
-            )
-        )
+        cells = [
+            f"{row['exit_layer']} of 12{holes(row)}",
+            f"{before['all']:.3f}",
+            f"{row['untrained']['all']:.3f}",
+            f"{after['all']:.3f}",
+            f"{before['by_temperature']['0.0']:.3f}",
+            f"{after['by_temperature']['0.0']:.3f}",
+            f"{row['tokens_per_verification']:.2f}",
+            str(row["num_speculative_tokens"]),
+            f"{row['draft_cost']:.2f}",
+            f"{row['speed_up']:.2f}x",
+            f"{row['shared_head']['speed_up']:.2f}x",
+            f"{row['seconds'] / 60:.1f} min",
+            f"{row['cpu_seconds'] / 60:.1f} min",
+        ]
+        if with_holes:
+            of_whole = row["of_whole_layers"]
+            cells.append(f"{of_whole['speed_up']:.2f}x" if of_whole else "")
+        rows.append(cells)
     said = (
         f"`{document['command']}`, {document['date']}: {document['hardware']}, 2 cores "
         f"shared with others; {document['num_texts']} texts of the target's own to "
@@ -205,7 +207,10 @@ def holes(row: dict[str, Any]) -> str:
 
 
 def main(
-    exit_layers: Annotated[list[int], typer.Argument(help="N, one or more.")],
+    exit_layers: Annotated[
+        list[int] | None,
+        typer.Argument(help="N, one or more; none to write the results anew."),
+    ] = None,
     model: Annotated[str, typer.Option(help="demo, or plain: its twin.")] = "demo",
     skip_layers: Annotated[
         str, typer.Option(help="Sublayers before the exit layer that drafts leave out.")
@@ -215,7 +220,7 @@ def main(
     os.chdir(REPOSITORY)
     write_prompts(Path(WORK) / "prompts.jsonl")
     num_layers = TargetModel.read(Path(f"benchmarks/{model}_model"), model).num_layers
-    for exit_layer in exit_layers:
+    for exit_layer in exit_layers or ():
         skips = skip_set_of(json.loads(skip_layers), exit_layer, num_layers)
         train(model, exit_layer, skips)
     document = results(model)
