@@ -82,6 +82,29 @@ def test_a_plan_far_from_the_first_is_found_within_few_rows() -> None:
     assert worth(search.incumbent, needed) > 0.97 * best(needed)
 
 
+def test_a_task_that_comes_back_finds_its_plan_within_few_rows() -> None:
+    """What served longest is tried first once the texts have changed."""
+    for seed in range(5):
+        search = OnlineSearch(SkipSet.evenly_spread(SEARCHED))
+        for turn, needed in enumerate((CODE, CHAT) * 3):
+            num_batches = 800 if turn < 2 else 40
+            serve(search, needed, num_batches, seed=10 * seed + turn)
+            found = worth(search.incumbent, needed)
+            assert found > 0.95 * best(needed), f"seed {seed}, turn {turn}"
+        assert search.num_changes >= 5
+
+
+def test_texts_that_do_not_change_seldom_look_as_if() -> None:
+    """Three deviations, of which one is estimated from few batches: of 2000 looks
+    seven were alarms, and each costs a few duels alone."""
+    num = 0
+    for seed in range(5):
+        search = OnlineSearch(SkipSet.evenly_spread(SEARCHED))
+        serve(search, CODE, 400, seed)
+        num += search.num_changes
+    assert num <= 20
+
+
 def test_a_plan_that_cannot_be_bettered_stays() -> None:
     whole = frozenset(range(SEARCHED))
     start = SkipSet.of(SEARCHED, whole - CODE.attention, whole - CODE.mlp)

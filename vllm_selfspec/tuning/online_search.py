@@ -12,12 +12,17 @@ better beyond noise, by expected tokens per second; it is given up when it is wo
 beyond noise, or was not better after many rows. Which sublayers to switch is drawn from
 what earlier duels showed (Thompson sampling), where SWIFT draws at random and by a
 Gaussian process (arXiv 2410.06916, section 4.2).
+
+When the incumbent is suddenly right more or less often than it used to be, the texts
+have changed: the plans that served before and the simple ones are tried again at once.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from math import sqrt
+from statistics import mean, variance
 
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
 from vllm_selfspec.tuning.candidates import Sublayer, simple_plans, switched
@@ -26,6 +31,8 @@ from vllm_selfspec.tuning.candidates import Sublayer, simple_plans, switched
 BEYOND_NOISE = 2.0
 # Rows before anything is concluded, and after which a candidate has had its chance.
 MIN_ROWS, MAX_ROWS = 64, 1024
+# And for one of a list, of which another may be far better.
+MAX_ROWS_LISTED = 128
 # What switching a sublayer gains is, before it was tried, nothing give or take this
 # share of plain vLLM's speed; and what was seen counts by this much less each duel.
 USUAL_GAIN = 0.05
@@ -34,6 +41,10 @@ FADE = 0.98
 # or a simple one, is tried in place of a new one.
 MAX_FORMER, FORMER_SHARE = 8, 0.2
 PAIR_SHARE = 0.3  # of the new candidates switch two sublayers
+# Batches of rows that tell a change of texts, and those before that are looked at. A
+# false alarm costs duels that were fought before; three deviations are rare enough.
+NUM_RECENT, NUM_USUAL = 3, 24
+MIN_USUAL, CHANGED = 4, 3.0
 # What a candidate that switches more has won says little of any single sublayer.
 MAX_TOLD_APART = 2
 
@@ -84,6 +95,35 @@ class _Duel:
         self.right_both += sum(a and b for a, b in pairs)
 
 
+@dataclass
+class _Usual:
+    """How often the incumbent was right, by batch of rows.
+
+    Attributes:
+        shares: Of the newest batches, the oldest first.
+    """
+
+    shares: list[float] = field(default_factory=list)
+
+    def changes_with(self, right: Sequence[bool]) -> bool:
+        """Whether the newest batches, this one the last, are unlike those before."""
+        num = len(right)
+        # None wrong of few rows is no proof of never.
+        self.shares.append((sum(right) + 0.5) / (num + 1))
+        self.shares = self.shares[-NUM_USUAL - NUM_RECENT :]
+        usual, recent = self.shares[:-NUM_RECENT], self.shares[-NUM_RECENT:]
+        if len(usual) < MIN_USUAL:
+            return False
+        share = mean(usual)
+        # Rows of one text are not independent, so batches may differ by more.
+        spread = max(variance(usual), share * (1 - share) / num)
+        noise = sqrt(spread * (1 / len(usual) + 1 / NUM_RECENT))
+        is_changed = abs(mean(recent) - share) > CHANGED * noise
+        if is_changed:
+            self.shares = recent
+        return is_changed
+
+
 class OnlineSearch:
     """One incumbent against one candidate at a time.
 
@@ -92,32 +132,44 @@ class OnlineSearch:
         candidate: What is tried beside it.
         num_duels: That were decided.
         num_adopted: How often the incumbent was replaced.
+        num_changes: Of the texts, that were noticed.
     """
 
     def __init__(self, start: SkipSet, seed: int = 0) -> None:
         """With `start` for the first incumbent."""
         self.incumbent = start
-        self.num_duels = self.num_adopted = 0
+        self.num_duels = self.num_adopted = self.num_changes = 0
         self._chance = random.Random(seed)
         self._switches: dict[Sublayer, _Switch] = {
             (layer, sublayer): _Switch()
             for layer in range(start.num_layers)
             for sublayer in SUBLAYERS
         }
-        self._former: list[SkipSet] = []
+        self._served: Counter[SkipSet] = Counter()  # batches of rows, by incumbent
         self._simple = [*simple_plans(start.num_layers)]
-        self._to_try = iter(self._simple)
+        self._usual = _Usual()
+        self._try_first(self._simple)
+
+    def _try_first(self, plans: Iterable[SkipSet]) -> None:
+        """Before new ones."""
+        self._to_try = iter(plans)
         self._begin()
+
+    def _former(self) -> list[SkipSet]:
+        """Plans that served, those that did so longest first."""
+        return [plan for plan, _ in self._served.most_common(MAX_FORMER)]
 
     def _begin(self) -> None:
         self.candidate = self._propose()
         self._duel = _Duel()
 
     def _propose(self) -> SkipSet:
+        self._is_listed = True
         for plan in self._to_try:
             if plan != self.incumbent:
                 return plan
-        others = [p for p in (*self._former, *self._simple) if p != self.incumbent]
+        self._is_listed = False
+        others = [p for p in (*self._former(), *self._simple) if p != self.incumbent]
         if others and self._chance.random() < FORMER_SHARE:
             return self._chance.choice(others)
         drawn = {which: s.draw(self._chance) for which, s in self._switches.items()}
@@ -144,12 +196,19 @@ class OnlineSearch:
         Returns:
             Whether the incumbent was replaced.
         """
+        if self._usual.changes_with(right):
+            self.num_changes += 1
+            # The rows of this duel are of other texts. No plan is tried twice.
+            self._try_first(dict.fromkeys([*self._former(), *self._simple]))
+            return False
+        self._served[self.incumbent] += 1
         self._duel.add(right, right_candidate)
         if self._duel.num < MIN_ROWS:
             return False
         gain, noise = self._gain(speed)
         is_better = gain > BEYOND_NOISE * noise
-        is_hopeless = gain < -noise or self._duel.num >= MAX_ROWS
+        most = MAX_ROWS_LISTED if self._is_listed else MAX_ROWS
+        is_hopeless = gain < -noise or self._duel.num >= most
         if is_better or is_hopeless:
             self._conclude(gain, noise, is_better)
         return is_better
@@ -197,8 +256,7 @@ class OnlineSearch:
                 if is_better:  # from now on it would be switched back
                     switch.gain = -switch.gain
         if is_better:
-            former = [plan for plan in self._former if plan != self.incumbent]
-            self._former = [*former, self.incumbent][-MAX_FORMER:]
             self.incumbent = self.candidate
             self.num_adopted += 1
+            self._usual = _Usual()
         self._begin()
