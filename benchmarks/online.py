@@ -5,11 +5,16 @@
 One engine serves one task, then another, then the first again, some streams at a time,
 from `auto`'s plan on. After every round of requests vLLM's counters say what was
 accepted. Beside it, in the same process and on the same requests: a plan that `tune`'s
-search found for that task beforehand, the plan of the other task, and `auto`'s. What
-scoring takes is measured, not reckoned.
+search found for that task beforehand, the plan of the other task, and `auto`'s. Their
+texts must be the same. What scoring takes is measured, not reckoned.
+
+It has recovered from a switch once it is, for the rest of the phase on average, within
+5% of the plan tuned for the task. The model is one whose tasks want different plans
+(`two_tasks_model.py`, made at need, in minutes).
 """
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +28,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from two_tasks_model import OUTPUT as TWO_TASKS
+from two_tasks_model import two_tasks_model
 
 from vllm_selfspec import versions
 from vllm_selfspec.bench.page import markdown_table, new_plot
@@ -38,7 +47,8 @@ from vllm_selfspec.tuning.search import Search
 MAX_PROMPT_TOKENS = 128
 NUM_DRAFTS = 4
 NUM_TUNED = 8  # texts that a task's plan is searched on
-LAST = 5  # rounds of a phase that say where it ended
+LAST = 5  # rounds of a phase that say where it began and ended
+NEAR = 0.95  # of the tuned plan's speed: recovered
 KEPT: list[Any] = []  # vLLM's engines cannot end one by one in a process
 
 
@@ -76,16 +86,18 @@ class Arm:
         KEPT.append(llm)
         return cls(name, llm, SpecCounters())
 
-    def round(self, prompts: Sequence[Any], max_tokens: int) -> dict[str, Any]:
-        """Tokens per verification, acceptance by position and seconds."""
+    def round(
+        self, prompts: Sequence[Any], max_tokens: int
+    ) -> tuple[list[Sequence[int]], dict[str, Any]]:
+        """What was said, tokens per verification, acceptance by position, seconds."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         before, started = self.counters.read(), time.perf_counter()
-        self.llm.generate(list(prompts), params, use_tqdm=False)
+        outs = self.llm.generate(list(prompts), params, use_tqdm=False)
         seconds = time.perf_counter() - started
         counts = self.counters.read() - before
-        return {
+        return [out.outputs[0].token_ids for out in outs], {
             "tokens_per_verification": 1 + counts.accepted_tokens / counts.drafts,
             "acceptance": [at / counts.drafts for at in counts.accepted_at],
             "seconds": seconds,
@@ -187,11 +199,49 @@ def markdown(document: dict[str, Any]) -> str:
         f"vLLM {document['vllm']}, {document['model']}, float32, {document['streams']} "
         f"streams; {document['candidates']} candidates were tried and "
         f"{document['adopted']} adopted, in "
-        f"{document['seconds_scoring'] / document['seconds_serving']:.1%} of the time."
+        f"{document['seconds_scoring'] / document['seconds_serving']:.1%} of the time; "
+        f"{document['changes']} changes of the texts were noticed; all arms said the "
+        "same."
     )
     columns = ["phase", "arm", "first token accepted, at first", "at last"]
     columns += ["E / (v + k c), at first", "at last"]
-    return "\n".join([run, "", *markdown_table(columns, rows)]) + "\n"
+    parts = [run, "", *markdown_table(columns, rows), "", *recoveries(document)]
+    return "\n".join(parts) + "\n"
+
+
+def recoveries(document: dict[str, Any]) -> list[str]:
+    """How long each phase took to come near its tuned plan."""
+    rows = []
+    for number, task in enumerate(document["phases"]):
+        own, tuned = (
+            [r for r in document["rounds"] if (r["phase"], r["arm"]) == (number, arm)]
+            for arm in ("online", f"tuned for {task}")
+        )
+        ratios = [
+            row["speed"] / of["speed"] for row, of in zip(own, tuned, strict=True)
+        ]
+        when = recovered_at(ratios)
+        seconds = "" if when is None else f"{sum(r['seconds'] for r in own[:when]):.0f}"
+        rows.append(
+            [
+                f"{number + 1}. {task}",
+                f"{ratios[0]:.2f}",
+                f"{mean(ratios[-LAST:]):.2f}",
+                "never" if when is None else f"{when}",
+                seconds,
+            ]
+        )
+    columns = ["phase", "online over tuned, first round", "at last"]
+    columns += ["rounds before within 5%", "seconds of serving"]
+    return markdown_table(columns, rows)
+
+
+def recovered_at(ratios: Sequence[float]) -> int | None:
+    """Rounds before the first that is near, as the rest of the phase is on average."""
+    for at, ratio in enumerate(ratios):
+        if min(ratio, mean(ratios[at:])) >= NEAR:
+            return at
+    return None
 
 
 def rounds_of(document: dict[str, Any]) -> int:
@@ -200,21 +250,32 @@ def rounds_of(document: dict[str, Any]) -> int:
     return len(document["rounds"]) // num_arms // len(document["phases"])
 
 
+def check_same(said: dict[str, list[Sequence[int]]], phase: int, at: int) -> None:
+    """What drafts must not change what is said; in float32 not even a rounding does."""
+    expected = said["auto"]
+    for name, texts in said.items():
+        if texts != expected:
+            raise AssertionError(
+                f"round {at} of phase {phase + 1}: the text of {name!r} is not that of "
+                "'auto', but drafts must not change it"
+            )
+
+
 def first_acceptance(row: dict[str, Any]) -> float:
     """Of a round."""
     return float(row["acceptance"][0])
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A model of benchmarks/.")] = (
-        "demo_model"
-    ),
+    model: Annotated[
+        str, typer.Argument(help="A model of benchmarks/, or two_tasks_model.")
+    ] = TWO_TASKS.name,
     tasks: Annotated[str, typer.Option(help="The two tasks.")] = "code,chat",
     rounds: Annotated[int, typer.Option(help="Rounds of requests a phase.")] = 40,
     streams: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="A request.")] = 96,
     share: Annotated[float, typer.Option(help="Of the time, for scoring.")] = 0.01,
-    budget: Annotated[float, typer.Option(help="Seconds of tune's searches.")] = 60,
+    budget: Annotated[float, typer.Option(help="Seconds of tune's searches.")] = 40,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory of the results.")
     ] = Path("online-report"),
@@ -222,7 +283,7 @@ def main(
     """Switch tasks in the middle of a run."""
     prepare()
     console = Console(highlight=False)
-    path = BENCHMARKS / model
+    path = two_tasks_model() if model == TWO_TASKS.name else BENCHMARKS / model
     names = tasks.split(",")
     texts = {
         task: token_ids(load(task).prompts, path, MAX_PROMPT_TOKENS) for task in names
@@ -248,8 +309,9 @@ def main(
         for at in range(rounds):
             first = at * streams % len(held_out)
             prompts = (held_out + held_out)[first : first + streams]
+            said: dict[str, list[Sequence[int]]] = {}
             for arm in arms:
-                row = arm.round(prompts, max_tokens)
+                said[arm.name], row = arm.round(prompts, max_tokens)
                 if arm.name == "online":
                     plan, serving = tuner.search.incumbent, serving + row["seconds"]
                 else:
@@ -257,6 +319,7 @@ def main(
                 row["speed"] = speed_of(known, plan, row["acceptance"])
                 row |= {"arm": arm.name, "phase": number, "task": task}
                 found.append(row | {"plan": plan.to_dict()})
+            check_same(said, number, at)
         console.print(f"{number + 1}. {task}: {tuner.search.incumbent}")
     document = {
         "date": date.today().isoformat(),
@@ -271,6 +334,7 @@ def main(
         "costs": {"verify": known.verify_costs, "draft": known.draft_costs},
         "candidates": tuner.search.num_duels,
         "adopted": tuner.search.num_adopted,
+        "changes": tuner.search.num_changes,
         "seconds_serving": serving,
         "seconds_scoring": tuner.seconds_spent,
         "rounds": found,
