@@ -194,14 +194,13 @@ def markdown(document: dict[str, Any]) -> str:
                 ]
             )
     run = (
-        f"`python benchmarks/online.py --rounds {rounds_of(document)}`, "
+        f"`python benchmarks/online.py {document['model']} "
+        f"--rounds {rounds_of(document)}`, "
         f"{document['date']}: {document['hardware']}; "
         f"vLLM {document['vllm']}, {document['model']}, float32, {document['streams']} "
         f"streams; {document['candidates']} candidates were tried and "
         f"{document['adopted']} adopted, in "
-        f"{document['seconds_scoring'] / document['seconds_serving']:.1%} of the time; "
-        f"{document['changes']} changes of the texts were noticed; all arms said the "
-        "same."
+        f"{document['seconds_scoring'] / document['seconds_serving']:.1%} of the time."
     )
     columns = ["phase", "arm", "first token accepted, at first", "at last"]
     columns += ["E / (v + k c), at first", "at last"]
@@ -275,7 +274,7 @@ def main(
     streams: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="A request.")] = 96,
     share: Annotated[float, typer.Option(help="Of the time, for scoring.")] = 0.01,
-    budget: Annotated[float, typer.Option(help="Seconds of tune's searches.")] = 40,
+    budget: Annotated[float, typer.Option(help="Seconds of tune's searches.")] = 60,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory of the results.")
     ] = Path("online-report"),
