@@ -43,9 +43,12 @@ def agreement(plan: SkipSet, needed: SkipSet) -> float:
 
 
 def serve(search: OnlineSearch, needed: SkipSet, num_batches: int, seed: int) -> None:
-    """Rows of a task; what is hard in a text is hard for both."""
+    """Rows of a task; what is hard in a text is hard for both. For each that is scored
+    there are some verifications."""
     chance = random.Random(seed)
     for _ in range(num_batches):
+        share = agreement(search.incumbent, needed)
+        search.verified([chance.random() < share for _ in range(64)])
         hardness = [chance.random() for _ in range(32)]
         plans = (search.incumbent, search.candidate)
         right = [[h < agreement(plan, needed) for h in hardness] for plan in plans]
@@ -95,8 +98,7 @@ def test_a_task_that_comes_back_finds_its_plan_within_few_rows() -> None:
 
 
 def test_texts_that_do_not_change_seldom_look_as_if() -> None:
-    """Three deviations, of which one is estimated from few batches: of 2000 looks
-    seven were alarms, and each costs a few duels alone."""
+    """Three deviations, estimated from few batches; an alarm costs a few duels."""
     num = 0
     for seed in range(5):
         search = OnlineSearch(SkipSet.evenly_spread(SEARCHED))
@@ -146,7 +148,7 @@ def asked_of(tuner: OnlineTuner, steps: Any) -> list[Asked]:
         return positions + 1
 
     for batch in steps:
-        tuner.after_step(batch, len(batch.req_ids), 0, next_tokens)
+        tuner.after_step(batch, len(batch.req_ids), 0, [], next_tokens)
     return found
 
 

@@ -135,15 +135,15 @@ class SelfSpecProposer:
             scheduler_output.num_spec_tokens_to_schedule,
         )
         req_ids = runner.input_batch.req_ids
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        num_drafted = np.array([len(drafted.get(req_id, ())) for req_id in req_ids])
+        num_emitted = np.array([*map(len, sampled_token_ids)])
         if self._stops is not None:
-            drafted = scheduler_output.scheduled_spec_decode_tokens
-            self._stops.observe(
-                req_ids,
-                np.array([len(drafted.get(req_id, ())) for req_id in req_ids]),
-                np.array([*map(len, sampled_token_ids)]),
-            )
+            self._stops.observe(req_ids, num_drafted, num_emitted)
         if self.tuner is not None:
-            self._tune(self.tuner, runner, scheduler_output)
+            # Without a token emitted it is a prompt that is still read.
+            is_first_accepted = num_emitted[(num_drafted > 0) & (num_emitted > 0)] > 1
+            self._tune(self.tuner, runner, scheduler_output, is_first_accepted.tolist())
         rows = np.flatnonzero(num_drafts)
         if not len(rows):
             return Drafts([[] for _ in sampled_token_ids])
@@ -181,12 +181,19 @@ class SelfSpecProposer:
             device=runner.device,
         )
 
-    def _tune(self, tuner: OnlineTuner, runner: Any, scheduler_output: Any) -> None:
+    def _tune(
+        self,
+        tuner: OnlineTuner,
+        runner: Any,
+        scheduler_output: Any,
+        is_first_accepted: Sequence[bool],
+    ) -> None:
         """Tries another skip set, if it is time, and drafts with it if it is better."""
         found = tuner.after_step(
             runner.input_batch,
             scheduler_output.total_num_scheduled_tokens,
             scheduler_output.num_spec_tokens_to_schedule,
+            is_first_accepted,
             partial(self._next_tokens, runner),
         )
         if found is not None:

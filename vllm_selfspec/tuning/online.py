@@ -150,6 +150,7 @@ class OnlineTuner:
         input_batch: Any,
         num_verified: int,
         num_steps: int,
+        accepted: Sequence[bool],
         next_tokens: NextTokens,
     ) -> SkipSet | None:
         """Scores, if the time that it takes was saved up.
@@ -158,6 +159,7 @@ class OnlineTuner:
             input_batch: vLLM's, with the tokens of this step.
             num_verified: Token rows of the target's forward.
             num_steps: Draft steps.
+            accepted: Whether the first draft token was, by request that had one.
             next_tokens: Asks a plan.
 
         Returns:
@@ -165,6 +167,7 @@ class OnlineTuner:
         """
         if self._costs is None:
             return None
+        self.search.verified(accepted)
         num_reqs = len(input_batch.req_ids)
         plans = (self.search.incumbent, self.search.candidate)
         price = sum(self._draft(self._num_rows, plan) for plan in plans)

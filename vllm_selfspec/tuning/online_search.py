@@ -13,19 +13,19 @@ beyond noise, or was not better after many rows. Which sublayers to switch is dr
 what earlier duels showed (Thompson sampling), where SWIFT draws at random and by a
 Gaussian process (arXiv 2410.06916, section 4.2).
 
-When the incumbent is suddenly right more or less often than it used to be, the texts
-have changed: the plans that served before and the simple ones are tried again at once.
+When the incumbent's drafts are accepted more or less often than they used to be, the
+texts have changed: plans that served before and the simple ones are tried again.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
-from statistics import mean, variance
 
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
 from vllm_selfspec.tuning.candidates import Sublayer, simple_plans, switched
+from vllm_selfspec.tuning.text_change import TextChange
 
 # Deviations that count as more than noise.
 BEYOND_NOISE = 2.0
@@ -41,10 +41,6 @@ FADE = 0.98
 # or a simple one, is tried in place of a new one.
 MAX_FORMER, FORMER_SHARE = 8, 0.2
 PAIR_SHARE = 0.3  # of the new candidates switch two sublayers
-# Batches of rows that tell a change of texts, and those before that are looked at. A
-# false alarm costs duels that were fought before; three deviations are rare enough.
-NUM_RECENT, NUM_USUAL = 3, 24
-MIN_USUAL, CHANGED = 4, 3.0
 # What a candidate that switches more has won says little of any single sublayer.
 MAX_TOLD_APART = 2
 
@@ -95,35 +91,6 @@ class _Duel:
         self.right_both += sum(a and b for a, b in pairs)
 
 
-@dataclass
-class _Usual:
-    """How often the incumbent was right, by batch of rows.
-
-    Attributes:
-        shares: Of the newest batches, the oldest first.
-    """
-
-    shares: list[float] = field(default_factory=list)
-
-    def changes_with(self, right: Sequence[bool]) -> bool:
-        """Whether the newest batches, this one the last, are unlike those before."""
-        num = len(right)
-        # None wrong of few rows is no proof of never.
-        self.shares.append((sum(right) + 0.5) / (num + 1))
-        self.shares = self.shares[-NUM_USUAL - NUM_RECENT :]
-        usual, recent = self.shares[:-NUM_RECENT], self.shares[-NUM_RECENT:]
-        if len(usual) < MIN_USUAL:
-            return False
-        share = mean(usual)
-        # Rows of one text are not independent, so batches may differ by more.
-        spread = max(variance(usual), share * (1 - share) / num)
-        noise = sqrt(spread * (1 / len(usual) + 1 / NUM_RECENT))
-        is_changed = abs(mean(recent) - share) > CHANGED * noise
-        if is_changed:
-            self.shares = recent
-        return is_changed
-
-
 class OnlineSearch:
     """One incumbent against one candidate at a time.
 
@@ -147,7 +114,7 @@ class OnlineSearch:
         }
         self._served: Counter[SkipSet] = Counter()  # batches of rows, by incumbent
         self._simple = [*simple_plans(start.num_layers)]
-        self._usual = _Usual()
+        self._texts = TextChange()
         self._try_first(self._simple)
 
     def _try_first(self, plans: Iterable[SkipSet]) -> None:
@@ -183,6 +150,19 @@ class OnlineSearch:
                 return found
         raise AssertionError("a model has at least two sublayers")
 
+    def verified(self, accepted: Sequence[bool]) -> None:
+        """Learns what verifications said, and tries what is known where the texts have
+        changed.
+
+        Args:
+            accepted: Whether the incumbent's first draft token was, by request that
+                had one.
+        """
+        if self._texts.is_told_by(accepted):
+            self.num_changes += 1
+            # The rows of this duel are of other texts. No plan is tried twice.
+            self._try_first(dict.fromkeys([*self._former(), *self._simple]))
+
     def observe(
         self, right: Sequence[bool], right_candidate: Sequence[bool], speed: Speed
     ) -> bool:
@@ -196,11 +176,6 @@ class OnlineSearch:
         Returns:
             Whether the incumbent was replaced.
         """
-        if self._usual.changes_with(right):
-            self.num_changes += 1
-            # The rows of this duel are of other texts. No plan is tried twice.
-            self._try_first(dict.fromkeys([*self._former(), *self._simple]))
-            return False
         self._served[self.incumbent] += 1
         self._duel.add(right, right_candidate)
         if self._duel.num < MIN_ROWS:
@@ -258,5 +233,5 @@ class OnlineSearch:
         if is_better:
             self.incumbent = self.candidate
             self.num_adopted += 1
-            self._usual = _Usual()
+            self._texts = TextChange()
         self._begin()
