@@ -272,6 +272,17 @@ def test_the_text_is_plain_vllms_while_plans_change(
     assert tuner.search.num_duels > 1, "nothing was tried, so nothing was shown"
 
 
+def test_every_verification_is_told(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = online(engines, tiny_models["llama"])
+    search, told = tuner_in(llm).search, []
+    monkeypatch.setattr(search, "verified", told.extend)
+    _, counts = run(llm, prompts_of(8), greedy(GREEDY_TOKENS))
+    assert 0 < counts.accepted_at[0] < counts.drafts
+    assert (sum(told), len(told)) == (counts.accepted_at[0], counts.drafts)
+
+
 def test_a_plan_that_skips_nothing_is_always_right(
     tiny_models: dict[str, str],
     engines: Engines,
