@@ -181,8 +181,8 @@ class Student:
         window = getattr(self._model.config, "sliding_window", None)
         if window is not None and window < length:
             raise UnsupportedModelError(
-                "with a skip set, training lets all tokens of a text see each other, "
-                f"but this model's window is {window} tokens and a text has {length}: "
+                "with a skip set, training lets a token see all before it, but "
+                f"this model's window is {window} tokens and a text has {length}: "
                 "lower --max-prompt-tokens or --max-tokens"
             )
 
