@@ -135,15 +135,8 @@ class SelfSpecProposer:
             scheduler_output.num_spec_tokens_to_schedule,
         )
         req_ids = runner.input_batch.req_ids
-        drafted = scheduler_output.scheduled_spec_decode_tokens
-        num_drafted = np.array([len(drafted.get(req_id, ())) for req_id in req_ids])
-        num_emitted = np.array([*map(len, sampled_token_ids)])
-        if self._stops is not None:
-            self._stops.observe(req_ids, num_drafted, num_emitted)
-        if self.tuner is not None:
-            # Without a token emitted it is a prompt that is still read.
-            is_first_accepted = num_emitted[(num_drafted > 0) & (num_emitted > 0)] > 1
-            self._tune(self.tuner, runner, scheduler_output, is_first_accepted.tolist())
+        if self._stops is not None or self.tuner is not None:
+            self._learn(runner, scheduler_output, sampled_token_ids)
         rows = np.flatnonzero(num_drafts)
         if not len(rows):
             return Drafts([[] for _ in sampled_token_ids])
@@ -156,6 +149,24 @@ class SelfSpecProposer:
         if self._stops is not None:
             num_drafts[rows] = self._stops.lengths
         return _to_drafts(token_ids, probs, rows, num_drafts, req_ids)
+
+    def _learn(
+        self,
+        runner: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Sequence[Sequence[int]],
+    ) -> None:
+        """Tells those who go by it what became of the last drafts."""
+        req_ids = runner.input_batch.req_ids
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        num_drafted = np.array([len(drafted.get(req_id, ())) for req_id in req_ids])
+        num_emitted = np.array([*map(len, sampled_token_ids)])
+        if self._stops is not None:
+            self._stops.observe(req_ids, num_drafted, num_emitted)
+        if self.tuner is not None:
+            # Without a token emitted it is a prompt that is still read.
+            is_first_accepted = num_emitted[(num_drafted > 0) & (num_emitted > 0)] > 1
+            self._tune(self.tuner, runner, scheduler_output, is_first_accepted.tolist())
 
     def _num_drafts(
         self, input_batch: Any, sampled_token_ids: Sequence[Sequence[int]], k: int

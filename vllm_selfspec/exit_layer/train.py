@@ -127,7 +127,10 @@ class Trainer:
         started, cpu_started = time.monotonic(), time.process_time()
         chosen = self._my_texts()
         texts = [self._texts[number] for number in chosen]
-        begins = [self._begins(number) for number in chosen]
+        begins = [
+            self._begins(number, len(text.top_ids))
+            for number, text in zip(chosen, texts, strict=True)
+        ]
         trained = [*self.student.trained.values()]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -162,10 +165,9 @@ class Trainer:
             return cross_entropy(logits, batch.next_ids)
         return kl_to_top(logits, batch.top_ids, batch.top_logprobs)
 
-    def _begins(self, number: int) -> Ints:
-        """Where drafts begin in a text, in this step."""
+    def _begins(self, number: int, num: int) -> Ints:
+        """Where drafts begin in a text with `num` tokens of its own, in this step."""
         chance = np.random.default_rng((self._job.recipe.seed, self.step, number))
-        num = len(self._texts[number].top_ids)
         return begins_at_random(num, MAX_DRAFTS, chance)
 
     def _my_texts(self) -> list[int]:
