@@ -6,7 +6,7 @@ context to attend to yet; what that adds is learnt while serving.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,6 +25,8 @@ MAX_ROWS_GPU, MAX_ROWS_CPU = 256, 64
 # One time says enough where it is long.
 REPEATS, MAX_ROWS_REPEATED = 3, 16
 NUM_DRAFTS = 2
+# Of plans, that few sublayers' cost stands out from the noise of the target's forward.
+NUM_DRAFTS_PLAN = 6
 MIN_SHARE = 0.01
 
 
@@ -49,9 +51,9 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
     verify, draft = [], []
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
-        alone = seconds_of(partial(drafter.dummy_step, runner, n, 0), repeats)
-        drafting = seconds_of(
-            partial(drafter.dummy_step, runner, n, NUM_DRAFTS), repeats
+        step = partial(drafter.dummy_step, runner, n)
+        alone, drafting = seconds_of(
+            [partial(step, 0), partial(step, NUM_DRAFTS)], repeats
         )
         verify.append(alone)
         # Noise must not make a draft step cost nothing.
@@ -62,8 +64,9 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
 def measure_sublayers(
     worker: Any, num_rows: int = 1, repeats: int = REPEATS
 ) -> tuple[float, float, float]:
-    """Seconds of the LM head, an attention and an MLP sublayer in a draft step: the
-    least-squares fit to the times of some plans, which single ones are too short for.
+    """What the LM head, an attention and an MLP sublayer in a draft step take, over a
+    plain step of as many rows: the least-squares fit to the times of some plans, which
+    single ones are too short for.
 
     Args:
         worker: vLLM's, of a V1 runner, after its KV cache was made.
@@ -77,35 +80,46 @@ def measure_sublayers(
         SkipSet.of(n),
         SkipSet.of(n, attention=range(n)),
         SkipSet.of(n, mlp=range(n)),
+        SkipSet.early_exit(n, 1),
         SkipSet.early_exit(n, max(1, n // 4)),
         SkipSet.early_exit(n, max(1, n // 2)),
     ]
     step = partial(drafter.dummy_step, runner, num_rows)
-    alone = seconds_of(partial(step, 0), repeats)
-    times = []
-    for plan in plans:
+
+    def drafting(plan: SkipSet) -> None:
         drafter.use_skip_set(plan)
-        whole = seconds_of(partial(step, NUM_DRAFTS), repeats)
-        times.append((whole - alone) / NUM_DRAFTS)
+        step(NUM_DRAFTS_PLAN)
+
+    alone, *whole = seconds_of(
+        [partial(step, 0), *(partial(drafting, plan) for plan in plans)], repeats
+    )
     drafter.use_skip_set(before)
+    times = (np.array(whole) / alone - 1) / NUM_DRAFTS_PLAN
     kept = [[1, n - len(plan.attention), n - len(plan.mlp)] for plan in plans]
-    found, *_ = np.linalg.lstsq(np.array(kept, float), np.array(times), rcond=None)
+    found, *_ = np.linalg.lstsq(np.array(kept, float), times, rcond=None)
     # Noise must not make a part cost nothing.
-    head, attention, mlp = np.maximum(found, MIN_SHARE * alone / n)
+    head, attention, mlp = np.maximum(found, MIN_SHARE / n)
     return float(head), float(attention), float(mlp)
 
 
-def seconds_of(run: Callable[[], Any], repeats: int) -> float:
-    """Median of `repeats` times, after a run that is not counted."""
-    run()  # kernels and caches of this size
-    times = []
-    for _ in range(repeats):
-        _wait()
-        started = time.perf_counter()
-        run()
-        _wait()
-        times.append(time.perf_counter() - started)
-    return median(times)
+def seconds_of(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Medians of `repeats` times of each, after one that is not counted.
+
+    They take turns: a machine that is slow for a while is so for all of them, and only
+    their ratios matter.
+    """
+    for run in runs:
+        run()  # kernels and caches of its size
+    times = [[_seconds_of(run) for run in runs] for _ in range(repeats)]
+    return [median(of_run) for of_run in zip(*times, strict=True)]
+
+
+def _seconds_of(run: Callable[[], Any]) -> float:
+    _wait()
+    started = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - started
 
 
 def _wait() -> None:

@@ -20,7 +20,7 @@ from vllm_selfspec.tuning.score import Score, Walk, best_score
 
 # CPU attention takes multiples of 32; small blocks make a row's own blocks small.
 BLOCK_SIZE = 32
-NUM_TIMINGS = 5
+NUM_TIMINGS = 7
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,11 @@ class TuningEngine:
         self._has_read = False
         if known is None:
             texts = tuple(self._generated(prompts))
-            plain, *verify = self._measure_verify()
-            head, attention, mlp = self._measure_draft() / plain
+            head, attention, mlp = self._measure_draft()
             known = Known(
                 self._ask(_num_layers)[0],
                 texts,
-                tuple(float(seconds / plain) for seconds in verify),
+                tuple(map(float, self._measure_verify())),
                 (float(head), float(attention), float(mlp)),
             )
         self.known = known
@@ -211,13 +210,16 @@ class TuningEngine:
         return time.perf_counter() - started
 
     def _measure_verify(self) -> Floats:
-        """Seconds of a step that verifies 0, 1, ... draft tokens a stream."""
+        """v: a step that verifies 1, 2, ... draft tokens a stream, over a plain one."""
         rows = [self._num_streams * (1 + k) for k in range(self._num_drafts + 1)]
-        seconds = [max(self._ask(_time_step, num, 0)) for num in rows]
-        return without_interruptions(rows, np.array(seconds))
+        seconds = np.max(self._ask(_time_steps, rows), axis=0)
+        plain, *verify = without_interruptions(rows, seconds)
+        found: Floats = np.array(verify) / plain
+        return found
 
     def _measure_draft(self) -> Floats:
-        """Seconds of the head, an attention and an MLP sublayer in a draft step."""
+        """The head, an attention and an MLP sublayer in a draft step, over a plain
+        step."""
         found: Floats = np.max(self._ask(_time_sublayers, self._num_streams), axis=0)
         return found
 
@@ -255,13 +257,13 @@ def _use_skip_set(worker: Any, skip_set: SkipSet) -> None:
     worker.model_runner.drafter.use_skip_set(skip_set)
 
 
-def _time_step(worker: Any, num_rows: int, num_drafts: int) -> float:
-    """Seconds of a step of so many rows."""
+def _time_steps(worker: Any, num_rows: Sequence[int]) -> list[float]:
+    """Seconds of a step of so many rows, for each."""
     from vllm_selfspec.measure import seconds_of
 
     runner = worker.model_runner
-    step = partial(runner.drafter.dummy_step, runner, num_rows, num_drafts)
-    return seconds_of(step, NUM_TIMINGS)
+    step = partial(runner.drafter.dummy_step, runner, num_drafts=0)
+    return seconds_of([partial(step, num) for num in num_rows], NUM_TIMINGS)
 
 
 def _time_sublayers(worker: Any, num_rows: int) -> tuple[float, float, float]:

@@ -52,7 +52,8 @@ class OnlineCosts:
     Attributes:
         steps: Of verifications, and of draft steps of the plan `measured`.
         measured: That plan.
-        sublayers: Of the head, an attention and an MLP sublayer, in a draft step.
+        sublayers: Of the head, an attention and an MLP sublayer in a draft step, over a
+            plain step.
     """
 
     steps: StepCosts
