@@ -69,6 +69,15 @@ def test_the_best_length_is_longer_where_more_is_right_and_drafts_are_cheap() ->
     assert best_score(good, 0.5, steep).speed_up < 1
 
 
+def test_of_lengths_that_gain_nearly_the_same_the_shortest_is_taken() -> None:
+    right = np.full(400, 3)
+    right[0] = 8  # one more step is saved by drafting so far: 1%
+    found = best_score([right], 1e-4, [1.0] * 8)
+    assert found.k == 3
+    assert found.walk.verifications == 100
+    assert found.speed_up == pytest.approx(4, rel=1e-3)
+
+
 def test_candidates_are_distinct_and_the_path_leaves_out_what_is_missed_least() -> None:
     plans = [*simple_plans(6)]
     assert len({*plans}) >= len(plans) - 1

@@ -13,6 +13,10 @@ import numpy as np
 
 from vllm_selfspec.draft_length.types import Ints
 
+# Of the best length's speed-up: shorter drafts that come so near are taken, as the next
+# texts may be harder; some texts tell no smaller differences.
+NEAR_BEST = 0.98
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -70,7 +74,7 @@ def walk(right: Sequence[Ints], k: int) -> Walk:
 
 @dataclass(frozen=True)
 class Score:
-    """The best a plan comes to.
+    """What a plan comes to at its draft length.
 
     Attributes:
         k: Draft tokens a step.
@@ -92,7 +96,8 @@ def best_score(
     draft_cost: float,
     verify_costs: Sequence[float],
 ) -> Score:
-    """The draft length that gains most, and what it gains.
+    """The shortest draft length of those that gain most or nearly (`NEAR_BEST`), and
+    what it gains.
 
     Args:
         right: As for `walk`.
@@ -104,4 +109,5 @@ def best_score(
         steps = walk(right, k)
         gain = steps.tokens_per_verification / (v + k * draft_cost)
         found.append(Score(k, gain, steps, draft_cost, v))
-    return max(found, key=lambda score: score.speed_up)
+    enough = NEAR_BEST * max(score.speed_up for score in found)
+    return next(score for score in found if score.speed_up >= enough)
