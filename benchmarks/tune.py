@@ -3,18 +3,21 @@
     python benchmarks/tune.py -o benchmarks/results/tune
 
 First, acceptance as `tune` predicts it against what the engine counts while it
-generates, for three models and two tasks. Then searches on the demo model, by the costs
-of the widened one: the tuner's, and Draft & Verify's Bayesian optimisation (a Gaussian
-process over a number in [0, 1] for each sublayer, above 0.5 skips it) with ten times
-the evaluations. What they find, and plans that need no search, generate held-out texts
-with the widened model, in turns with plain vLLM.
+generates, for three models and two tasks. Then searches on the demo model, widened: the
+tuner's, and Draft & Verify's with ten times the evaluations, by the tokens per second
+of real generation, and with `--by-score` by the tuner's own score, too. What they find,
+and plans that need no search, generate held-out texts, in turns with plain vLLM. A
+thousand plans that generate take hours: `--widen-search` has a smaller model do it.
 """
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -23,13 +26,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import draft_and_verify
+
 from vllm_selfspec import versions
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.demo import cpu_name
-from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
-from vllm_selfspec.tuning.candidates import simple_plans, skipping
+from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.tuning.candidates import simple_plans
 from vllm_selfspec.tuning.engine import Known, TuningEngine
 from vllm_selfspec.tuning.score import Score, best_score, walk
 from vllm_selfspec.tuning.search import Search
@@ -38,24 +44,35 @@ MODELS = ("demo_model", "plain_model", "small_model")
 TASKS = ("code", "chat")
 MAX_PROMPT_TOKENS = 256
 MAX_DRAFTS = 6
-SEED = 1  # Draft & Verify's
 
 
 def engine(
     path: Path, task: str, numbers: slice, max_tokens: int, dtype: str
 ) -> TuningEngine:
     """With some of a task's prompts."""
-    return TuningEngine(
+    tuner = TuningEngine(
         str(path),
         token_ids(load(task).prompts[numbers], path, MAX_PROMPT_TOKENS),
         max_tokens,
         MAX_DRAFTS,
         dtype=dtype,
-        enforce_eager=True,
-        max_model_len=MAX_PROMPT_TOKENS + max_tokens + 2 * MAX_DRAFTS,
-        kv_cache_memory_bytes=512 << 20,
-        gpu_memory_utilization=0.1,
+        **settings(max_tokens),
     )
+    KEPT.append(tuner)
+    return tuner
+
+
+def settings(max_tokens: int) -> dict[str, Any]:
+    """What all engines here have in common."""
+    return {
+        "enforce_eager": True,
+        "max_model_len": MAX_PROMPT_TOKENS + max_tokens + 2 * MAX_DRAFTS,
+        "kv_cache_memory_bytes": 512 << 20,
+        "gpu_memory_utilization": 0.1,
+    }
+
+
+KEPT: list[Any] = []  # vLLM's engines cannot end one by one in a process
 
 
 def agreement(num_texts: int, max_tokens: int, console: Console) -> list[Any]:
@@ -66,7 +83,6 @@ def agreement(num_texts: int, max_tokens: int, console: Console) -> list[Any]:
             tuner = engine(
                 BENCHMARKS / name, task, slice(num_texts), max_tokens, "float32"
             )
-            KEPT.append(tuner)
             n = tuner.known.num_layers
             plans = {
                 "evenly spread": SkipSet.evenly_spread(n),
@@ -83,60 +99,14 @@ def agreement(num_texts: int, max_tokens: int, console: Console) -> list[Any]:
     return found
 
 
-KEPT: list[TuningEngine] = []  # vLLM's engines cannot end one by one in a process
-
-
-def draft_and_verify(
-    num_layers: int,
-    evaluate: Any,
-    numbers: Sequence[int],
-    iterations: int,
-    storage: str,
-    say: Any,
-) -> tuple[SkipSet, float]:
-    """Draft & Verify's search (section 3.3), from evenly spread, and the seconds that
-    it took; it goes on where it was stopped."""
-    import optuna
-
-    complete = (optuna.trial.TrialState.COMPLETE,)
-    study = optuna.create_study(
-        study_name="Draft & Verify",
-        sampler=optuna.samplers.GPSampler(seed=SEED),
-        direction="maximize",
-        storage=storage,
-        load_if_exists=True,
+def generation(path: Path, numbers: slice) -> draft_and_verify.Generation:
+    """Draft & Verify's objective on the code prompts that the tuner has."""
+    prompts = token_ids(load("code").prompts[numbers], path, MAX_PROMPT_TOKENS)
+    objective = draft_and_verify.Generation(
+        path, prompts, dtype="bfloat16", **settings(draft_and_verify.MAX_TOKENS)
     )
-    names = [(i, s) for s in SUBLAYERS for i in range(num_layers)]
-    if not study.trials:
-        spread = SkipSet.evenly_spread(num_layers)
-        study.enqueue_trial(
-            {f"{s}.{i}": 0.9 if i in getattr(spread, s) else 0.1 for i, s in names}
-        )
-
-    def which_name(which: tuple[int, str]) -> str:
-        return f"{which[1]}.{which[0]}"
-
-    def plan_of(trial: Any) -> SkipSet:
-        skipped = [which for which in names if trial.params[which_name(which)] > 0.5]
-        return skipping(num_layers, skipped)
-
-    values: dict[SkipSet, float] = {}  # many points stand for one plan
-    while (done := len(study.get_trials(False, complete))) < iterations:
-        trial = study.ask()
-        for which in names:
-            trial.suggest_float(which_name(which), 0, 1)
-        try:
-            plan = plan_of(trial)
-            if plan not in values:
-                values[plan] = evaluate([plan], numbers)[0].speed_up
-            value = values[plan]
-        except SkipSetError:
-            value = 0.0
-        study.tell(trial, value)
-        if done % 25 == 0:
-            say(f"Draft & Verify: {done}, best {study.best_value:.3f}x")
-    taken = sum(t.duration.total_seconds() for t in study.get_trials(False, complete))
-    return plan_of(study.best_trial), taken
+    KEPT.append(objective)
+    return objective
 
 
 def known_costs(costly: TuningEngine, file: Path) -> Known:
@@ -154,6 +124,8 @@ def known_costs(costly: TuningEngine, file: Path) -> Known:
 
 def searches(
     iterations: int,
+    by_score: bool,
+    widen_search: int | None,
     num_texts: int,
     max_tokens: int,
     repeats: int,
@@ -167,10 +139,10 @@ def searches(
     wide = find_model("demo", None, console)
     held_out = slice(num_texts, 2 * num_texts)
     costly = engine(wide, "code", held_out, max_tokens, "bfloat16")
-    KEPT.extend([scorer, costly])
     n, numbers = scorer.known.num_layers, range(num_texts)
     # Until all is done; then the next run starts anew.
-    kept, study = output / "costs.study.json", output / "draft_and_verify.study.db"
+    kept = output / "costs.study.json"
+    studies = [output / "draft_and_verify.study.db", output / "by_score.study.db"]
     known = known_costs(costly, kept)
 
     def evaluate(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
@@ -200,9 +172,20 @@ def searches(
             return search.found()[0].skip_set
 
         found = {f"tune, {iterations // 10} evaluations": timed("tune", tuner)}
-    found[f"Draft & Verify's search, {iterations} evaluations"] = draft_and_verify(
-        n, evaluate, numbers, iterations, f"sqlite:///{study}", console.print
+    searched = find_model("demo", widen_search, console)
+    objective = generation(searched, slice(num_texts))
+    name = f"Draft & Verify's search, {iterations} evaluations"
+    found[name] = draft_and_verify.search(
+        n, objective, iterations, studies[0], console.print
     )
+    if by_score:
+        found[f"{name} by tune's score"] = draft_and_verify.search(
+            n,
+            cache(lambda plan: evaluate([plan], numbers)[0].speed_up),
+            iterations,
+            studies[1],
+            console.print,
+        )
     exits = [plan for plan in simple_plans(n) if plan.exit_layer]
     best_exit = max(exits, key=lambda plan: evaluate([plan], numbers)[0].speed_up)
     found["best exit layer"] = best_exit, 0.0
@@ -236,8 +219,8 @@ def searches(
                 "draft_costs": known.draft_costs,
             }
         )
-    kept.unlink()
-    study.unlink()
+    for file in (kept, *studies):
+        file.unlink(missing_ok=True)
     return rows
 
 
@@ -245,18 +228,18 @@ def markdown(document: dict[str, Any]) -> str:
     """What there is of both tables."""
     tables = {"agreement": agreement_table, "searches": searches_table}
     found = [
-        f"{run_of(name, document[name])}\n\n{tables[name](document[name])}"
+        f"{run_of(document[name])}\n\n{tables[name](document[name])}"
         for name in PARTS["all"]
         if name in document
     ]
     return "\n".join(found)
 
 
-def run_of(name: str, part: dict[str, Any]) -> str:
+def run_of(part: dict[str, Any]) -> str:
     """Where a part's figures are from."""
     texts, tokens = part["texts"]
     return (
-        f"`python benchmarks/tune.py --part {name}`, {part['date']}: "
+        f"`{part['command']}`, {part['date']}: "
         f"{part['hardware']}; vLLM {part['vllm']}, {texts} texts of {tokens} tokens."
     )
 
@@ -308,6 +291,15 @@ PARTS = {"agreement": ["agreement"], "searches": ["searches"]}
 PARTS["all"] = PARTS["agreement"] + PARTS["searches"]
 
 
+def command() -> str:
+    """What was asked for, but for where its results go."""
+    words = sys.argv[1:]
+    for name in {"-o", "--output"} & set(words):
+        at = words.index(name)
+        del words[at : at + 2]
+    return shlex.join(["python", "benchmarks/tune.py", *words])
+
+
 def main(
     iterations: Annotated[
         int, typer.Option(help="Of Draft & Verify's search; the tuner has a tenth.")
@@ -318,6 +310,12 @@ def main(
     part: Annotated[
         str, typer.Option(help="agreement, searches or all; the others' results stay.")
     ] = "all",
+    by_score: Annotated[
+        bool, typer.Option(help="Draft & Verify's search by the tuner's score, too.")
+    ] = False,
+    widen_search: Annotated[
+        int | None, typer.Option(help="How wide Draft & Verify's search generates.")
+    ] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory of the results.")
     ] = Path("tune-report"),
@@ -331,13 +329,21 @@ def main(
     parts = {
         "agreement": lambda: agreement(num_texts, max_tokens, console),
         "searches": lambda: searches(
-            iterations, num_texts, max_tokens, repeats, output, console
+            iterations,
+            by_score,
+            widen_search,
+            num_texts,
+            max_tokens,
+            repeats,
+            output,
+            console,
         ),
     }
     for name in PARTS[part]:
         started = time.monotonic()
         document[name] = {
             "rows": parts[name](),
+            "command": command(),
             "date": date.today().isoformat(),
             "seconds": round(time.monotonic() - started),
             "hardware": cpu_name(),
