@@ -20,7 +20,7 @@ from vllm_selfspec.tuning.score import Score, Walk, best_score
 
 # CPU attention takes multiples of 32; small blocks make a row's own blocks small.
 BLOCK_SIZE = 32
-NUM_TIMINGS = 7
+NUM_TIMINGS = 5
 
 
 @dataclass(frozen=True)
