@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
 from vllm_selfspec.tuning.candidates import Sublayer, skipping
+from vllm_selfspec.tuning.engine import use_skip_set
 
 SEED = 1
 MAX_TOKENS = 32
@@ -50,8 +51,8 @@ class Generation:
             max_num_seqs=1,
             **settings,
         )
-        config = self._llm.llm_engine.model_config
-        self.num_layers = int(config.get_total_num_hidden_layers())
+        model_config = self._llm.llm_engine.model_config
+        self.num_layers = int(model_config.get_total_num_hidden_layers())
         self(SkipSet.evenly_spread(self.num_layers))  # warms up
 
     def __call__(self, skip_set: SkipSet) -> float:
@@ -59,15 +60,11 @@ class Generation:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-        self._llm.collective_rpc(_use_skip_set, args=(skip_set,))
+        self._llm.collective_rpc(use_skip_set, args=(skip_set,))
         started = time.perf_counter()
         outs = self._llm.generate(self._prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         return sum(len(out.outputs[0].token_ids) for out in outs) / seconds
-
-
-def _use_skip_set(worker: Any, skip_set: SkipSet) -> None:
-    worker.model_runner.drafter.use_skip_set(skip_set)
 
 
 def search(

@@ -29,6 +29,7 @@ from vllm_selfspec.cost import CheckpointError, ModelWeights, bound, locate
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.spec_counters import Counts, SpecCounters
 from vllm_selfspec.target_model import TargetModel
+from vllm_selfspec.tuning.engine import use_skip_set
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
@@ -203,7 +204,7 @@ class Arms:
 
     def run_plan(self, plan: str, prompts: list[str]) -> Sample:
         """Generates with selfspec under one of `plans`."""
-        self.drafting.collective_rpc(_use_skip_set, args=(self.plans[plan],))
+        self.drafting.collective_rpc(use_skip_set, args=(self.plans[plan],))
         before = self._counters.read()
         sample = self._run(self.drafting, prompts)
         return replace(sample, counts=self._counters.read() - before)
@@ -219,10 +220,6 @@ class Arms:
         first = min(out.metrics.first_token_ts for out in outputs)
         last = max(out.metrics.last_token_ts for out in outputs)
         return Sample(token_ids, last - first, sum(map(len, token_ids)) - len(prompts))
-
-
-def _use_skip_set(worker: Any, skip_set: SkipSet) -> None:
-    worker.model_runner.drafter.use_skip_set(skip_set)
 
 
 def rounds(num_streams: int) -> Iterator[list[str]]:

@@ -202,7 +202,7 @@ class TuningEngine:
         self, prompts: Sequence[Any], skip_set: SkipSet | None, k: int
     ) -> float:
         if skip_set is not None:
-            self._ask(_use_skip_set, skip_set)
+            self._ask(use_skip_set, skip_set)
         scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
         scheduler.dynamic_sd_lookup = [k] * len(scheduler.dynamic_sd_lookup)
         started = time.perf_counter()
@@ -253,7 +253,8 @@ def _num_right(worker: Any, number: int, first: int, skip_set: SkipSet) -> Ints:
     return found
 
 
-def _use_skip_set(worker: Any, skip_set: SkipSet) -> None:
+def use_skip_set(worker: Any, skip_set: SkipSet) -> None:
+    """Has a V1 worker draft with another skip set."""
     worker.model_runner.drafter.use_skip_set(skip_set)
 
 
