@@ -224,13 +224,12 @@ def recoveries(document: dict[str, Any]) -> list[str]:
         rows.append(
             [
                 f"{number + 1}. {task}",
-                f"{ratios[0]:.2f}",
-                f"{mean(ratios[-LAST:]):.2f}",
+                *(f"{mean(part):.2f}" for part in (ratios[:LAST], ratios[-LAST:])),
                 "never" if when is None else f"{when}",
                 seconds,
             ]
         )
-    columns = ["phase", "online over tuned, first round", "at last"]
+    columns = ["phase", "online over tuned, at first", "at last"]
     columns += ["rounds before within 5%", "seconds of serving"]
     return markdown_table(columns, rows)
 
