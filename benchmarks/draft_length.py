@@ -67,9 +67,10 @@ def arms() -> list[Arm]:
 
 def swing(engines: list[Any], prompts: list[str], sampling: Sampling) -> list[Any]:
     """A load from 1 to 16 streams and back, by every arm in turn: tokens a second over
-    plain vLLM's, and the times of the steps around each change."""
-    found = []
-    for engine in engines:
+    plain vLLM's, and the times of the steps around each change. The first run, of plain
+    vLLM, is not measured, as in `comparison`."""
+    found: list[dict[str, Any]] = []
+    for number, engine in enumerate([engines[0], *engines]):
         steps: list[float] = []
         changes, tokens, waiting = [], 0, list(prompts)
         started = time.perf_counter()
@@ -82,6 +83,8 @@ def swing(engines: list[Any], prompts: list[str], sampling: Sampling) -> list[An
             tokens += run.num_tokens
         seconds = time.perf_counter() - started
         rate = tokens / seconds
+        if not number:
+            continue
         found.append(
             {
                 "arm": engine.arm.name,
