@@ -67,34 +67,32 @@ def arms() -> list[Arm]:
 
 def swing(engines: list[Any], prompts: list[str], sampling: Sampling) -> list[Any]:
     """A load from 1 to 16 streams and back, by every arm in turn: tokens a second over
-    plain vLLM's, and the times of the steps around each change. The first run, of plain
-    vLLM, is not measured, as in `comparison`."""
-    found: list[dict[str, Any]] = []
-    for number, engine in enumerate([engines[0], *engines]):
-        steps: list[float] = []
-        changes, tokens, waiting = [], 0, list(prompts)
-        started = time.perf_counter()
-        for num_streams in SWING:
-            changes.append(len(steps))
-            num = 2 * num_streams
-            chosen, waiting = waiting[:num], waiting[num:]
-            with timed_steps(engine, steps):
-                run = engine.run(chosen, num_streams, sampling)
-            tokens += run.num_tokens
-        seconds = time.perf_counter() - started
-        rate = tokens / seconds
-        if not number:
-            continue
-        found.append(
-            {
-                "arm": engine.arm.name,
-                "tokens_per_second": rate,
-                "speed_up": rate / (found[0]["tokens_per_second"] if found else rate),
-                "changes_at_step": changes,
-                "step_seconds": [round(t, 4) for t in steps],
-            }
-        )
-    return found
+    plain vLLM's, and the times of the steps around each change."""
+    swung(engines[0], prompts, sampling)  # not measured, as in `comparison`
+    found = [swung(engine, prompts, sampling) for engine in engines]
+    plain = found[0]["tokens_per_second"]
+    return [{**row, "speed_up": row["tokens_per_second"] / plain} for row in found]
+
+
+def swung(engine: Any, prompts: list[str], sampling: Sampling) -> dict[str, Any]:
+    """The same by one arm."""
+    steps: list[float] = []
+    changes, tokens, waiting = [], 0, list(prompts)
+    started = time.perf_counter()
+    for num_streams in SWING:
+        changes.append(len(steps))
+        num = 2 * num_streams
+        chosen, waiting = waiting[:num], waiting[num:]
+        with timed_steps(engine, steps):
+            run = engine.run(chosen, num_streams, sampling)
+        tokens += run.num_tokens
+    seconds = time.perf_counter() - started
+    return {
+        "arm": engine.arm.name,
+        "tokens_per_second": tokens / seconds,
+        "changes_at_step": changes,
+        "step_seconds": [round(t, 4) for t in steps],
+    }
 
 
 @contextmanager
