@@ -154,7 +154,7 @@ def test_drafts_are_accepted_more_often_the_more_they_are_like_the_target(
 
     greedy, truncated = acceptance("greedy"), acceptance("probabilistic")
     monkeypatch.setattr(
-        "vllm_selfspec.v1_proposer.truncated", lambda logits, *limits: logits
+        "vllm_selfspec.draft_sampler.truncated", lambda logits, *limits: logits
     )
     # Some 1000 drafts each: their acceptance has a deviation below 0.02.
     assert truncated > acceptance("probabilistic") + 0.08
@@ -281,15 +281,15 @@ def flatten_draft_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(SelfSpecSpeculator, "propose", flattened_logits)
         return
-    import vllm_selfspec.v1_proposer as v1_proposer
+    import vllm_selfspec.draft_sampler as draft_sampler
 
-    right = v1_proposer.compute_probs_and_sample_next_token
+    right = draft_sampler.compute_probs_and_sample_next_token
 
     def flattened(*args: Any) -> Any:
         tokens, probs = right(*args)
         return tokens, probs.sqrt() / probs.sqrt().sum(-1, keepdim=True)
 
-    monkeypatch.setattr(v1_proposer, "compute_probs_and_sample_next_token", flattened)
+    monkeypatch.setattr(draft_sampler, "compute_probs_and_sample_next_token", flattened)
 
 
 def test_the_test_catches_wrong_draft_probabilities(

@@ -23,10 +23,12 @@ PACKAGE = Path(vllm_selfspec.__file__).parent
 DRAFTING = {
     "draft_batch",
     "draft_compile",
+    "draft_sampler",
     "draft_truncation",
     "draft_view",
     "measure",
     "scheduler",
+    "seeded",
     "v1_proposer",
     "v2_row_stops",
     "v2_speculator",

@@ -68,6 +68,10 @@ class Seam:
     def name(self) -> str:
         return f"{self.module}:{self.target}"
 
+    def is_for(self, vllm: str) -> bool:
+        """Whether `vllm`, a version such as `0.32.1+cpu`, needs the row."""
+        return self.only_in is None or versions.release(vllm) in self.only_in
+
 
 def _accept_bare_word(original: Function) -> Function:
     def add_cli_args(parser: Any) -> Any:
@@ -184,6 +188,52 @@ def _hand_over_row_lengths(original: Function) -> Function:
     return take_draft_token_ids
 
 
+def _keep_seeds_apart(original: Function) -> Function:
+    def forward(
+        self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any
+    ) -> Any:
+        if _is_in_use and sampling_metadata.generators:
+            from vllm_selfspec.seeded import SeededRows
+
+            rows = SeededRows(self.sampler, metadata, logits, sampling_metadata)
+            sampling_metadata = rows.metadata
+        return original(self, metadata, draft_probs, logits, sampling_metadata)
+
+    return forward
+
+
+def _draw_as_plain_vllm(original: Function) -> Function:
+    def rejection_sample(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        seeded = getattr(call["sampling_metadata"], "seeded", None)
+        output_token_ids = original(*args, **kwargs)
+        if seeded is not None:
+            drafts, logits = call["draft_token_ids"], call["target_logits"]
+            seeded.verify(output_token_ids, drafts, logits)
+        return output_token_ids
+
+    return rejection_sample
+
+
+def _draw_as_plain_vllm_on_device(original: Function) -> Function:
+    def _verify(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logits, *sampled = original(self, *args, **kwargs)
+        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        states, reqs = self.sampler.sampling_states, call["idx_mapping_np"]
+        has_seeds = _is_in_use and states.any_explicit_seed(reqs)
+        if not has_seeds or self.watermark_key is not None:
+            return logits, *sampled
+        from vllm_selfspec.seeded import verify_on_device
+
+        drafted, positions = call["verify_draft_sampled"], call["pos"]
+        layout = call["cu_num_logits"], reqs, call["expanded_idx_mapping"]
+        return logits, *verify_on_device(
+            self.sampler, logits, drafted, positions, *layout, *sampled
+        )
+
+    return _verify
+
+
 def _pass_empty_logits(original: Function) -> Function:
     def apply_sampling_constraints(
         logits: Any, cu_num_draft_tokens: Any, sampling_metadata: Any
@@ -227,6 +277,25 @@ def _plan_draft_lengths(original: Function) -> Function:
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V1_REJECTION = "vllm.v1.sample.rejection_sampler"
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
+_V2_REJECTION = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
+
+_SEEDS = (
+    "With drafts a seeded request's text is not plain vLLM's, and not the same twice: "
+    "the noise that verifies goes by what was drafted."
+)
+_REJECTION_SAMPLE = (
+    "draft_token_ids",
+    "num_draft_tokens",
+    "max_spec_len",
+    "cu_num_draft_tokens",
+    "draft_probs",
+    "target_logits",
+    "bonus_token_ids",
+    "sampling_metadata",
+    "synthetic_mode",
+    "synthetic_conditional_rates",
+    "use_fp64_gumbel",
+)
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -321,6 +390,59 @@ SEAMS: tuple[Seam, ...] = (
         "when they are ready and the scheduler is not made yet; EngineCore's process "
         "loads plugins no earlier than in its __init__.",
         remove_when="a speculative method can say how many tokens to schedule.",
+    ),
+    Seam(
+        module=_V1_REJECTION,
+        target="RejectionSampler.forward",
+        parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+        replace=_keep_seeds_apart,
+        why=_SEEDS + " The bonus token is drawn first, with the noise of the first "
+        "draft's position.",
+        remove_when="vLLM verifies seeded requests by their own noise.",
+    ),
+    Seam(
+        module=_V1_REJECTION,
+        target="rejection_sample",
+        parameters=_REJECTION_SAMPLE,
+        replace=_draw_as_plain_vllm,
+        why=_SEEDS,
+        remove_when="vLLM verifies seeded requests by their own noise.",
+        only_in=("0.32",),
+    ),
+    Seam(
+        module=_V1_REJECTION,
+        target="rejection_sample",
+        parameters=(
+            *_REJECTION_SAMPLE,
+            "fly_window_size",
+            "fly_entropy_threshold",
+            "fly_entropy_top_k",
+        ),
+        replace=_draw_as_plain_vllm,
+        why=_SEEDS,
+        remove_when="vLLM verifies seeded requests by their own noise.",
+        only_in=("0.33",),
+    ),
+    Seam(
+        module=_V2_REJECTION,
+        target="RejectionSampler._verify",
+        parameters=(
+            "self",
+            "logits",
+            "draft_logits",
+            "draft_sampled",
+            "pos",
+            "cu_num_logits",
+            "idx_mapping",
+            "idx_mapping_np",
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+            "verify_draft_sampled",
+        ),
+        replace=_draw_as_plain_vllm_on_device,
+        why=_SEEDS,
+        remove_when="vLLM verifies seeded requests by their own noise.",
     ),
     Seam(
         module=_V1_REJECTION,
@@ -463,7 +585,7 @@ def needed() -> list[Seam]:
         for seam in SEAMS
         if (is_supported or seam.is_entry)
         and not (seam.in_registry and has_registry)
-        and (seam.only_in is None or versions.release(found) in seam.only_in)
+        and seam.is_for(found)
     ]
 
 

@@ -9,7 +9,7 @@ very token and writes the K and V of all layers there before any attention reads
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,15 +19,16 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
+from vllm.v1.sample.sampler import Sampler
 
 from vllm_selfspec import seams
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_compile import compile_view
-from vllm_selfspec.draft_truncation import truncated
+from vllm_selfspec.draft_sampler import DraftSampler
 from vllm_selfspec.draft_view import DraftView
 from vllm_selfspec.exit_layer.serving import ServedExitLayer
 from vllm_selfspec.row_stops import RowStops
+from vllm_selfspec.seeded import for_rows, rewound
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.support import family_of
 from vllm_selfspec.tuning.online import OnlineTuner
@@ -58,10 +59,7 @@ class SelfSpecProposer:
         seams.mark_in_use()
         self._vllm_config = vllm_config
         self._max_model_len = vllm_config.model_config.max_model_len
-        self._use_fp64_gumbel = vllm_config.model_config.use_fp64_gumbel
-        self._is_probabilistic = (
-            vllm_config.speculative_config.draft_sample_method == "probabilistic"
-        )
+        self._sample = DraftSampler(vllm_config)
         self._stops = RowStops.of(vllm_config)
         self.tuner = OnlineTuner.of(vllm_config)
         self._target: nn.Module
@@ -142,10 +140,11 @@ class SelfSpecProposer:
             return Drafts([[] for _ in sampled_token_ids])
         _set_loras(runner, rows)
         batch = self._draft_batch(runner, rows, num_drafts[rows])
-        sampling = _for_rows(sampling_metadata, rows)
+        sampling = for_rows(sampling_metadata, rows)
         if self._stops is not None:
             self._stops.begin([req_ids[row] for row in rows], num_drafts[rows])
-        token_ids, probs = self._draft(batch, sampling)
+        with rewound(sampling.generators.values()):
+            token_ids, probs = self._draft(batch, sampling, runner.sampler)
         if self._stops is not None:
             num_drafts[rows] = self._stops.lengths
         return _to_drafts(token_ids, probs, rows, num_drafts, req_ids)
@@ -250,14 +249,14 @@ class SelfSpecProposer:
         return groups
 
     def _draft(
-        self, batch: DraftBatch, sampling: SamplingMetadata
+        self, batch: DraftBatch, sampling: SamplingMetadata, target_sampler: Sampler
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens `[num_rows, num_steps]`, probabilities of the same or None."""
         token_ids, steps, steps_probs = batch.token_ids, [], []
         for step in range(batch.num_steps):
             hidden_states = self._forward(self._view, batch, step, token_ids)
             logits = self._view.compute_logits(hidden_states)
-            token_ids, probs = self._sample(logits, sampling)
+            token_ids, probs = self._sample(logits, sampling, target_sampler)
             steps.append(token_ids)
             steps_probs.append(probs)
             if self._stops is not None:
@@ -265,7 +264,7 @@ class SelfSpecProposer:
                 if not self._stops.after(step, confidence):
                     break
         drafted = torch.stack(steps, dim=1)
-        if not self._samples(sampling):
+        if not self._sample.draws(sampling):
             return drafted, None
         return drafted, torch.stack([p for p in steps_probs if p is not None], dim=1)
 
@@ -282,22 +281,6 @@ class SelfSpecProposer:
             skip_compiled=not view.is_compiled,
         ):
             return view(token_ids, batch.positions[step])
-
-    def _samples(self, sampling: SamplingMetadata) -> bool:
-        return self._is_probabilistic and not sampling.all_greedy
-
-    def _sample(
-        self, logits: torch.Tensor, sampling: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The next draft token of each row, int32, and what it was drawn from."""
-        if not self._samples(sampling):
-            return logits.argmax(dim=-1).int(), None
-        assert sampling.temperature is not None
-        logits = truncated(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-        token_ids, probs = compute_probs_and_sample_next_token(
-            logits, sampling, self._use_fp64_gumbel
-        )
-        return token_ids.int(), probs
 
 
 def _set_loras(runner: Any, rows: np.ndarray) -> None:
@@ -319,19 +302,6 @@ def _confidence(
         probs = logits.softmax(dim=-1, dtype=torch.float32)
     chosen = probs.gather(1, token_ids.long()[:, None])[:, 0]
     return chosen.double().cpu().numpy()
-
-
-def _for_rows(sampling: SamplingMetadata, rows: np.ndarray) -> SamplingMetadata:
-    """The sampling metadata of some rows; only what drafting reads is selected."""
-    if sampling.temperature is None:
-        return sampling
-    index = torch.from_numpy(rows).to(sampling.temperature.device)
-    return replace(
-        sampling,
-        temperature=sampling.temperature[index],
-        top_k=None if sampling.top_k is None else sampling.top_k[index],
-        top_p=None if sampling.top_p is None else sampling.top_p[index],
-    )
 
 
 def _to_drafts(

@@ -41,6 +41,7 @@ def make_speculator(
             f"{reason}, which the V2 runner's CUDA graphs of drafts hold, but "
             "VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0, or serve without that"
         )
+    seams.mark_in_use()
     if seams.stops_rows(vllm_config):
         return RowStoppingSpeculator(vllm_config, device)
     return SelfSpecSpeculator(vllm_config, device)
@@ -59,7 +60,6 @@ class RowStoppingSpeculator(SelfSpecSpeculator):
         self._row_lengths: Ints = self._drafting
         # The draft's probability of the tokens that it has just drawn.
         self._confidence = self.temperature.new_zeros(self.max_num_reqs)
-        self._logits: torch.Tensor
 
     def _configure_decode_metadata_update(self) -> None:
         super()._configure_decode_metadata_update()
@@ -134,13 +134,6 @@ class RowStoppingSpeculator(SelfSpecSpeculator):
             if not self._stops.after(step - 1, confidence[self._drafting]):
                 break
         self._row_lengths[self._drafting] = self._stops.lengths
-
-    def compute_draft_logits(
-        self, hidden_states: torch.Tensor, spec_step_idx: int
-    ) -> torch.Tensor:
-        """As in `SelfSpecSpeculator`; kept for the confidence."""
-        self._logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        return self._logits
 
     def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in `SelfSpecSpeculator`; notes the confidence, in a CUDA graph, too."""

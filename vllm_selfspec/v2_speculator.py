@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorBatchDescriptor,
@@ -69,6 +70,9 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         self._num_dummy_drafts = self.num_speculative_steps
         self._sampling_states: SamplingStates | None = None
         self._truncates = False
+        self._has_seeds = False
+        self._is_seeded = self.seeds.new_zeros(self.max_num_reqs, dtype=torch.bool)
+        self._logits: torch.Tensor  # of the step that is drawn from
         self._top_k = self.seeds.new_zeros(self.max_num_reqs, dtype=torch.int32)
         self._top_p = self.temperature.new_ones(self.max_num_reqs)
         self._view: DraftView
@@ -137,8 +141,9 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         between steps, for every batch size and every number of drafts."""
         assert self.decode_cudagraph_manager is not None
         self.idx_mapping.zero_()  # what dummy runs left may be out of bounds
-        # A graph truncates, whether or not a request of its batch asks for that.
-        self._truncates = self.draft_logits is not None
+        # A graph truncates, whether or not a request of its batch asks for that, and
+        # draws with the target's noise, whether or not one has a seed.
+        self._truncates = self._has_seeds = self.draft_logits is not None
         self.decode_cudagraph_manager.capture(
             self._captured,
             self.model_state,
@@ -196,7 +201,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             self._copy_request_inputs(
                 num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run
             )
-            self._copy_truncation(input_batch, dummy_run)
+            self._copy_sampling_states(input_batch, dummy_run)
             self._prepare_first_step(
                 input_batch,
                 num_sampled,
@@ -221,21 +226,25 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         return num_drafts
 
     def use_sampling_states(self, states: SamplingStates) -> None:
-        """The sampler's, for top-k and top-p; vLLM hands over the temperature alone."""
+        """The sampler's, for top-k, top-p and which requests have a seed; vLLM hands
+        over temperatures and seeds alone."""
         self._sampling_states = states
 
-    def _copy_truncation(self, input_batch: InputBatch, dummy_run: bool) -> None:
-        """Top-k and top-p to where CUDA graphs read them."""
+    def _copy_sampling_states(self, input_batch: InputBatch, dummy_run: bool) -> None:
+        """Top-k, top-p and who has a seed, to where CUDA graphs read them."""
         states = self._sampling_states
         if states is None or self.draft_logits is None:
-            return  # what is not drawn needs no truncation
+            return  # nothing is drawn, neither truncated nor with noise
         slots = input_batch.idx_mapping_np
+        self._has_seeds = dummy_run or states.any_explicit_seed(slots)
         self._truncates = dummy_run or bool(
             (states.top_k.np[slots] != states.vocab_size).any()
             or (states.top_p.np[slots] != 1.0).any()
         )
         self._top_k.copy_(states.top_k.gpu)
         self._top_p.copy_(states.top_p.gpu)
+        if self._has_seeds:
+            self._is_seeded.copy_(torch.from_numpy(states.seeds_set))
 
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
         """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
@@ -373,8 +382,9 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         spec_step_idx: int = 0,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Samples as vLLM does; `draft_logits` has no column for the newest token."""
-        return super().sample_draft(
+        """Samples as vLLM does; `draft_logits` has no column for the newest token. For
+        a request with a seed it draws with the noise that verification will."""
+        sampled = super().sample_draft(
             hidden_states,
             sample_src_positions,
             idx_mapping,
@@ -385,6 +395,19 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             spec_step_idx,
             **kwargs,
         )
+        if draft_logits is None or not self._has_seeds:
+            return sampled
+        drawn = gumbel_sample(
+            self._logits,
+            idx_mapping,
+            temperature,
+            seeds,
+            sample_src_positions,
+            apply_temperature=True,
+            is_drafting=False,
+            use_fp64=self.use_fp64_gumbel,
+        )
+        return torch.where(self._is_seeded[idx_mapping], drawn, sampled)
 
     def compute_draft_logits(
         self, hidden_states: torch.Tensor, spec_step_idx: int
@@ -397,6 +420,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             logits = truncated(
                 logits, self.temperature[rows], self._top_k[rows], self._top_p[rows]
             )
+        self._logits = logits
         return logits
 
 
