@@ -48,7 +48,7 @@ PARTS = {
     "draft: metadata": ("batch.attention_inputs",),
     "draft: forward": ("view.model.forward",),
     "draft: LM head": ("view.compute_logits",),
-    "draft: sampling": ("drafter._sample",),
+    "draft: sampling": ("drafter.sampler.sample",),
     "draft: the rest": ("drafter.propose_for_runner",),
 }
 ENGINE = "rest of the engine"

@@ -32,7 +32,7 @@ class DraftSampler:
         """Whether any row is drawn at random; the others are their maximum."""
         return self._is_probabilistic and not sampling.all_greedy
 
-    def __call__(
+    def sample(
         self, logits: torch.Tensor, sampling: SamplingMetadata, target_sampler: Sampler
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next draft token of each row, int32, and what it was drawn from.

@@ -59,7 +59,7 @@ class SelfSpecProposer:
         seams.mark_in_use()
         self._vllm_config = vllm_config
         self._max_model_len = vllm_config.model_config.max_model_len
-        self._sample = DraftSampler(vllm_config)
+        self.sampler = DraftSampler(vllm_config)
         self._stops = RowStops.of(vllm_config)
         self.tuner = OnlineTuner.of(vllm_config)
         self._target: nn.Module
@@ -256,7 +256,7 @@ class SelfSpecProposer:
         for step in range(batch.num_steps):
             hidden_states = self._forward(self._view, batch, step, token_ids)
             logits = self._view.compute_logits(hidden_states)
-            token_ids, probs = self._sample(logits, sampling, target_sampler)
+            token_ids, probs = self.sampler.sample(logits, sampling, target_sampler)
             steps.append(token_ids)
             steps_probs.append(probs)
             if self._stops is not None:
@@ -264,7 +264,7 @@ class SelfSpecProposer:
                 if not self._stops.after(step, confidence):
                     break
         drafted = torch.stack(steps, dim=1)
-        if not self._sample.draws(sampling):
+        if not self.sampler.draws(sampling):
             return drafted, None
         return drafted, torch.stack([p for p in steps_probs if p is not None], dim=1)
 

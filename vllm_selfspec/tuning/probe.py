@@ -172,7 +172,9 @@ class Probe:
             kv_groups=groups,
             device=self._runner.device,
         )
-        token_ids, _ = self._runner.drafter._draft(batch, _greedy())
+        token_ids, _ = self._runner.drafter._draft(
+            batch, _greedy(), self._runner.sampler
+        )
         found: Ints = token_ids.cpu().numpy().astype(np.int64)
         return found
 
