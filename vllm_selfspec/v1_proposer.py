@@ -21,7 +21,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_selfspec import seams
+from vllm_selfspec import kv_heads, seams
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_sampler import DraftSampler
@@ -68,6 +68,7 @@ class SelfSpecProposer:
 
     def load_model(self, target: nn.Module) -> None:
         """Builds the draft view. vLLM calls it once the target is loaded."""
+        kv_heads.raise_if_misread(target, self._vllm_config)
         plan = plan_of(self._vllm_config)
         self._target = target
         self._exit_layer = ServedExitLayer.of(plan, target, self._vllm_config)

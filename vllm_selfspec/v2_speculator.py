@@ -40,6 +40,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 )
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_selfspec import kv_heads
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_truncation import truncated
 from vllm_selfspec.draft_view import DraftView
@@ -81,6 +82,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
         """The target minus the skip set. No weights and no KV cache are added."""
+        kv_heads.raise_if_misread(target_model, self.vllm_config)
         family = family_of(self.vllm_config.model_config.architecture)
         plan = plan_of(self.vllm_config)
         exit_layer = ServedExitLayer.of(plan, target_model, self.vllm_config)
