@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import full_disk
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_selfspec.draft_stats import DIRECTORY, DraftStats, MetricsCollector
@@ -63,6 +64,48 @@ def test_a_file_that_is_half_gone_is_passed_over(tmp_path: Path) -> None:
     assert 'le="+Inf",model_name="m"} 1.0' in written(tmp_path, stats(lengths={2: 1}))
 
 
+def changed(**keys: Any) -> str:
+    return json.dumps({**stats(lengths={2: 1}).to_dict(), **keys})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "[" * 10**5,
+        changed(model_name=None),
+        changed(model_name="\ud800"),
+        changed(lengths=[1]),
+        changed(lengths={"two": 1}),
+        changed(lengths={10**9: 1}),
+        changed(lengths={2: -1}),
+        changed(steps={"plain": "many"}),
+        changed(stops={"rule": 10**400}),
+        changed(draft_seconds={}),
+        changed(gauges={"threshold": None}),
+        changed(failed_writes={"metrics": [1]}),
+    ],
+)
+def test_a_file_of_anything_else_is_passed_over(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "7.json").mkdir()
+    (tmp_path / "8.json").write_bytes(b"\xff\x00")
+    (tmp_path / "9.json").write_text(content)
+    own = stats(lengths={2: 1}).to_dict()
+    (tmp_path / "10.json").write_text(json.dumps(own))
+    collector = MetricsCollector(tmp_path)
+    for _ in range(2):
+        registry = CollectorRegistry()
+        registry.register(collector)
+        text = generate_latest(registry).decode()
+        assert 'le="+Inf",model_name="m"} 1.0' in text
+    assert caplog.text.count("shows no metrics of") == 2, "once each, not each scrape"
+
+
 def test_counts_are_written_once_a_second_and_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +130,64 @@ def test_without_a_directory_nothing_is_written(
             monkeypatch.delenv(DIRECTORY)
         found._written -= 1.1
         found.publish("part")
+
+
+def test_a_full_disk_costs_counts_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(DIRECTORY, str(tmp_path))
+    found = stats(lengths={2: 1})
+    found._write("part")
+    (file,) = tmp_path.iterdir()
+    before = file.read_text()
+    found.model_name = "m" * (1 << 21)
+    with full_disk(1 << 20):
+        for _ in range(3):
+            found._write("part")
+    assert file.read_text() == before, "what was shown before is shown"
+    assert [*tmp_path.iterdir()] == [file], "and nothing lies beside it"
+    assert caplog.text.count("serves on without its metrics") == 1
+    found.model_name = "m"
+    found.lengths[2] += 1
+    found._write("part")
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(tmp_path))
+    text = generate_latest(registry).decode()
+    assert 'vllm:selfspec_failed_writes_total{what="metrics"} 3.0' in text
+    assert 'le="+Inf",model_name="m"} 2.0' in text
+
+
+def printed(program: str) -> str:
+    """What a process of its own prints; nothing else may end it."""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+SHOWN = """
+import os
+from prometheus_client import REGISTRY, generate_latest
+from vllm_selfspec import draft_stats
+draft_stats.share_directory()
+print(os.environ.get(draft_stats.DIRECTORY), generate_latest().decode())
+"""
+
+
+def test_without_room_for_a_directory_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DIRECTORY, str(tmp_path))  # of the process that started it
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    found = printed(limit + SHOWN)
+    assert "serves on without its metrics directory" in found
+    assert found.startswith("None "), "its engines do not write to another's"
+    assert 'vllm:selfspec_failed_writes_total{what="metrics directory"} 1.0' in found
+
+
+def test_with_its_metrics_names_taken_a_server_starts() -> None:
+    taken = "from prometheus_client import Counter\nCounter('vllm:selfspec_steps', '')"
+    assert "metrics are not shown at /metrics: Duplicated" in printed(taken + SHOWN)
 
 
 def test_a_process_shows_what_its_own_engines_do_and_no_others(

@@ -27,6 +27,7 @@ from conftest import (
     prompts_of,
     token_ids,
 )
+from full_disk import full_disk
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.cost import ModelWeights
@@ -45,12 +46,20 @@ from vllm_selfspec.exit_layer.measure import Agreement, draft_cost, num_right, s
 from vllm_selfspec.exit_layer.run import candidates, skip_set_of
 from vllm_selfspec.exit_layer.student import Student
 from vllm_selfspec.exit_layer.texts import Continuation, Texts, write_shard
-from vllm_selfspec.exit_layer.train import Job, Recipe, Trainer, answers, train
+from vllm_selfspec.exit_layer.train import (
+    CHECKPOINT,
+    Job,
+    Recipe,
+    Trainer,
+    answers,
+    train,
+)
 from vllm_selfspec.exit_layer.two_streams import begins_at_random, begins_of_one_length
 from vllm_selfspec.exit_layer.workers import Alone, run_by_ray
 from vllm_selfspec.skip_set import SkipSet, SkipSetError
 from vllm_selfspec.support import UnsupportedModelError
 from vllm_selfspec.target_model import TargetModel, weights_fingerprint
+from vllm_selfspec.whole_file import WriteError
 
 EXIT_LAYER = 2
 TOP_K = 8
@@ -578,6 +587,16 @@ def test_ctrl_c_is_heeded_between_two_steps(job: Job, tmp_path: Path) -> None:
     steps: list[int] = []
     trainer = train(job, Alone(), lambda trainer: steps.append(trainer.step))
     assert steps[0] == 6 and trainer.curve == whole
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(job: Job) -> None:
+    trainer = train(job, Alone())
+    file = job.output / CHECKPOINT
+    before = file.read_bytes()
+    with full_disk(len(before) // 2), pytest.raises(WriteError, match="make room"):
+        trainer.save()
+    assert file.read_bytes() == before
+    assert [*job.output.iterdir()] == [file], "and nothing beside it"
 
 
 KILLED = """

@@ -265,12 +265,12 @@ def test_a_value_in_a_message_is_short_whatever_it_is() -> None:
 WRITING = """
 import sys
 from pathlib import Path
-from vllm_selfspec.profile import write_profile
+from vllm_selfspec import whole_file
 layers = list(range(2000))
 while True:  # long enough that a kill comes within
     for mlp in (layers, layers[:1]):
         document = {"skip_layers": {"mlp": mlp}, "num_layers": 2001}
-        write_profile(document, Path(sys.argv[1]))
+        whole_file.write_json(document, Path(sys.argv[1]))
 """
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO_MODEL, KV_CACHE_BYTES, NUM_LAYERS, Engines, run
+from full_disk import full_disk
 
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.config import ConfigError
@@ -29,6 +30,7 @@ from vllm_selfspec.tuning.engines import RayEngines
 from vllm_selfspec.tuning.run import parse_budget
 from vllm_selfspec.tuning.score import Score, best_score, walk
 from vllm_selfspec.tuning.search import Search
+from vllm_selfspec.whole_file import WriteError
 
 NUM_DRAFTS = 4
 # What `tune` sets for itself: the probe is the V1 worker's.
@@ -203,6 +205,20 @@ def test_a_search_goes_on_from_the_best_by_single_sublayers(tmp_path: Path) -> N
     search = Search(12, near, 4, tmp_path / "study.db", "study")
     search.run(600, ignore, max_plans=120)
     assert search.found()[0].skip_set == wanted
+
+
+def test_what_was_scored_is_kept_when_the_disk_is_full(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    search = searching(file)
+    search.run(60, ignore, max_plans=10)
+    with full_disk(), pytest.raises(WriteError) as error:
+        search.run(60, ignore, max_plans=20)
+    assert "keeps every plan in" in str(error.value)
+    assert "make room there" in str(error.value)
+    again = searching(file)
+    assert again.num_tried == 10
+    again.run(60, ignore, max_plans=20)
+    assert again.num_tried == 20, "it goes on with room"
 
 
 def test_what_was_scored_is_kept_when_a_search_is_stopped(tmp_path: Path) -> None:

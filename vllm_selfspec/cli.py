@@ -31,10 +31,11 @@ from vllm_selfspec.profile import MAX_NUM_SPECULATIVE_TOKENS, ProfileError
 from vllm_selfspec.skip_set import SkipSetError
 from vllm_selfspec.support import UnsupportedModelError
 from vllm_selfspec.tuning.run import TuneError
+from vllm_selfspec.whole_file import WriteError
 
 # What the user wrote is wrong, like an unknown option; the rest is the model's fault.
 USAGE_ERRORS = (ConfigError, SkipSetError, ProfileError, TaskError, ExitHeadError)
-FAILURES = (ServerError, TuneError, TextsError, TrainError)
+FAILURES = (ServerError, TuneError, TextsError, TrainError, WriteError)
 REFUSALS = (
     UnsupportedModelError,
     CheckpointError,

@@ -5,7 +5,6 @@ by prompt, so that a machine that drifts hits all alike; what is printed are med
 ratios to plain vLLM, with the bound of each plan beside them.
 """
 
-import json
 import os
 import platform
 import runpy
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_selfspec import __version__, versions
+from vllm_selfspec import __version__, versions, whole_file
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.cost import CheckpointError, ModelWeights, bound, locate
 from vllm_selfspec.skip_set import SkipSet
@@ -414,7 +413,7 @@ def save(results: list[Result], output: Path, arms: Arms) -> None:
             {**asdict(r), "ratios": [round(x, 4) for x in r.ratios]} for r in results
         ],
     }
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    whole_file.write_json(report, output, indent=1)
 
 
 def cpu_name() -> str:

@@ -3,7 +3,8 @@
 One rule: the engine's process counts, the server's shows. vLLM carries statistics from
 one to the other in types that know only its own, so ours go by a small file: the engine
 rewrites it every second, and a collector in the server reads it when it is asked. The
-directory is made by the first process and known to those it starts.
+directory is made by the first process and known to those it starts. None of this is a
+reason to stop serving: what cannot be written is logged once and counted.
 """
 
 import atexit
@@ -14,11 +15,16 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, NonNegativeFloat
+
+from vllm_selfspec import whole_file
+from vllm_selfspec.profile import MAX_NUM_SPECULATIVE_TOKENS, describe
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
@@ -37,6 +43,7 @@ class DraftStats:
         stops: Why rows stopped drafting: `rule` or `limit`.
         draft_seconds: What draft steps took, by measured costs.
         gauges: What a controller believes at present, by name.
+        failed_writes: What could not be written, a file of these counts or another.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -48,6 +55,7 @@ class DraftStats:
         self.stops: Counter[str] = Counter()
         self.draft_seconds = 0.0
         self.gauges: dict[str, float] = {}
+        self.failed_writes: Counter[str] = Counter()
         self._written = self._logged = time.monotonic()
         self._last: dict[str, Any] = self.to_dict()
 
@@ -60,6 +68,7 @@ class DraftStats:
             "stops": dict(self.stops),
             "draft_seconds": self.draft_seconds,
             "gauges": self.gauges,
+            "failed_writes": dict(self.failed_writes),
         }
 
     def publish(
@@ -84,12 +93,14 @@ class DraftStats:
 
     def _write(self, name: str) -> None:
         directory = os.environ.get(DIRECTORY)
-        if directory is None or not Path(directory).is_dir():
+        if directory is None or not os.path.isdir(directory):
             return
         file = Path(directory) / f"{os.getpid()}-{name}-{id(self)}.json"
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.to_dict()))
-        partial.replace(file)  # whoever reads sees the old one or the new one
+        # Not waited for: a step must not wait for the disk, and counts of a second are
+        # worth nothing after a loss of power.
+        whole_file.write_if_possible(
+            json.dumps(self.to_dict()), file, "metrics", self.failed_writes, syncs=False
+        )
 
     def _line(self) -> str:
         """What was done since the last line; empty if that is nothing."""
@@ -118,10 +129,25 @@ def share_directory() -> None:
     that serves has a directory of its own."""
     import prometheus_client
 
-    directory = tempfile.mkdtemp(prefix="selfspec-")
-    os.environ[DIRECTORY] = directory
-    atexit.register(_remove, directory, os.getpid())
-    prometheus_client.REGISTRY.register(MetricsCollector(Path(directory)))
+    os.environ.pop(DIRECTORY, None)  # that of the process that started this one
+    failed_writes: Counter[str] = Counter()
+    directory = _new_directory(failed_writes)
+    if directory is not None:
+        os.environ[DIRECTORY] = str(directory)
+        atexit.register(_remove, str(directory), os.getpid())
+    try:
+        prometheus_client.REGISTRY.register(MetricsCollector(directory, failed_writes))
+    except ValueError as error:  # another has these names
+        logger.warning("selfspec's metrics are not shown at /metrics: %s", error)
+
+
+def _new_directory(failed_writes: Counter[str]) -> Path | None:
+    """One for temporary files; None where there is no room for any."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="selfspec-"))
+    except OSError as error:
+        whole_file.count_failure("metrics directory", error, failed_writes)
+        return None
 
 
 def _remove(directory: str, pid: int) -> None:
@@ -129,25 +155,60 @@ def _remove(directory: str, pid: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+# Beyond that a number is damage: it may not fit into a float, nor buckets into memory.
+Length = Annotated[int, Field(ge=0, le=MAX_NUM_SPECULATIVE_TOKENS)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class Snapshot(BaseModel):
+    """`DraftStats.to_dict`, as it was read; a file of anything else is none."""
+
+    model_name: str
+    lengths: dict[Length, Count]
+    steps: dict[str, Count]
+    stops: dict[str, Count]
+    draft_seconds: NonNegativeFloat
+    gauges: dict[str, float]
+    failed_writes: dict[str, Count]
+
+
 class MetricsCollector:
     """Prometheus metrics of all engines that write to a directory."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(
+        self, directory: Path | None, failed_writes: Mapping[str, int] | None = None
+    ) -> None:
+        """Shows what is in a directory, if there is one, and this process's failures to
+        write."""
+        self._directory, self._failed_writes = directory, failed_writes or {}
+        self._passed_over: set[Path] = set()
 
     def collect(self) -> Iterator[Any]:
         """Called by `prometheus_client` for every scrape."""
-        return iter(families([*self._snapshots()]))
+        snapshots = [*self._snapshots()]
+        yield from families(snapshots)
+        failed = [snapshot.failed_writes for snapshot in snapshots]
+        yield _failures([*failed, self._failed_writes])
 
-    def _snapshots(self) -> Iterator[dict[str, Any]]:
+    def _snapshots(self) -> Iterator[Snapshot]:
+        if self._directory is None:
+            return
         for file in sorted(self._directory.glob("*.json")):
             try:
-                yield json.loads(file.read_text())
-            except (OSError, ValueError):  # gone, with its engine
+                yield Snapshot.model_validate_json(file.read_bytes())
+            except OSError:  # gone, with its engine
                 continue
+            except ValueError as error:
+                self._pass_over(file, error)
+
+    def _pass_over(self, file: Path, error: ValueError) -> None:
+        """Once a file; it is asked for again at every scrape."""
+        if file not in self._passed_over:
+            self._passed_over.add(file)
+            logger.warning("selfspec shows no metrics of %s: %s", file, describe(error))
 
 
-def families(snapshots: Sequence[Mapping[str, Any]]) -> list[Any]:
+def families(snapshots: Sequence[Snapshot]) -> list[Any]:
     """The metrics, added up over the snapshots of each model."""
     from prometheus_client.core import (
         CounterMetricFamily,
@@ -179,34 +240,55 @@ def families(snapshots: Sequence[Mapping[str, Any]]) -> list[Any]:
         labels=["model_name", "what"],
     )
     for model, own in _by_model(snapshots).items():
-        counts: Counter[int] = Counter()
         believed: dict[str, list[float]] = {}
         for snapshot in own:
-            counts.update({int(k): n for k, n in snapshot["lengths"].items()})
-            for what, value in snapshot["gauges"].items():
+            for what, value in snapshot.gauges.items():
                 believed.setdefault(what, []).append(value)
         for what, values in believed.items():
             beliefs.add_metric([model, what], mean(values))
-        buckets, total = [], 0
-        for k in range(max(counts, default=0) + 1):
-            total += counts[k]
-            buckets.append((str(float(k)), total))
-        buckets.append(("+Inf", total))
-        lengths.add_metric([model], buckets, sum(k * n for k, n in counts.items()))
-        for family, key in ((steps, "steps"), (stops, "stops")):
-            added: Counter[str] = Counter()
-            for snapshot in own:
-                added.update(snapshot[key])
-            for kind, value in added.items():
-                family.add_metric([model, kind], value)
-        seconds.add_metric([model], sum(s["draft_seconds"] for s in own))
+        counts = _total(snapshot.lengths for snapshot in own)
+        total = sum(k * n for k, n in counts.items())
+        lengths.add_metric([model], _buckets(counts), total)
+        for kind, value in _total(snapshot.steps for snapshot in own).items():
+            steps.add_metric([model, kind], value)
+        for reason, value in _total(snapshot.stops for snapshot in own).items():
+            stops.add_metric([model, reason], value)
+        seconds.add_metric([model], sum(snapshot.draft_seconds for snapshot in own))
     return [lengths, steps, stops, seconds, beliefs]
 
 
-def _by_model(
-    snapshots: Sequence[Mapping[str, Any]],
-) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def _failures(counts: Iterable[Mapping[str, int]]) -> Any:
+    """Not by model: a disk that is full is full for all of them."""
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(
+        PREFIX + "failed_writes",
+        "Files that could not be written while serving.",
+        labels=["what"],
+    )
+    for what, value in _total(counts).items():
+        family.add_metric([what], value)
+    return family
+
+
+def _total(counts: Iterable[Mapping[Any, int]]) -> Counter[Any]:
+    total: Counter[Any] = Counter()
+    for one in counts:
+        total.update(one)
+    return total
+
+
+def _buckets(counts: Counter[int]) -> list[tuple[str, int]]:
+    """Cumulative, as Prometheus has them."""
+    buckets, total = [], 0
+    for k in range(max(counts, default=0) + 1):
+        total += counts[k]
+        buckets.append((str(float(k)), total))
+    return [*buckets, ("+Inf", total)]
+
+
+def _by_model(snapshots: Sequence[Snapshot]) -> dict[str, list[Snapshot]]:
+    found: dict[str, list[Snapshot]] = {}
     for snapshot in snapshots:
-        found.setdefault(snapshot["model_name"], []).append(snapshot)
+        found.setdefault(snapshot.model_name, []).append(snapshot)
     return found

@@ -4,7 +4,6 @@ One rule: reading a profile only parses JSON and checks it; nothing in it is exe
 """
 
 import json
-import os
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -151,18 +150,6 @@ class Profile(Keys):
         if self.num_layers not in (None, target.num_layers):
             return [f"{target.num_layers} layers in place of {self.num_layers}"]
         return target.differences(self.architecture or {})
-
-
-def write_profile(document: Mapping[str, Any], file: Path) -> None:
-    """Whole or not at all, whenever it is killed."""
-    write_whole(f"{json.dumps(document, indent=2)}\n".encode(), file)
-
-
-def write_whole(content: bytes, file: Path) -> None:
-    """All of it or nothing, whenever it is killed."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(file)
 
 
 def read_profile(path: Path) -> Profile:

@@ -4,7 +4,6 @@ One rule: the JSON is the result. Table and page are made from it alone, so they
 made again from a saved run.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import geometric_mean, mean
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.bench.page import (
     color,
     figure,
@@ -43,16 +43,15 @@ def write(document: Report, output: Path, console: Console) -> None:
     """Writes `report.json`, `report.md` and `report.html` into the directory `output`,
     and prints the table."""
     write_json(document, output)
-    (output / "report.md").write_text(markdown(document))
-    (output / "report.html").write_text(html(document))
+    whole_file.write(markdown(document), output / "report.md")
+    whole_file.write(html(document), output / "report.html")
     show(markdown(document), console)
     console.print(f"Written to {output}: report.json, report.md, report.html")
 
 
 def write_json(document: Report, output: Path) -> None:
     """Writes `report.json` alone: what there is so far."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(document, indent=1) + "\n")
+    whole_file.write_json(document, output / "report.json", indent=1)
 
 
 def show(text: str, console: Console) -> None:

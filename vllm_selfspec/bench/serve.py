@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.bench import serve_report
 from vllm_selfspec.bench.arms import PLAIN, Arm
 from vllm_selfspec.bench.run import (
@@ -125,7 +126,7 @@ def run_serve(options: Options, serve: ServeOptions) -> None:
     draft = find_draft_model(options, console)
     groups = [group for group in options.groups if group != "hf"]
     arms = find_arms(options, groups, model, draft)
-    options.output.mkdir(parents=True, exist_ok=True)
+    whole_file.make_directory(options.output)
     bench = _ServeBench(options, serve, model, options.output)
     bench.write_requests(tasks)
     points = _counted(_in_turns(bench, arms, console))
@@ -215,8 +216,8 @@ class _ServeBench:
                 mixed[i % len(mixed)] for i in range(index * num, (index + 1) * num)
             ]
             file = self.requests_file(rate)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in chosen))
+            lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in chosen)
+            whole_file.write("".join(lines), file)
 
     def turn(self, arm: Arm, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
         """Starts a server for `arm` and measures it at every rate."""
@@ -224,7 +225,7 @@ class _ServeBench:
         log = (
             self.output / "logs" / f"{arm.name.replace(',', '').replace(' ', '_')}.log"
         )
-        log.parent.mkdir(parents=True, exist_ok=True)
+        whole_file.make_directory(log.parent)
         with _serving(self.command(arm), log) as server:
             server.warm_up()
             for rate in self.serve.rates:

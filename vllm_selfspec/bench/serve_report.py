@@ -3,13 +3,13 @@
 One rule: the JSON is the result; table and page are made from it alone.
 """
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.bench.page import (
     color,
     figure,
@@ -39,9 +39,9 @@ PLOTTED = {
 def write(document: Report, output: Path, console: Console) -> None:
     """Writes `serve.json`, `serve.md` and `serve.html` into the directory `output`, and
     prints the table."""
-    (output / "serve.json").write_text(json.dumps(document, indent=1) + "\n")
-    (output / "serve.md").write_text(markdown(document))
-    (output / "serve.html").write_text(html(document))
+    whole_file.write_json(document, output / "serve.json", indent=1)
+    whole_file.write(markdown(document), output / "serve.md")
+    whole_file.write(html(document), output / "serve.html")
     show(markdown(document), console)
     console.print(f"Written to {output}: serve.json, serve.md, serve.html")
 

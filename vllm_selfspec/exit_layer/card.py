@@ -17,14 +17,13 @@ from typing import Any
 
 from pydantic import Field
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.profile import (
     MAX_PROFILE_BYTES,
     Keys,
     SkipLayers,
     describe,
     shown,
-    write_profile,
-    write_whole,
 )
 from vllm_selfspec.skip_set import SkipSet, SkipSetError
 from vllm_selfspec.target_model import TargetModel, weights_fingerprint
@@ -178,10 +177,12 @@ def write_exit_head(
         directory: Made where it is missing.
         card: The keys of `ExitCard` but `tensors`.
         tensors: Content of `TENSORS_FILE`.
+
+    Raises:
+        WriteError: If a file cannot be written.
     """
     digest = hashlib.sha256(tensors).hexdigest()
     checked = ExitCard.model_validate({**card, "tensors": digest})
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(tensors, directory / TENSORS_FILE)
-    write_profile(checked.model_dump(), directory / CARD_FILE)
+    whole_file.write(tensors, directory / TENSORS_FILE)
+    whole_file.write_json(checked.model_dump(), directory / CARD_FILE)
     return checked

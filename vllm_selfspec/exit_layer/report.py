@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.bench.page import new_plot
 
 CURVE, PLOT = "loss.json", "loss.svg"
@@ -29,7 +30,7 @@ SMOOTHED_OVER = 50  # steps at most
 def write_curve(curve: Sequence[float], loss: str, directory: Path) -> None:
     """Writes the loss of every step, and a plot of it."""
     content = {"loss": loss, "by_step": [round(value, 5) for value in curve]}
-    (directory / CURVE).write_text(json.dumps(content) + "\n")
+    whole_file.write(json.dumps(content) + "\n", directory / CURVE)
     plot, axes = new_plot(1, 1, 7, 4)
     axis = axes[0][0]
     steps = np.arange(1, len(curve) + 1)
@@ -41,7 +42,8 @@ def write_curve(curve: Sequence[float], loss: str, directory: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel(f"{names[loss]}, nats a token")
     axis.legend()
-    plot.savefig(directory / PLOT)
+    with whole_file.replacing(directory / PLOT) as partial:
+        plot.savefig(partial, format="svg")
 
 
 def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.exit_layer.errors import TextsError
 from vllm_selfspec.target_model import TargetModel, weights_fingerprint
@@ -145,7 +146,7 @@ def make_texts(
         TextsError: If vLLM fails.
     """
     directory = cache / fingerprint(model, prompts, options)
-    directory.mkdir(parents=True, exist_ok=True)
+    whole_file.make_directory(directory)
     num_shards = -(-len(prompts) // SHARD)
 
     def num_missing() -> int:
@@ -193,7 +194,7 @@ def shard_files(directory: Path, num: int) -> list[Path]:
 
 def write_shard(file: Path, found: Sequence[Continuation]) -> None:
     """Whole or not at all."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     columns: dict[str, Any] = {
         "token_ids": np.concatenate([one.token_ids for one in found]).astype(np.int32),
@@ -206,9 +207,7 @@ def write_shard(file: Path, found: Sequence[Continuation]) -> None:
             np.float16
         ),
     }
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file(columns, partial)
-    partial.replace(file)
+    whole_file.write(save(columns), file)
 
 
 def _generate(

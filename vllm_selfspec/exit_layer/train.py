@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.exit_layer.batch import Batch, pieces
 from vllm_selfspec.exit_layer.errors import TrainError
@@ -199,9 +200,11 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Writes the checkpoint, whole or not at all."""
-        file = self._job.output / CHECKPOINT
-        partial = file.with_name(f"{file.name}.partial")
+        """Writes the checkpoint, whole or not at all.
+
+        Raises:
+            WriteError: If it cannot be written.
+        """
         state = {
             "settings": self._settings,
             "step": self.step,
@@ -212,8 +215,11 @@ class Trainer:
             "trained": {n: p.detach() for n, p in self.student.trained.items()},
             "optimizer": self._optimizer.state_dict(),
         }
-        torch.save(state, partial)
-        partial.replace(file)
+        with whole_file.replacing(self._job.output / CHECKPOINT) as partial:
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(str(error)) from error
 
     def load(self) -> None:
         """Goes on from the checkpoint, where there is one.
@@ -261,7 +267,7 @@ def train(
         workers: That do it together; each calls this.
         say: Told after every step.
     """
-    job.output.mkdir(parents=True, exist_ok=True)
+    whole_file.make_directory(job.output)
     with deterministic(), stop_between_steps() as is_asked_to_stop:
         trainer = Trainer(job, job.student(), workers)
         trainer.load()

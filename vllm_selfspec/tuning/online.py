@@ -10,8 +10,10 @@ Workers of an engine must run the same forwards. They see the same tokens, and d
 costs that they were all told: what is measured here is only shown.
 """
 
+import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -21,12 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_selfspec import __version__, versions
+from vllm_selfspec import __version__, versions, whole_file
 from vllm_selfspec.config import Online
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.draft_stats import DraftStats
-from vllm_selfspec.profile import write_profile
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.target_model import TargetModel
 from vllm_selfspec.tuning.online_search import OnlineSearch, Speed
@@ -126,17 +127,17 @@ class OnlineTuner:
         options = online_of(vllm_config)
         if options is None:
             return None
-        save = None
+        save, stats = None, DraftStats(vllm_config)
         if options.profile is not None and vllm_config.parallel_config.rank == 0:
             target = target_of(vllm_config.model_config)
-            save = _Saving(Path(options.profile), target)
+            save = _Saving(Path(options.profile), target, stats.failed_writes)
         return cls(
             plan_of(vllm_config).skip_set,
             options,
             vllm_config.speculative_config.num_speculative_tokens,
             vllm_config.scheduler_config.max_num_seqs,
             save,
-            DraftStats(vllm_config),
+            stats,
         )
 
     def use_costs(self, costs: OnlineCosts) -> None:
@@ -249,8 +250,11 @@ class OnlineTuner:
 class _Saving:
     """Writes the profile of a model's plan."""
 
-    def __init__(self, file: Path, target: TargetModel) -> None:
+    def __init__(
+        self, file: Path, target: TargetModel, failed_writes: Counter[str]
+    ) -> None:
         self._file, self._target = file, target
+        self._failed_writes = failed_writes
 
     def __call__(self, plan: SkipSet) -> None:
         document = {
@@ -265,10 +269,8 @@ class _Saving:
                 "vllm": versions.vllm_version(),
             },
         }
-        try:
-            write_profile(document, self._file)
-        except OSError as error:  # no reason to stop serving
-            logger.warning("selfspec could not write %s: %s", self._file, error)
+        text = f"{json.dumps(document, indent=2)}\n"
+        whole_file.write_if_possible(text, self._file, "profile", self._failed_writes)
 
 
 def start(worker: Any, costs: OnlineCosts) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.skip_set import SUBLAYERS, SkipSet
 from vllm_selfspec.tuning.score import Score
@@ -75,7 +76,8 @@ def write(document: dict[str, Any], found: Sequence[Found], output: Path) -> Non
     _plot_frontier(axes[0][0], found, document)
     lists, num_layers = document["skip_layers"], document["num_layers"]
     _plot_map(axes[1][0], SkipSet.from_dict(num_layers, lists))
-    plot.savefig(output.with_suffix(".svg"))
+    with whole_file.replacing(output.with_suffix(".svg")) as partial:
+        plot.savefig(partial, format="svg")
 
 
 def _plot_frontier(axis: Any, found: Sequence[Found], document: dict[str, Any]) -> None:

@@ -18,12 +18,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_selfspec import __version__, versions
+from vllm_selfspec import __version__, versions, whole_file
 from vllm_selfspec.bench.run import find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.demo import cpu_name
-from vllm_selfspec.profile import write_profile
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.tuning import report
@@ -104,7 +103,7 @@ def run_tune(options: Options) -> None:
     # The probe is a part of the V1 runner's worker, with the engine in this process.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    whole_file.make_directory(options.output.parent)
     model = find_model(options.model, options.widen, console)
     task = load(options.task).sample(options.num_prompts, options.seed)
     prompts = token_ids(task.prompts, model, options.max_prompt_tokens)
@@ -138,7 +137,7 @@ def run_tune(options: Options) -> None:
     measured = [*zip(finalists, engines.measure(plans, every), strict=True)]
     best, score = max(measured, key=lambda pair: pair[1].speed_up)
     document = _document(options, model, engines.known, best, score, search.num_tried)
-    write_profile(document, options.output)
+    whole_file.write_json(document, options.output)
     report.write(document, found, options.output)
     report.show(document, found, measured, console)
 

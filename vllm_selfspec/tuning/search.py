@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vllm_selfspec.tuning.candidates import (
     single_plans,
 )
 from vllm_selfspec.tuning.score import Score
+from vllm_selfspec.whole_file import WriteError
 
 # A plan that is this far behind the best on the first texts is not tried on the rest.
 PRUNE_BELOW = 0.9
@@ -66,6 +68,27 @@ class Found:
         )
 
 
+@contextmanager
+def _kept_in(file: Path) -> Iterator[None]:
+    """Around what writes the study, plan by plan.
+
+    Raises:
+        WriteError: If SQLite cannot; it keeps what was written before.
+    """
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except (StorageInternalError, OperationalError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise WriteError(
+            f"a search keeps every plan in {str(file)!r}, but that failed ({reason}): "
+            "make room there, or choose another --output; the same command goes on "
+            "with what is kept"
+        ) from error
+
+
 class Search:
     """Scores plans, the likely ones first, until the time is over."""
 
@@ -89,6 +112,9 @@ class Search:
             study_name: Tells studies of other models or texts in the file apart.
             num_at_once: Plans that `evaluate` takes best.
             seed: Of the sampler.
+
+        Raises:
+            WriteError: If the study cannot be written; so does `run`.
         """
         import optuna
 
@@ -98,16 +124,19 @@ class Search:
         self._num_at_once = num_at_once
         self._texts = range(num_texts)
         self._random = random.Random(seed)
-        self._study = optuna.create_study(
-            study_name=study_name,
-            storage=f"sqlite:///{study_file}",
-            sampler=optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=num_at_once > 1
-            ),
-            direction="maximize",
-            load_if_exists=True,
+        self._study_file = study_file
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=num_at_once > 1
         )
-        self._end_what_was_killed()
+        with _kept_in(study_file):
+            self._study = optuna.create_study(
+                study_name=study_name,
+                storage=f"sqlite:///{study_file}",
+                sampler=sampler,
+                direction="maximize",
+                load_if_exists=True,
+            )
+            self._end_what_was_killed()
 
     def _end_what_was_killed(self) -> None:
         state = self._optuna.trial.TrialState
@@ -129,8 +158,9 @@ class Search:
         """
         end = time.monotonic() + budget_s
         trials = self._trials()
-        while time.monotonic() < end and self.num_tried < max_plans:
-            self._try([next(trials) for _ in range(self._num_at_once)], report)
+        with _kept_in(self._study_file):
+            while time.monotonic() < end and self.num_tried < max_plans:
+                self._try([next(trials) for _ in range(self._num_at_once)], report)
 
     def _trials(self) -> Iterator[tuple[Any, SkipSet]]:
         """Trials of plans that were not tried yet: the simple ones, the greedy path,
