@@ -2,6 +2,7 @@
 text."""
 
 import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,14 @@ from conftest import (
     run,
     token_ids,
 )
+from full_disk import full_disk
 
 from vllm_selfspec.config import ConfigError, Online, SelfSpecConfig, resolve_plan
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.profile import ProfileError, read_profile
 from vllm_selfspec.skip_set import SkipSet
 from vllm_selfspec.target_model import TargetModel
-from vllm_selfspec.tuning.online import OnlineCosts, OnlineTuner
+from vllm_selfspec.tuning.online import OnlineCosts, OnlineTuner, Saving
 from vllm_selfspec.tuning.online_search import OnlineSearch
 
 SEARCHED = 8  # layers of a model that is not there
@@ -201,6 +203,18 @@ def test_online_keys_want_the_word(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="share"):
         config_of(skip_layers="online", online={"share": 0})
+
+
+def test_what_was_found_costs_no_engine_where_the_disk_is_full(tmp_path: Path) -> None:
+    file, failed = tmp_path / "found.json", Counter[str]()
+    save = Saving(file, TargetModel(SEARCHED), failed)
+    save(CODE)
+    with full_disk():
+        save(CHAT)
+    assert read_profile(file).skip_layers.mlp == (1,), "the plan before is kept"
+    assert failed == {"profile": 1}
+    save(CHAT)
+    assert read_profile(file).skip_layers.mlp == (4, 7)
 
 
 def test_it_starts_from_the_profile_that_it_kept(tmp_path: Path) -> None:

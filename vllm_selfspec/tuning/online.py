@@ -130,7 +130,7 @@ class OnlineTuner:
         save, stats = None, DraftStats(vllm_config)
         if options.profile is not None and vllm_config.parallel_config.rank == 0:
             target = target_of(vllm_config.model_config)
-            save = _Saving(Path(options.profile), target, stats.failed_writes)
+            save = Saving(Path(options.profile), target, stats.failed_writes)
         return cls(
             plan_of(vllm_config).skip_set,
             options,
@@ -247,7 +247,7 @@ class OnlineTuner:
         }
 
 
-class _Saving:
+class Saving:
     """Writes the profile of a model's plan."""
 
     def __init__(
