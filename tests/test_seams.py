@@ -336,7 +336,11 @@ def test_only_the_rows_that_a_release_needs_are_installed(
     monkeypatch.setattr(versions, "vllm_version", lambda: "0.32.1+cpu")
     assert left_out() == ["rejection_sample"], "0.33's has other parameters"
     monkeypatch.setattr(versions, "vllm_version", lambda: "0.33.1")
-    assert left_out() == ["VllmConfig.__post_init__", "rejection_sample"]
+    assert left_out() == [
+        "VllmConfig.__post_init__",
+        "Scheduler._handle_stopped_request",
+        "rejection_sample",
+    ]
     monkeypatch.setattr(registry, "exists", lambda: True)
     rows = [seam for seam in SEAMS if seam.is_for("0.33") and not seam.in_registry]
     assert seams.needed() == rows != []

@@ -131,6 +131,15 @@ def _propose(original: Function) -> Function:
     return propose_draft_token_ids
 
 
+def _forget_draft_probs(original: Function) -> Function:
+    def _update_streaming_request(self: Any, req_id: str, new_req_data: Any) -> Any:
+        if uses_selfspec(self.vllm_config):
+            self._draft_probs = None
+        return original(self, req_id, new_req_data)
+
+    return _update_streaming_request
+
+
 def _allow_v2_runner(original: Function) -> Function:
     def _get_v2_model_runner_unsupported_features(self: Any) -> Any:
         unsupported = original(self)
@@ -260,6 +269,16 @@ def _expand_in_torch(original: Function) -> Function:
         return expanded.masked_fill_(expanded == replace_from, replace_to)
 
     return expand_batch_to_tokens
+
+
+def _count_kept_tokens(original: Function) -> Function:
+    def _handle_stopped_request(self: Any, request: Any) -> bool:
+        if request.resumable and uses_selfspec(self.vllm_config):
+            kept = request.num_tokens - 1 + request.num_output_placeholders
+            request.num_computed_tokens = min(request.num_computed_tokens, kept)
+        return bool(original(self, request))
+
+    return _handle_stopped_request
 
 
 def _plan_draft_lengths(original: Function) -> Function:
@@ -392,6 +411,19 @@ SEAMS: tuple[Seam, ...] = (
         remove_when="a speculative method can say how many tokens to schedule.",
     ),
     Seam(
+        module="vllm.v1.core.sched.scheduler",
+        target="Scheduler._handle_stopped_request",
+        parameters=("self", "request"),
+        replace=_count_kept_tokens,
+        why="Before 0.33 a streaming session that stops within accepted drafts goes on "
+        "counting the tokens after its stop as computed, unless scheduling is async. "
+        "The next piece's first tokens are then never read, and other requests find "
+        "the dropped tokens' KV in the prefix cache under the names of those that "
+        "took their place. n-gram drafts do the same, and are left as they are.",
+        remove_when="vLLM 0.32 is not supported any more.",
+        only_in=("0.32",),
+    ),
+    Seam(
         module=_V1_REJECTION,
         target="RejectionSampler.forward",
         parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
@@ -500,6 +532,18 @@ SEAMS: tuple[Seam, ...] = (
         "and no way to hand back draft probabilities.",
         remove_when="custom_class passes the runner or those three.",
         in_registry=True,
+    ),
+    Seam(
+        module=_V1_RUNNER,
+        target="GPUModelRunner._update_streaming_request",
+        parameters=("self", "req_id", "new_req_data"),
+        replace=_forget_draft_probs,
+        why="A piece of a streaming session that is one token long is padded with "
+        "drafts that do not exist. The token after it is drawn as if they had the "
+        "probabilities of the last piece's drafts, whatever proposes those. Without "
+        "any, each draft of the step is verified as if it had been certain, which is "
+        "lossless, too.",
+        remove_when="vLLM samples afresh after a draft token of -1.",
     ),
 )
 
