@@ -144,11 +144,12 @@ def test_a_generation_through_the_registry_needs_no_seam(
     )
     assert tokens == token_ids(expected)
     assert accepted == counts.accepted_tokens > 0
-    # What is left mends sampling on a CPU and streaming sessions, plans draft lengths,
-    # or hands over what no speculator is told or asked: top-k and top-p, and the length
-    # of each row.
+    # What is left mends sampling on a CPU, sampling without drafts and streaming
+    # sessions, plans draft lengths, or hands over what no speculator is told or asked:
+    # top-k and top-p, and the length of each row.
     rest = ("rejection_sampler", "EngineCore", "load_model", "take_draft_token_ids")
     rest += ("_handle_stopped_request", "_update_streaming_request")
+    rest += ("GPUModelRunner._sample",)
     assert all(any(word in name for word in rest) for name in attached), attached
 
 

@@ -243,15 +243,18 @@ def _draw_as_plain_vllm_on_device(original: Function) -> Function:
     return _verify
 
 
-def _pass_empty_logits(original: Function) -> Function:
-    def apply_sampling_constraints(
-        logits: Any, cu_num_draft_tokens: Any, sampling_metadata: Any
-    ) -> Any:
-        if _is_in_use and logits.shape[0] == 0:
-            return logits
-        return original(logits, cu_num_draft_tokens, sampling_metadata)
+def _sample_steps_without_drafts(original: Function) -> Function:
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        metadata = spec_decode_metadata
+        if metadata is None or not uses_selfspec(self.vllm_config):
+            return original(self, logits, metadata)
+        has_drafts = any(metadata.num_draft_tokens)
+        holder = self.input_batch.sampling_metadata.thinking_budget_state_holder
+        if holder is not None:
+            holder.in_spec_mode = has_drafts  # it counts rows by that
+        return original(self, logits, metadata if has_drafts else None)
 
-    return apply_sampling_constraints
+    return _sample
 
 
 def _expand_in_torch(original: Function) -> Function:
@@ -284,7 +287,7 @@ def _count_kept_tokens(original: Function) -> Function:
 def _plan_draft_lengths(original: Function) -> Function:
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         kv_cache_config = original(self, vllm_config)
-        if plans_draft_lengths(vllm_config) or tunes_online(vllm_config):
+        if uses_selfspec(vllm_config):
             from vllm_selfspec import scheduler
 
             scheduler.prepare(vllm_config, self.model_executor)
@@ -403,10 +406,10 @@ SEAMS: tuple[Seam, ...] = (
         parameters=("self", "vllm_config"),
         replace=_plan_draft_lengths,
         why="How many drafts are scheduled follows the number of requests alone, by a "
-        "table. A scheduler of our own decides; vLLM lets a config name one, but it "
-        "has no way to the workers, which measure what a forward costs, and are told "
-        "it where they look for a better skip set. This is called "
-        "when they are ready and the scheduler is not made yet; EngineCore's process "
+        "table, and not what they ask for. A scheduler of our own decides; vLLM lets a "
+        "config name one, but it has no way to the workers, which measure what a "
+        "forward costs, and are told it where they look for a better skip set. This is "
+        "called when they are ready and the scheduler is not made yet; its process "
         "loads plugins no earlier than in its __init__.",
         remove_when="a speculative method can say how many tokens to schedule.",
     ),
@@ -477,14 +480,15 @@ SEAMS: tuple[Seam, ...] = (
         remove_when="vLLM verifies seeded requests by their own noise.",
     ),
     Seam(
-        module=_V1_REJECTION,
-        target="apply_sampling_constraints",
-        parameters=("logits", "cu_num_draft_tokens", "sampling_metadata"),
-        replace=_pass_empty_logits,
-        why="A step without drafts, such as a prefill, verifies no rows, and without "
-        "Triton vLLM's top-k takes the maximum of them: any request with top_k alone "
-        "stops the engine, whatever the speculative method.",
-        remove_when="apply_top_k_only accepts zero rows.",
+        module=_V1_RUNNER,
+        target="GPUModelRunner._sample",
+        parameters=("self", "logits", "spec_decode_metadata"),
+        replace=_sample_steps_without_drafts,
+        why="Steps without drafts go through verification, too, as they do not in V2, "
+        "and it does not carry all that vLLM's sampler does: logprob_token_ids are "
+        "lost or stop the engine, and so does, without Triton, top_k alone in a step "
+        "that has no draft tokens to verify.",
+        remove_when="the V1 runner samples a step without drafts by its sampler.",
     ),
     Seam(
         module=_V1_REJECTION,
