@@ -45,6 +45,8 @@ def test_engines_of_a_model_are_added_up(tmp_path: Path) -> None:
         tmp_path,
         stats(lengths={0: 2, 3: 1}, steps={"plain": 2}, gauges={"threshold": 0.6}),
         stats(lengths={3: 4, 1: 1}, draft_seconds=1.5, gauges={"threshold": 0.8}),
+        stats(undrafted={"requests": 2, "steps": 9}),
+        stats(undrafted={"requests": 1}),
     )
     for line in (
         'vllm:selfspec_draft_length_bucket{le="0.0",model_name="m"} 2.0',
@@ -53,6 +55,8 @@ def test_engines_of_a_model_are_added_up(tmp_path: Path) -> None:
         'vllm:selfspec_draft_length_bucket{le="+Inf",model_name="m"} 8.0',
         'vllm:selfspec_draft_length_sum{model_name="m"} 16.0',
         'vllm:selfspec_steps_total{kind="plain",model_name="m"} 2.0',
+        'vllm:selfspec_undrafted_total{model_name="m",what="requests"} 3.0',
+        'vllm:selfspec_undrafted_total{model_name="m",what="steps"} 9.0',
         'vllm:selfspec_draft_seconds_total{model_name="m"} 1.5',
         'vllm:selfspec_controller{model_name="m",what="threshold"} 0.7',
     ):

@@ -17,7 +17,12 @@ from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.goodput import Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_stats import DraftStats
-from vllm_selfspec.scheduler import Arrivals, DraftPlanner, foreseen
+from vllm_selfspec.scheduler import (
+    Arrivals,
+    DraftPlanner,
+    PlanningScheduler,
+    foreseen,
+)
 
 NUM_DRAFTS = 4
 SPEC: dict[str, Any] = {
@@ -186,7 +191,7 @@ def test_a_schedule_of_the_users_bounds_the_lengths(
     assert few.draft_tokens > 0 == many.draft_tokens
 
 
-def test_a_scheduler_of_the_users_is_left_alone(
+def test_a_scheduler_of_the_users_plans_no_lengths(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -195,7 +200,8 @@ def test_a_scheduler_of_the_users_is_left_alone(
         """Somebody else's."""
 
     llm = engines.get(tiny_models["llama"], SPEC, scheduler_cls=Own)
-    assert type(scheduler_of(llm)) is Own
+    assert isinstance(scheduler_of(llm), Own)
+    assert not isinstance(scheduler_of(llm), PlanningScheduler)
     _, counts = run(llm, prompts_of(2), greedy())
     assert counts.draft_tokens > 3 * counts.drafts, "drafts have full length then"
 

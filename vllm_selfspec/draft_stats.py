@@ -41,6 +41,8 @@ class DraftStats:
         steps: Decode steps by what was planned after them: `drafting`, `plain` (nothing
             was worth drafting) or `trial` (to find out whether it is again).
         stops: Why rows stopped drafting: `rule` or `limit`.
+        undrafted: `requests` that ask for what verification does not carry, and `steps`
+            that verified nothing because of them.
         draft_seconds: What draft steps took, by measured costs.
         gauges: What a controller believes at present, by name.
         failed_writes: What could not be written, a file of these counts or another.
@@ -53,6 +55,7 @@ class DraftStats:
         self.lengths: Counter[int] = Counter()
         self.steps: Counter[str] = Counter()
         self.stops: Counter[str] = Counter()
+        self.undrafted: Counter[str] = Counter()
         self.draft_seconds = 0.0
         self.gauges: dict[str, float] = {}
         self.failed_writes: Counter[str] = Counter()
@@ -66,6 +69,7 @@ class DraftStats:
             "lengths": dict(self.lengths),
             "steps": dict(self.steps),
             "stops": dict(self.stops),
+            "undrafted": dict(self.undrafted),
             "draft_seconds": self.draft_seconds,
             "gauges": self.gauges,
             "failed_writes": dict(self.failed_writes),
@@ -167,6 +171,7 @@ class Snapshot(BaseModel):
     lengths: dict[Length, Count]
     steps: dict[str, Count]
     stops: dict[str, Count]
+    undrafted: dict[str, Count]
     draft_seconds: NonNegativeFloat
     gauges: dict[str, float]
     failed_writes: dict[str, Count]
@@ -231,6 +236,11 @@ def families(snapshots: Sequence[Snapshot]) -> list[Any]:
         "Rows that stopped drafting, by reason.",
         labels=["model_name", "reason"],
     )
+    undrafted = CounterMetricFamily(
+        PREFIX + "undrafted",
+        "Requests that verification does not carry, and steps without drafts for them.",
+        labels=["model_name", "what"],
+    )
     seconds = CounterMetricFamily(
         PREFIX + "draft_seconds", "Time of draft steps.", labels=["model_name"]
     )
@@ -253,8 +263,10 @@ def families(snapshots: Sequence[Snapshot]) -> list[Any]:
             steps.add_metric([model, kind], value)
         for reason, value in _total(snapshot.stops for snapshot in own).items():
             stops.add_metric([model, reason], value)
+        for kind, value in _total(snapshot.undrafted for snapshot in own).items():
+            undrafted.add_metric([model, kind], value)
         seconds.add_metric([model], sum(snapshot.draft_seconds for snapshot in own))
-    return [lengths, steps, stops, seconds, beliefs]
+    return [lengths, steps, stops, undrafted, seconds, beliefs]
 
 
 def _failures(counts: Iterable[Mapping[str, int]]) -> Any:

@@ -26,6 +26,7 @@ from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_stats import DraftStats
 from vllm_selfspec.measure import measure_costs, measure_sublayers
+from vllm_selfspec.plain_steps import PlainSteps
 from vllm_selfspec.tuning import online
 from vllm_selfspec.vllm_args import plan_of
 
@@ -36,8 +37,8 @@ ARRIVAL_RATE = 0.05
 
 
 def prepare(vllm_config: Any, executor: Any) -> None:
-    """Measures what forwards cost, for what decides by it: the scheduler, and workers
-    that look for a better skip set.
+    """Names the scheduler, and measures what forwards cost for what decides by it: the
+    scheduler, and workers that look for a better skip set.
 
     Args:
         vllm_config: Of the engine; its scheduler is not made yet.
@@ -50,8 +51,23 @@ def prepare(vllm_config: Any, executor: Any) -> None:
         sublayers = executor.collective_rpc(measure_sublayers)
         told = online.costs_of(copy.deepcopy(costs), plan, sublayers)
         executor.collective_rpc(online.start, args=(told,))
+    # vLLM warns of schedulers that it does not know. These are its own, and every
+    # release that is supported was tried with them.
+    logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
     if seams.plans_draft_lengths(vllm_config):
         _choose(vllm_config, executor, costs)
+    _add_plain_steps(vllm_config.scheduler_config)
+
+
+def _add_plain_steps(config: Any) -> None:
+    """Puts `PlainSteps` before the scheduler that was chosen, a user's own included.
+
+    One that is not made from vLLM's is left alone.
+    """
+    found = config.get_scheduler_cls()
+    if issubclass(found, Scheduler) and not issubclass(found, PlainSteps):
+        named = {"__module__": __name__}
+        config.scheduler_cls = type(found.__name__, (PlainSteps, found), named)
 
 
 def _choose(vllm_config: Any, executor: Any, costs: StepCosts | None) -> None:
@@ -67,9 +83,6 @@ def _choose(vllm_config: Any, executor: Any, costs: StepCosts | None) -> None:
     if found in planning and vllm_config.parallel_config.data_parallel_size == 1:
         named = {"costs": costs or measured(executor), "__module__": __name__}
         config.scheduler_cls = type("PlanningScheduler", (planning[found],), named)
-        # vLLM warns of schedulers that it does not know. This one is its own, and
-        # every release that is supported was tried with it.
-        logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
     elif not has_schedule_of_users(vllm_config):
         vllm_config.speculative_config.num_speculative_tokens_per_batch_size = None
 
