@@ -127,7 +127,7 @@ class DraftStats:
 
 
 @cache
-def share_directory() -> None:
+def share_directory() -> "MetricsCollector":
     """Makes the directory for this process and all that it starts, and shows what is
     written there at vLLM's `/metrics`. Once a process; one that was started by another
     that serves has a directory of its own."""
@@ -139,10 +139,12 @@ def share_directory() -> None:
     if directory is not None:
         os.environ[DIRECTORY] = str(directory)
         atexit.register(_remove, str(directory), os.getpid())
+    collector = MetricsCollector(directory, failed_writes)
     try:
-        prometheus_client.REGISTRY.register(MetricsCollector(directory, failed_writes))
+        prometheus_client.REGISTRY.register(collector)
     except ValueError as error:  # another has these names
         logger.warning("selfspec's metrics are not shown at /metrics: %s", error)
+    return collector
 
 
 def _new_directory(failed_writes: Counter[str]) -> Path | None:
