@@ -133,7 +133,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def interpreter() -> None:
     if IS_V2:
-        import interpreter
+        from triton_cpu_stub.mends import mend
 
         interpreter.mend()
 

@@ -340,7 +340,7 @@ def drafting(path: str, plan: SkipSet, engines: Engines) -> Any:
 
 if __name__ == "__main__":
     if IS_V2:
-        import interpreter
+        from triton_cpu_stub.mends import mend
 
-        interpreter.mend()
+        mend()
     check(*sys.argv[1:], Engines())

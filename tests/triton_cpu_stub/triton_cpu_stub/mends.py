@@ -1,12 +1,15 @@
 """What Triton's interpreter gets wrong or cannot run, mended for the V2 test runs.
 
 `make test-v2` runs vLLM's V2 model runner without a GPU, every Triton kernel under the
-interpreter. The mends act on plain and on drafting engines alike.
+interpreter. The mends act on plain and on drafting engines alike. As one of vLLM's
+general plugins they reach the processes that it starts: workers, servers, Ray's actors.
 """
 
+import functools
 from typing import Any
 
 
+@functools.cache  # vLLM loads plugins, and so do the tests
 def mend() -> None:
     _rebind_the_language_once()
     _take_integers_for_masks()
