@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import (
-    IS_V2,
     NUM_LAYERS,
     TINY,
     Engines,
@@ -17,9 +15,6 @@ from conftest import (
     run,
     token_ids,
 )
-
-from vllm_selfspec import seams
-from vllm_selfspec.config import ConfigError
 
 RANK = 8
 NUM_DRAFTS = 3
@@ -88,6 +83,7 @@ def generate(llm: Any, num: int, adapters: list[Any]) -> tuple[Any, Any]:
     return run(llm, prompts_of(num), params, lora_request=requests)
 
 
+@pytest.mark.v2
 @pytest.mark.shows("Engine", "LoRA adapters")
 @pytest.mark.parametrize("skip_layers", [{}, {"attention": [1], "mlp": [1, 2]}])
 def test_adapters_draft_losslessly(
@@ -109,20 +105,3 @@ def test_the_adapters_make_texts_of_their_own(
     assert texts[0] != texts[1]
     assert texts[1] != texts[2]
     assert texts[0] != texts[2]
-
-
-@pytest.mark.v2
-@pytest.mark.shows(
-    "Refused", "LoRA adapters in the V2 runner: its CUDA graphs of drafts hold them"
-)
-def test_the_v2_runner_refuses_adapters() -> None:
-    if not IS_V2:
-        pytest.skip("its modules need Triton")
-    from vllm_selfspec.v2_row_stops import make_speculator
-
-    config: Any = SimpleNamespace(
-        additional_config={"selfspec": {}}, lora_config="some"
-    )
-    assert seams.needs_v1_runner(config)
-    with pytest.raises(ConfigError, match="--enable-lora exchanges adapters"):
-        make_speculator(config, "cpu")  # type: ignore[arg-type]

@@ -178,13 +178,26 @@ def _make_speculator(original: Function) -> Function:
     return init_speculator
 
 
-def _share_sampling_states(original: Function) -> Function:
+def _share_request_states(original: Function) -> Function:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if uses_selfspec(self.vllm_config):
             self.speculator.use_sampling_states(self.sampler.sampling_states)
+            self.speculator.use_loras_of(self)
 
     return load_model
+
+
+def _tell_whose_verified_rows_are(original: Function) -> Function:
+    def sample(
+        self: Any, hidden_states: Any, input_batch: Any, grammar_output: Any
+    ) -> Any:
+        if uses_selfspec(self.vllm_config) and input_batch.num_draft_tokens:
+            num_rows = input_batch.cu_num_logits_np[: 1 + input_batch.num_reqs]
+            self.speculator.set_loras(input_batch, num_rows[1:] - num_rows[:-1])
+        return original(self, hidden_states, input_batch, grammar_output)
+
+    return sample
 
 
 def _hand_over_row_lengths(original: Function) -> Function:
@@ -386,10 +399,20 @@ SEAMS: tuple[Seam, ...] = (
         module=_V2_RUNNER,
         target="GPUModelRunner.load_model",
         parameters=("self", "load_dummy_weights", "args", "model", "kwargs"),
-        replace=_share_sampling_states,
-        why="A speculator is told the requests' temperatures, and no top-k and top-p; "
-        "drafts outside of those are never accepted.",
-        remove_when="propose gets the sampling states.",
+        replace=_share_request_states,
+        why="A speculator is told the requests' temperatures, and neither top-k and "
+        "top-p, outside of which drafts are never accepted, nor the adapters.",
+        remove_when="propose gets the sampling states and the LoRA state.",
+    ),
+    Seam(
+        module=_V2_RUNNER,
+        target="GPUModelRunner.sample",
+        parameters=("self", "hidden_states", "input_batch", "grammar_output"),
+        replace=_tell_whose_verified_rows_are,
+        why="The V2 runner tells the LM head's LoRA layer one adapter a request, where "
+        "a verification has rows for each draft token: on CPU the engine stops, on a "
+        "GPU an adapter of the LM head meets the rows of another request.",
+        remove_when="make_lora_inputs repeats an adapter by its request's logits.",
     ),
     Seam(
         module=_V2_RUNNER,
@@ -567,8 +590,6 @@ def needs_v1_runner(vllm_config: Any) -> str | None:
     """What the V2 runner's CUDA graphs of drafts would hold, and must not; or None."""
     if tunes_online(vllm_config):
         return "skip_layers 'online' exchanges skip sets"
-    if vllm_config.lora_config is not None:
-        return "--enable-lora exchanges adapters"
     return None
 
 

@@ -14,6 +14,7 @@ own KV cache is the draft's. Why what a draft writes needs no clean-up is told i
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -70,6 +71,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         self.hidden_states = self.hidden_states.new_empty(self.max_num_reqs, 0)
         self._num_dummy_drafts = self.num_speculative_steps
         self._sampling_states: SamplingStates | None = None
+        self._lora_runner: Any = None
         self._truncates = False
         self._has_seeds = False
         self._is_seeded = self.seeds.new_zeros(self.max_num_reqs, dtype=torch.bool)
@@ -123,8 +125,13 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         super(TargetDependentARSpeculator, self)._configure_decode_metadata_update()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Prepares graphs for the draft steps, as far as the target has full ones."""
-        is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        """Prepares graphs for the draft steps, as far as the target has full ones.
+
+        With LoRA adapters there are none: the target has one for every number of
+        adapters in a batch, and a manager of draft graphs knows no such number.
+        """
+        has_loras = self.vllm_config.lora_config is not None
+        is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and not has_loras
         self.decode_cudagraph_manager = DraftGraphManager(
             self.vllm_config,
             self.device,
@@ -204,6 +211,8 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
                 num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run
             )
             self._copy_sampling_states(input_batch, dummy_run)
+            if not dummy_run:
+                self.set_loras(input_batch, np.ones(num_reqs, np.int32))
             self._prepare_first_step(
                 input_batch,
                 num_sampled,
@@ -231,6 +240,25 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         """The sampler's, for top-k, top-p and which requests have a seed; vLLM hands
         over temperatures and seeds alone."""
         self._sampling_states = states
+
+    def use_loras_of(self, runner: Any) -> None:
+        """The runner's adapters, if it serves any; vLLM tells speculators nothing."""
+        self._lora_runner = runner if runner.lora_config is not None else None
+
+    def set_loras(self, input_batch: InputBatch, num_rows: np.ndarray) -> None:
+        """Tells vLLM's LoRA layers whose the rows are that come next. Before its own
+        next forward the target tells them again.
+
+        Args:
+            input_batch: Of this step.
+            num_rows: Of each of its requests.
+        """
+        if self._lora_runner is None:
+            return
+        state = self._lora_runner.lora_state
+        of_rows = tuple(state.lora_ids[input_batch.idx_mapping_np].repeat(num_rows))
+        active = state.get_activate_loras(input_batch.req_ids)
+        self._lora_runner._set_active_loras(of_rows, of_rows, active)
 
     def _copy_sampling_states(self, input_batch: InputBatch, dummy_run: bool) -> None:
         """Top-k, top-p and who has a seed, to where CUDA graphs read them."""
