@@ -191,6 +191,23 @@ def test_a_schedule_of_the_users_bounds_the_lengths(
     assert few.draft_tokens > 0 == many.draft_tokens
 
 
+def test_data_parallel_engines_have_every_length_that_graphs_are_captured_by(
+    tiny_models: dict[str, str],
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    spec = {"method": "selfspec", **SPEC}
+    args = EngineArgs(
+        tiny_models["llama"],
+        dtype="float32",
+        speculative_config=spec,
+        data_parallel_size=2,
+    )
+    config = args.create_engine_config().speculative_config
+    found = config.num_speculative_tokens_per_batch_size
+    assert [tuple(entry) for entry in found] == schedule_of_all(NUM_DRAFTS)
+
+
 def test_a_scheduler_of_the_users_plans_no_lengths(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:

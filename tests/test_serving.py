@@ -3,6 +3,7 @@
 The draft skips nothing, so that every draft of this random model is surely accepted.
 """
 
+import json
 import os
 import signal
 import socket
@@ -13,25 +14,42 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from conftest import CORES, IS_SHORT, KV_CACHE_BYTES, Engines, build_tiny_model, greedy
+from conftest import (
+    CORES,
+    IS_PART,
+    IS_SHORT,
+    IS_V2,
+    KV_CACHE_BYTES,
+    Engines,
+    build_tiny_model,
+    greedy,
+)
+from cpu_gatherv import path_with_plugin
 from prometheus_client.parser import text_string_to_metric_families
 
 NAME = "tiny"
 # Long enough that a client leaves long before its request is at an end.
 MAX_MODEL_LEN = 8192
 NUM_CONCURRENT = 16
-# A start takes 20 s on two idle cores; the rest is for busy ones.
-START_DEADLINE_S = 300
+# A start takes 20 s on two idle cores, of two engines 60; the rest is for busy ones.
+START_DEADLINE_S = 900
 EMPTY = (
     '{"method": "selfspec", "draft_length": "fixed", '
     '"skip_layers": {"attention": [], "mlp": []}}'
 )
+
+# Of data-parallel engines.
+NUM_PROMPTS, NUM_TOKENS = (4, 12) if IS_V2 else (NUM_CONCURRENT, 48)
+LENGTHS = ["goodput"] if IS_PART else ["goodput", "fixed"]
+LONGER = {"max_position_embeddings": MAX_MODEL_LEN}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 PROMPTS = [f"{'ab' * n}: the answer to question {n} is" for n in range(NUM_CONCURRENT)]
 GREEDY: dict[str, Any] = {
@@ -155,8 +173,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("served")
-    longer = {"max_position_embeddings": MAX_MODEL_LEN}
-    return str(build_tiny_model("llama", directory, **longer))
+    return str(build_tiny_model("llama", directory, **LONGER))
 
 
 @pytest.fixture(scope="module")
@@ -301,29 +318,69 @@ def test_an_engine_process_plans_draft_lengths_and_shows_it(
         assert server.metric("vllm:selfspec_steps_total") > 10
 
 
-@pytest.mark.skipif(IS_SHORT, reason="minutes: make test-all")
-@pytest.mark.shows("Engine", "data parallelism")
-def test_two_data_parallel_engines_each_draft(
-    model: str, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+def both_ranks_draft(
+    model: str, length: str, log: Path, engines: Engines, monkeypatch: Any
 ) -> None:
+    """With one idle beside a busy one, and with both busy."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"0|{CORES - 1}")
-    params = greedy(48)
-    expected = engines.get(model).generate(PROMPTS, params, use_tqdm=False)
-    spec = '{"method": "selfspec", "exit_layer": 2, "draft_length": "fixed"}'
-    flags = ("--data-parallel-size", "2")
+    params, prompts = greedy(NUM_TOKENS), PROMPTS[:NUM_PROMPTS]
+    expected = engines.get(model, max_model_len=MAX_MODEL_LEN).generate(
+        prompts, params, use_tqdm=False
+    )
+    texts = [output.outputs[0].text for output in expected]
+    spec = {"method": "selfspec", "exit_layer": 2, "draft_length": length}
+    one_server = ("--api-server-count", "1", "--distributed-executor-backend", "uni")
+    flags = ("--data-parallel-size", "2", *one_server)
     with (
-        serving(model, spec, tmp_path / "log", *flags) as server,
+        serving(model, json.dumps(spec), log, *flags) as server,
         client_of(server) as client,
         ThreadPoolExecutor(NUM_CONCURRENT) as pool,
     ):
-        found = [*pool.map(lambda prompt: complete(client, prompt), PROMPTS)]
+        ask = partial(complete, client, max_tokens=NUM_TOKENS)
+        assert ask(prompts[0]) == texts[0]
+        assert [*pool.map(ask, prompts)] == texts
         wait_until(server.is_idle, "no request runs or waits", 60)
-        drafts = [
-            server.metric("vllm:spec_decode_num_drafts_total", engine)
-            for engine in (0, 1)
+        of_both = [
+            [server.metric(f"vllm:{name}_total", engine) for engine in (0, 1)]
+            for name in ("generation_tokens", "spec_decode_num_drafts")
         ]
-    assert found == [output.outputs[0].text for output in expected]
-    assert min(drafts) > 0, "both had requests"
+        planned = server.metric("vllm:selfspec_steps_total")
+        measured = log.read_text().count("selfspec: a step of")
+    assert min(of_both[0]) > 0, "both had requests"
+    if length == "fixed":
+        assert min(of_both[1]) > 0, "and drafted"
+    else:
+        assert planned > NUM_TOKENS and measured == 2, "each planned by its own costs"
+
+
+@pytest.mark.skipif(IS_SHORT, reason="minutes: make test-all")
+@pytest.mark.v2
+@pytest.mark.shows("Engine", "data parallelism")
+@pytest.mark.parametrize("length", LENGTHS)
+def test_two_data_parallel_engines_each_draft(
+    length: str,
+    model: str,
+    tmp_path: Path,
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both_ranks_draft(model, length, tmp_path / "log", engines, monkeypatch)
+
+
+@pytest.mark.skipif(IS_SHORT, reason="minutes: make test-all")
+@pytest.mark.v2
+@pytest.mark.shows("Engine", "data parallelism, shared experts")
+@pytest.mark.parametrize("length", LENGTHS)
+def test_ranks_that_share_experts_draft_in_step(
+    length: str,
+    tmp_path: Path,
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They run every forward together: one that drafts alone waits for ever."""
+    model = str(build_tiny_model("qwen3_moe", tmp_path, **LONGER, **EXPERTS))
+    monkeypatch.setenv("PYTHONPATH", path_with_plugin(tmp_path))
+    both_ranks_draft(model, length, tmp_path / "log", engines, monkeypatch)
 
 
 def test_an_invalid_plan_ends_vllm_serve_with_our_words(model: str) -> None:

@@ -73,14 +73,12 @@ def _add_plain_steps(config: Any) -> None:
 def _choose(vllm_config: Any, executor: Any, costs: StepCosts | None) -> None:
     """Names the planning scheduler in place of the one that vLLM would take.
 
-    A scheduler class of the user's own is left alone, as are data-parallel engines;
-    drafts then have full length.
+    A scheduler class of the user's own is left alone; drafts then have full length.
     """
     config = vllm_config.scheduler_config
     planning = {Scheduler: PlanningScheduler, AsyncScheduler: PlanningAsyncScheduler}
     found = config.get_scheduler_cls()
-    # Data-parallel ranks that draft differently would wait for each other for ever.
-    if found in planning and vllm_config.parallel_config.data_parallel_size == 1:
+    if found in planning:
         named = {"costs": costs or measured(executor), "__module__": __name__}
         config.scheduler_cls = type("PlanningScheduler", (planning[found],), named)
     elif not has_schedule_of_users(vllm_config):
@@ -333,7 +331,10 @@ class _Planning:
                 accepted[req_id] = len(sampled) - 1
         self.planner.observe(drafted, accepted)
         is_decode = len(drafted) == len(output.num_scheduled_tokens) > 0
-        if is_decode and self._updated is not None:
+        # Data-parallel ranks in lockstep wait for each other: a step's time is that of
+        # the slowest, with as many draft steps as any of them planned.
+        is_own = self.vllm_config.parallel_config.data_parallel_size == 1
+        if is_decode and is_own and self._updated is not None:
             self.planner.observe_step(
                 output.total_num_scheduled_tokens,
                 len(drafted),

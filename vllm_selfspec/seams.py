@@ -167,6 +167,23 @@ def _allow_async_scheduling(original: Function) -> Function:
     return __post_init__
 
 
+def _keep_lengths_of_ranks(original: Function) -> Function:
+    def _maybe_disable_dynamic_sd_for_data_parallel(self: Any) -> None:
+        if not uses_selfspec(self):
+            original(self)
+
+    return _maybe_disable_dynamic_sd_for_data_parallel
+
+
+def _run_along(original: Function) -> Function:
+    def execute_dummy_batch(self: Any) -> None:
+        original(self)
+        if uses_selfspec(self.vllm_config) and not self.use_v2_model_runner:
+            self.model_runner.drafter.run_along(self.model_runner)
+
+    return execute_dummy_batch
+
+
 def _make_speculator(original: Function) -> Function:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if not uses_selfspec(vllm_config):
@@ -385,6 +402,25 @@ SEAMS: tuple[Seam, ...] = (
         remove_when="vLLM 0.32 is not supported any more.",
         in_registry=True,
         only_in=("0.32",),
+    ),
+    Seam(
+        module="vllm.config.vllm",
+        target="VllmConfig._maybe_disable_dynamic_sd_for_data_parallel",
+        parameters=("self",),
+        replace=_keep_lengths_of_ranks,
+        why="vLLM's drafters would wait for each other for ever where data-parallel "
+        "ranks draft differently, so it drafts at one length there, for dense models, "
+        "too, whose ranks never meet. Ours agree on the steps before they draft.",
+        remove_when="a speculative method can say that its ranks may differ.",
+    ),
+    Seam(
+        module="vllm.v1.worker.gpu_worker",
+        target="Worker.execute_dummy_batch",
+        parameters=("self",),
+        replace=_run_along,
+        why="A data-parallel rank without requests runs the target for the others' "
+        "sake; in the V1 runner it runs the draft only of vLLM's own methods.",
+        remove_when="the V1 runner's dummy run asks the proposer.",
     ),
     Seam(
         module=_V2_RUNNER,

@@ -22,6 +22,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_selfspec import kv_heads, seams
+from vllm_selfspec.dp_ranks import DPRanks
 from vllm_selfspec.draft_batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_sampler import DraftSampler
@@ -60,6 +61,7 @@ class SelfSpecProposer:
         self._vllm_config = vllm_config
         self._max_model_len = vllm_config.model_config.max_model_len
         self.sampler = DraftSampler(vllm_config)
+        self._ranks = DPRanks(vllm_config.parallel_config)
         self._stops = RowStops.of(vllm_config)
         self.tuner = OnlineTuner.of(vllm_config)
         self._target: nn.Module
@@ -96,14 +98,34 @@ class SelfSpecProposer:
         runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
         token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
         for _ in range(num_drafts):
-            with set_forward_context(
-                None,
-                self._vllm_config,
-                num_tokens=num_rows,
-                skip_compiled=not self._view.is_compiled,
-            ):
-                hidden_states = self._view(token_ids, token_ids.long())
+            hidden_states = self._dummy_forward(token_ids)
             token_ids = self._view.compute_logits(hidden_states).argmax(dim=-1).int()
+
+    def _dummy_forward(
+        self, token_ids: torch.Tensor, num_rows_across_dp: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states of a draft step that attends to nothing and writes nowhere."""
+        with set_forward_context(
+            None,
+            self._vllm_config,
+            num_tokens=len(token_ids),
+            num_tokens_across_dp=num_rows_across_dp,
+            skip_compiled=not self._view.is_compiled,
+        ):
+            return self._view(token_ids, token_ids.long())
+
+    @torch.inference_mode()
+    def run_along(self, runner: Any) -> None:
+        """What other data-parallel ranks need of one that has no requests."""
+        self._ranks.agree(0, 0)
+        self._run_along(runner, 0)
+
+    def _run_along(self, runner: Any, num_done: int) -> None:
+        """The draft steps that other data-parallel ranks have beyond `num_done`."""
+        num_rows = self._ranks.num_rows
+        token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
+        for _ in range(num_done, self._ranks.num_steps):
+            self._dummy_forward(token_ids, self._ranks.num_rows_across_dp)
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """Never called: `seams` calls `propose_for_runner`, which sees the runner."""
@@ -137,7 +159,9 @@ class SelfSpecProposer:
         if self._stops is not None or self.tuner is not None:
             self._learn(runner, scheduler_output, sampled_token_ids)
         rows = np.flatnonzero(num_drafts)
+        self._ranks.agree(int(num_drafts.max(initial=0)), len(rows))
         if not len(rows):
+            self._run_along(runner, 0)
             return Drafts([[] for _ in sampled_token_ids])
         _set_loras(runner, rows)
         batch = self._draft_batch(runner, rows, num_drafts[rows])
@@ -146,6 +170,7 @@ class SelfSpecProposer:
             self._stops.begin([req_ids[row] for row in rows], num_drafts[rows])
         with rewound(sampling.generators.values()):
             token_ids, probs = self._draft(batch, sampling, runner.sampler)
+        self._run_along(runner, token_ids.shape[1])
         if self._stops is not None:
             num_drafts[rows] = self._stops.lengths
         return _to_drafts(token_ids, probs, rows, num_drafts, req_ids)
@@ -278,6 +303,7 @@ class SelfSpecProposer:
             attn_metadata,
             self._vllm_config,
             num_tokens=batch.num_rows,
+            num_tokens_across_dp=self._ranks.num_rows_across_dp,
             slot_mapping=slot_mapping,
             skip_compiled=not view.is_compiled,
         ):

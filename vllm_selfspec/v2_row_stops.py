@@ -101,7 +101,8 @@ class RowStoppingSpeculator(SelfSpecSpeculator):
         seq_lens_cpu_upper_bound: torch.Tensor,
         num_speculative_steps: int,
     ) -> None:
-        """vLLM's `_multi_step_decode`, left as soon as no row draws another token."""
+        """vLLM's `_multi_step_decode`, left as soon as no row draws another token,
+        unless other data-parallel ranks wait for all steps."""
         for step in range(1, num_speculative_steps):
             slot_mappings = self.block_tables.compute_slot_mappings(
                 self.idx_mapping[:num_reqs],
@@ -131,7 +132,8 @@ class RowStoppingSpeculator(SelfSpecSpeculator):
                     num_speculative_steps,
                 )
             confidence = self._confidence[:num_reqs].double().cpu().numpy()
-            if not self._stops.after(step - 1, confidence[self._drafting]):
+            goes_on = self._stops.after(step - 1, confidence[self._drafting])
+            if not goes_on and self._ranks.is_alone:
                 break
         self._row_lengths[self._drafting] = self._stops.lengths
 

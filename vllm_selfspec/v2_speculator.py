@@ -42,6 +42,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_selfspec import kv_heads
+from vllm_selfspec.dp_ranks import DPRanks
 from vllm_selfspec.draft_compile import compile_view
 from vllm_selfspec.draft_truncation import truncated
 from vllm_selfspec.draft_view import DraftView
@@ -69,7 +70,11 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             self.max_num_reqs, 1 + self.num_speculative_steps
         )
         self.hidden_states = self.hidden_states.new_empty(self.max_num_reqs, 0)
-        self._num_dummy_drafts = self.num_speculative_steps
+        self._ranks = DPRanks(vllm_config.parallel_config)
+        # A rank without requests needs no drafts; it makes those that others need.
+        self._num_dummy_drafts = (
+            self.num_speculative_steps if self._ranks.is_alone else 0
+        )
         self._sampling_states: SamplingStates | None = None
         self._lora_runner: Any = None
         self._truncates = False
@@ -206,6 +211,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             num_drafts = self._num_dummy_drafts
         else:
             num_drafts = self._begin(input_batch, num_sampled, num_drafts)
+        num_drafts = self._ranks.agree(num_drafts, num_reqs)
         if num_drafts > 0:
             self._copy_request_inputs(
                 num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run
@@ -279,11 +285,11 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
         """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
         so many draft steps."""
-        self._num_dummy_drafts = num_drafts
+        before, self._num_dummy_drafts = self._num_dummy_drafts, num_drafts
         try:
             _, hidden_states = runner._dummy_run(num_rows)
         finally:
-            self._num_dummy_drafts = self.num_speculative_steps
+            self._num_dummy_drafts = before
         with torch.inference_mode():
             runner.model.compute_logits(hidden_states)
 
