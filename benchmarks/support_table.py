@@ -114,9 +114,14 @@ def shown(results: Path, before: Iterable[Row]) -> set[Row]:
     if not results.exists():
         sys.exit(f"pytest broke off: see {LOGS / f'support-{results.name}.log'}")
     found = dict.fromkeys(before, True)
-    for kind, what, passed in json.loads(results.read_text()):
+    for kind, what, passed, _ in json.loads(results.read_text()):
         found[kind, what] = passed
     return {row for row, passed in found.items() if passed}
+
+
+def words_for_v2(results: Path) -> dict[str, str]:
+    """What V2's place says of a row: how the test is smaller, or why not there."""
+    return {what: words for _, what, _, words in json.loads(results.read_text())}
 
 
 def rows_of(document: dict[str, Any], runner: str) -> set[Row]:
@@ -145,8 +150,9 @@ def merged(rows: dict[str, set[Row]]) -> dict[str, dict[str, list[str]]]:
 def markdown(document: dict[str, Any]) -> str:
     """The support table, and what is refused."""
     names = [runner.name for runner in RUNNERS]
+    words = document.get("in V2", {})
     checked = [
-        (kind, what, *("✓" if name in runners else "" for name in names))
+        (kind, what, *places(runners, words.get(what, "")))
         for kind in KINDS
         if kind != REFUSED
         for what, runners in document["rows"][kind].items()
@@ -158,6 +164,14 @@ def markdown(document: dict[str, Any]) -> str:
     )
     tables = [table(("", "", *names), checked), table((REFUSED, "because"), refused)]
     return "\n\n".join([run, *tables])
+
+
+def places(runners: Sequence[str], words_for_v2: str) -> list[str]:
+    """A row's places in the columns of the model runners."""
+    return [
+        ("✓ " * (runner.name in runners) + words_for_v2 * (runner.name == "V2")).strip()
+        for runner in RUNNERS
+    ]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -199,11 +213,15 @@ def main(
         rows = {
             name: shown(Path(folder) / name, rows_of(before, name)) for name in statuses
         }
+        words = before.get("in V2", {})
+        for name in statuses:
+            words |= words_for_v2(Path(folder) / name)
     document = {
         "date": date.today().isoformat(),
         "hardware": cpu_name(),
         "vllm": versions.vllm_version(),
         "rows": merged(rows),
+        "in V2": {what: said for what, said in sorted(words.items()) if said},
     }
     partial = OUTPUT.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

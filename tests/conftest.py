@@ -105,6 +105,7 @@ def build_tokenizer() -> Any:
 
 
 _shown: dict[tuple[str, str], bool] = {}
+_of_v2: dict[tuple[str, str], str] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,6 +117,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report: Any = yield
     for marker in item.iter_markers("shows"):
+        _of_v2[marker.args] = marker.kwargs.get("v2", "")
         if report.failed:
             _shown[marker.args] = False
         elif report.when == "call" and report.passed:
@@ -127,7 +129,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--support")
     if file is None:
         return
-    file.write_text(json.dumps(sorted((*row, ok) for row, ok in _shown.items())))
+    rows = sorted((*row, ok, _of_v2[row]) for row, ok in _shown.items())
+    file.write_text(json.dumps(rows))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -135,7 +138,7 @@ def interpreter() -> None:
     if IS_V2:
         from triton_cpu_stub.mends import mend
 
-        interpreter.mend()
+        mend()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import (
     IS_SHORT,
+    IS_V2,
     KV_CACHE_BYTES,
     Engines,
     counter,
@@ -20,18 +21,20 @@ from conftest import (
     token_ids,
 )
 
-SECONDS = 20 if IS_SHORT else 300
+# The interpreter takes tenths of a second for a step, of few requests or of many.
+SECONDS = 20 if IS_SHORT else 120 if IS_V2 else 300
 # What the allocator keeps grows for two minutes, in plain vLLM as well, and then is
 # steady.
 LEAKED = 16 << 20
-MAX_REQUESTS = 128
-NUM_PROMPTS = 256
-MAX_TOKENS = 120
+MIN_FINISHED = SECONDS // 4 if IS_V2 else SECONDS
+MAX_REQUESTS, MAX_TOKENS = (32, 40) if IS_V2 else (128, 120)
+NUM_SEEDS, PROMPTS_EACH = (4, 8) if IS_V2 else (16, 16)
+NUM_PROMPTS = NUM_SEEDS * PROMPTS_EACH
 ABORTED = 0.05  # share of the requests
 SETTINGS: dict[str, Any] = {
     "max_num_seqs": MAX_REQUESTS,
-    # Full at about 60 requests.
-    "kv_cache_memory_bytes": KV_CACHE_BYTES // 2,
+    # Full at about half of them.
+    "kv_cache_memory_bytes": KV_CACHE_BYTES // (16 if IS_V2 else 2),
     "block_size": 32,
 }
 SPEC = {"exit_layer": 2, "num_speculative_tokens": 4}
@@ -44,10 +47,13 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.shows("Engine", "128 requests at random, minutes long")
+@pytest.mark.v2
+@pytest.mark.shows(
+    "Engine", "128 requests at random, minutes long", v2="32, two minutes"
+)
 def test_random_load(tiny_models: dict[str, str], engines: Engines) -> None:
     model = tiny_models["llama"]
-    prompts = [p for seed in range(16) for p in prompts_of(NUM_PROMPTS // 16, seed)]
+    prompts = [p for seed in range(NUM_SEEDS) for p in prompts_of(PROMPTS_EACH, seed)]
     expected = [
         samples[0]
         for samples in token_ids(
@@ -86,9 +92,9 @@ def test_random_load(tiny_models: dict[str, str], engines: Engines) -> None:
             del asked[gone]
             aborted.add(gone)
         assert time.monotonic() - started < 3 * SECONDS + 60, f"{len(asked)} hang"
-    assert num_finished > SECONDS
+    assert num_finished > MIN_FINISHED
     happened = [counter(llm, name) for name in EVENTS]
     assert all(now > then for now, then in zip(happened, before, strict=True))
     assert pool.get_num_free_blocks() == free_blocks
-    if not IS_SHORT:
+    if not IS_SHORT and not IS_V2:  # which is at an end before memory is steady
         assert resident_bytes() < at_half + LEAKED

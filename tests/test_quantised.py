@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    IS_PART,
+    IS_V2,
     NUM_LAYERS,
     Engines,
     build_tiny_model,
@@ -22,6 +24,9 @@ PLANS = {
     "mixed": {"skip_layers": {"attention": [1, 2], "mlp": [2, 3]}},
     "exit": {"exit_layer": NUM_LAYERS // 4},
 }
+if IS_PART:  # in the interpreter each takes long
+    PLANS = {"mixed": PLANS["mixed"]}
+NUM_PROMPTS, MAX_TOKENS = (4, 12) if IS_V2 else (8, 24)
 GROUP = 32  # inputs that share a scale, in four bits
 PER_INT32 = 8  # numbers of four bits
 # In which order AWQ's kernels want them.
@@ -141,6 +146,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+@pytest.mark.v2
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
     "name",
@@ -150,12 +156,12 @@ def test_quantised_weights_draft_losslessly(
     name: str, plan: str, models: dict[str, str], engines: Engines
 ) -> None:
     dtype = SCHEMES[name][2]
-    params = greedy(24)
+    prompts, params = prompts_of(NUM_PROMPTS), greedy(MAX_TOKENS)
     spec = {**PLANS[plan], "num_speculative_tokens": 3}
     plain = engines.get(models[name], dtype=dtype)
     drafting = engines.get(models[name], spec, dtype=dtype)
-    expected, _ = run(plain, prompts_of(8), params)
-    found, counts = run(drafting, prompts_of(8), params)
+    expected, _ = run(plain, prompts, params)
+    found, counts = run(drafting, prompts, params)
     assert token_ids(found) == token_ids(expected)
     assert counts.draft_tokens
     assert (counts.acceptance == 1) is (plan == "empty")

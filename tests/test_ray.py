@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import (
     IS_SHORT,
+    IS_V2,
     KV_CACHE_BYTES,
     NUM_LAYERS,
     Engines,
@@ -38,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory_bytes": KV_CACHE_BYTES,
     "disable_log_stats": False,
 }
-MAX_TOKENS = 24
+MAX_TOKENS = 12 if IS_V2 else 24
 # Two engines on two cores: each keeps to one.
 ENVIRONMENT = {
     key: value
@@ -104,6 +105,7 @@ class Generator:
         }
 
 
+@pytest.mark.v2
 @pytest.mark.shows("Engine", "inside Ray actors")
 def test_engines_in_ray_actors(
     tiny_models: dict[str, str], expected: list[list[int]]
@@ -122,6 +124,7 @@ def test_engines_in_ray_actors(
         ray.kill(one)
 
 
+@pytest.mark.v2
 @pytest.mark.shows("Engine", "Ray Data batch job over two engines")
 def test_a_ray_data_job_over_two_engines(
     tiny_models: dict[str, str], expected: list[list[int]]
@@ -147,6 +150,7 @@ def test_a_ray_data_job_over_two_engines(
     assert len({row["process"] for row in found}) == 2
 
 
+@pytest.mark.v2
 @pytest.mark.shows("Engine", "configuration in the workers of vLLM's Ray executor")
 def test_the_configuration_survives_the_trip_into_a_ray_worker(
     tiny_models: dict[str, str],
@@ -158,7 +162,7 @@ def test_the_configuration_survives_the_trip_into_a_ray_worker(
     config = args.create_engine_config()
     arrived = ray.get(ray.remote(_arrived).remote(config))
     assert arrived == {
-        "proposer": "SelfSpecProposer",
+        "drafter": "SelfSpecSpeculator" if IS_V2 else "SelfSpecProposer",
         "skip_set": SkipSet.early_exit(NUM_LAYERS, NUM_LAYERS // 2),
         "seam": True,
         "problems": [],
@@ -170,21 +174,32 @@ def _arrived(vllm_config: Any) -> dict[str, Any]:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    from vllm.v1.spec_decode.custom_class_proposer import create_custom_proposer
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
     from vllm_selfspec import seams
     from vllm_selfspec.vllm_args import plan_of
 
+    drafter: Any
+    if vllm_config.use_v2_model_runner:
+        import torch
+        from vllm.v1.worker.gpu import model_runner
+
+        seam = model_runner.init_speculator
+        drafter = seam(vllm_config, torch.device("cpu"), None)
+    else:
+        from vllm.v1.spec_decode.custom_class_proposer import create_custom_proposer
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        seam = GPUModelRunner.propose_draft_token_ids
+        drafter = create_custom_proposer(vllm_config)
     return {
-        "proposer": type(create_custom_proposer(vllm_config)).__name__,
+        "drafter": type(drafter).__name__,
         "skip_set": plan_of(vllm_config).skip_set,
-        "seam": hasattr(GPUModelRunner.propose_draft_token_ids, seams.ATTACHED),
+        "seam": hasattr(seam, seams.ATTACHED),
         "problems": seams.problems,
     }
 
 
 @pytest.mark.skipif(IS_SHORT, reason="a minute: make test-all")
+@pytest.mark.v2
 @pytest.mark.shows("Engine", "Ray Data's LLM batch API")
 def test_rays_own_batch_api(
     tiny_models: dict[str, str], expected: list[list[int]], tmp_path: Path

@@ -47,7 +47,8 @@ EMPTY = (
 
 # Of data-parallel engines.
 NUM_PROMPTS, NUM_TOKENS = (4, 12) if IS_V2 else (NUM_CONCURRENT, 48)
-LENGTHS = ["goodput"] if IS_PART else ["goodput", "fixed"]
+# In the interpreter a draft costs too much for goodput to make any.
+LENGTHS = ["fixed"] if IS_PART else ["goodput", "fixed"]
 LONGER = {"max_position_embeddings": MAX_MODEL_LEN}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
@@ -318,19 +319,38 @@ def test_an_engine_process_plans_draft_lengths_and_shows_it(
         assert server.metric("vllm:selfspec_steps_total") > 10
 
 
+def texts_of(llm: Any) -> list[str]:
+    """What an engine within a process says to the prompts of data-parallel ones."""
+    outputs = llm.generate(PROMPTS[:NUM_PROMPTS], greedy(NUM_TOKENS), use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]
+
+
+def texts_in_another_process(model: str) -> list[str]:
+    """Where a dense model was first, vLLM makes no group of experts any more."""
+    call = "import json, sys, conftest, test_serving as t;" + (
+        "llm = conftest.Engines().get(sys.argv[1]);"
+        "print('TEXTS', json.dumps(t.texts_of(llm)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", call, model],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    line = next(li for li in done.stdout.splitlines() if li.startswith("TEXTS"))
+    found: list[str] = json.loads(line.removeprefix("TEXTS"))
+    return found
+
+
 def both_ranks_draft(
-    model: str, length: str, log: Path, engines: Engines, monkeypatch: Any
+    model: str, texts: list[str], length: str, log: Path, monkeypatch: Any
 ) -> None:
     """With one idle beside a busy one, and with both busy."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"0|{CORES - 1}")
-    params, prompts = greedy(NUM_TOKENS), PROMPTS[:NUM_PROMPTS]
-    expected = engines.get(model, max_model_len=MAX_MODEL_LEN).generate(
-        prompts, params, use_tqdm=False
-    )
-    texts = [output.outputs[0].text for output in expected]
+    prompts = PROMPTS[:NUM_PROMPTS]
     spec = {"method": "selfspec", "exit_layer": 2, "draft_length": length}
-    one_server = ("--api-server-count", "1", "--distributed-executor-backend", "uni")
-    flags = ("--data-parallel-size", "2", *one_server)
+    flags = ("--data-parallel-size", "2", "--api-server-count", "1")
     with (
         serving(model, json.dumps(spec), log, *flags) as server,
         client_of(server) as client,
@@ -354,8 +374,9 @@ def both_ranks_draft(
 
 
 @pytest.mark.skipif(IS_SHORT, reason="minutes: make test-all")
-@pytest.mark.v2
-@pytest.mark.shows("Engine", "data parallelism")
+@pytest.mark.shows(
+    "Engine", "data parallelism", v2="not tried: too long in the interpreter"
+)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_two_data_parallel_engines_each_draft(
     length: str,
@@ -364,7 +385,8 @@ def test_two_data_parallel_engines_each_draft(
     engines: Engines,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    both_ranks_draft(model, length, tmp_path / "log", engines, monkeypatch)
+    texts = texts_of(engines.get(model))
+    both_ranks_draft(model, texts, length, tmp_path / "log", monkeypatch)
 
 
 @pytest.mark.skipif(IS_SHORT, reason="minutes: make test-all")
@@ -374,13 +396,13 @@ def test_two_data_parallel_engines_each_draft(
 def test_ranks_that_share_experts_draft_in_step(
     length: str,
     tmp_path: Path,
-    engines: Engines,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They run every forward together: one that drafts alone waits for ever."""
     model = str(build_tiny_model("qwen3_moe", tmp_path, **LONGER, **EXPERTS))
+    texts = texts_in_another_process(model)
     monkeypatch.setenv("PYTHONPATH", path_with_plugin(tmp_path))
-    both_ranks_draft(model, length, tmp_path / "log", engines, monkeypatch)
+    both_ranks_draft(model, texts, length, tmp_path / "log", monkeypatch)
 
 
 def test_an_invalid_plan_ends_vllm_serve_with_our_words(model: str) -> None:

@@ -15,9 +15,9 @@ MODEL, REQUEST = ("Models", "A"), ("Requests", "seeds")
 script = runpy.run_path(str(SCRIPT))
 
 
-def results(path: Path, *rows: tuple[str, str, bool]) -> Path:
+def results(path: Path, *rows: tuple[str, str, bool], words: str = "") -> Path:
     """As `--support` of conftest leaves them."""
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps([(*row, words) for row in rows]))
     return path
 
 
@@ -32,6 +32,11 @@ def test_rows_that_were_not_run_stay(tmp_path: Path) -> None:
     assert script["shown"](file, [REQUEST]) == {MODEL, REQUEST}
 
 
+def test_what_is_said_of_v2_is_kept_with_the_rows(tmp_path: Path) -> None:
+    file = results(tmp_path / "V1", (*MODEL, True), words="smaller")
+    assert script["words_for_v2"](file) == {"A": "smaller"}
+
+
 def test_a_run_that_broke_off_ends_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="see .*support-V2.log"):
         script["shown"](tmp_path / "V2", ())
@@ -44,13 +49,14 @@ def test_the_table_is_what_was_saved() -> None:
         "vllm": "0",
         "hardware": "here",
         "rows": script["merged"](rows),
+        "in V2": {"A": "a smaller one", "seeds": "for a reason"},
     }
     assert script["rows_of"](document, "V2") == rows["V2"]
     assert script["rows_of"](document, "V1") == rows["V1"]
     table = script["markdown"](document)
     for line in (
-        "| Models | A | ✓ | ✓ |",
-        "| Requests | seeds | ✓ |  |",
+        "| Models | A | ✓ | ✓ a smaller one |",
+        "| Requests | seeds | ✓ | for a reason |",
         "| this | that |",
     ):
         assert line in table.splitlines()

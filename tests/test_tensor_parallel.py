@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from conftest import (
     CORES,
+    IS_PART,
+    IS_SHORT,
+    IS_V2,
     KV_CACHE_BYTES,
     NUM_LAYERS,
     Engines,
@@ -25,7 +28,14 @@ TWO: dict[str, Any] = {
     "distributed_executor_backend": "mp",
 }
 NUM_DRAFTS = 3
-MAX_TOKENS = 24
+NUM_PROMPTS, MAX_TOKENS = (4, 12) if IS_V2 else (8, 24)
+PLANS: list[dict[str, Any]] = [{"attention": [1], "mlp": [1, 2]}, {}]
+HEADS = {"shared head": None, "own head": 0}
+if IS_PART:  # in the interpreter each takes long
+    PLANS, HEADS = PLANS[:1], {"shared head": None}
+IN_FULL = pytest.mark.skipif(
+    IS_V2 and IS_SHORT, reason="two minutes in the interpreter: make test-all"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +49,14 @@ def a_core_each(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     envs.disable_envs_cache()
 
 
+@IN_FULL
+@pytest.mark.v2
 @pytest.mark.shows("Engine", "tensor parallelism")
-@pytest.mark.parametrize("plan", [{}, {"attention": [1], "mlp": [1, 2]}])
+@pytest.mark.parametrize("plan", PLANS)
 def test_greedy_text_is_plain_vllms(
     plan: dict[str, Any], tiny_models: dict[str, str], engines: Engines
 ) -> None:
-    model, prompts = tiny_models["qwen3"], prompts_of(8)
+    model, prompts = tiny_models["qwen3"], prompts_of(NUM_PROMPTS)
     spec = {"skip_layers": plan, "num_speculative_tokens": NUM_DRAFTS}
     expected, _ = run(engines.get(model), prompts, greedy(MAX_TOKENS))
     found, counts = run(engines.get(model, spec, **TWO), prompts, greedy(MAX_TOKENS))
@@ -53,12 +65,14 @@ def test_greedy_text_is_plain_vllms(
     assert (counts.acceptance == 1) is (not plan)
 
 
+@IN_FULL
+@pytest.mark.v2
 @pytest.mark.shows("Engine", "tensor parallelism, exit head")
-@pytest.mark.parametrize("rank", [None, 0], ids=["shared head", "own head"])
+@pytest.mark.parametrize("rank", HEADS.values(), ids=HEADS)
 def test_an_exit_layer_drafts_as_in_one_worker(
     rank: int | None, tiny_models: dict[str, str], engines: Engines, tmp_path: Path
 ) -> None:
-    model, prompts = tiny_models["qwen3"], prompts_of(8)
+    model, prompts = tiny_models["qwen3"], prompts_of(NUM_PROMPTS)
     head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head", rank)
     spec = {"exit_head": str(head), "num_speculative_tokens": NUM_DRAFTS}
     _, expected = run(engines.get(model, spec), prompts, greedy(MAX_TOKENS))
@@ -68,7 +82,9 @@ def test_an_exit_layer_drafts_as_in_one_worker(
     assert counts.accepted_tokens
 
 
-@pytest.mark.shows("Engine", "tensor parallelism, skip_layers 'online'")
+@pytest.mark.shows(
+    "Engine", "tensor parallelism, skip_layers 'online'", v2="refused: see below"
+)
 def test_both_workers_change_plans_together(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
@@ -89,7 +105,11 @@ def _search(worker: Any) -> tuple[int, str, str]:
     return search.num_duels, str(search.incumbent), str(search.candidate)
 
 
-@pytest.mark.shows("Engine", "tensor parallelism, tune")
+@pytest.mark.shows(
+    "Engine",
+    "tensor parallelism, tune",
+    v2="no: `tune` reads positions from V1's batch, and runs V1 everywhere",
+)
 def test_plans_are_scored_over_two_workers(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
