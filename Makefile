@@ -1,5 +1,5 @@
 # Two commands from a bare clone: `make demo` and `make test`. Both set everything up.
-.PHONY: demo test test-v1 test-v2 test-all support bench bench-quick sources lint clean
+.PHONY: demo test test-unit test-v1 test-v2 test-all support bench bench-quick sources lint clean
 
 BIN := .venv/bin
 
@@ -40,6 +40,10 @@ test: .venv/installed .venv-v2/installed sources
 # What takes too long for every change, too.
 test-all:
 	SELFSPEC_TEST_ALL=1 $(MAKE) test
+
+# What needs no engine: under a minute.
+test-unit: .venv/installed
+	$(BIN)/python -m pytest tests/unit
 
 test-v1: .venv/installed sources
 	$(BIN)/python -m pytest

@@ -36,7 +36,7 @@ from vllm_selfspec.bench.run import (
     provenance,
 )
 from vllm_selfspec.bench.tasks import load
-from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.plan.skip_set import SkipSet
 
 LENGTHS = (1, 2, 4, 8)
 # Layer 3 of the demo model agrees with it, layer 1 of its twin hardly.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_selfspec.bench.page import markdown_table
-from vllm_selfspec.exit_layer.budget import Budget, Run, Shape
+from vllm_selfspec.training.budget import Budget, Run, Shape
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "exit_layer" / "budget.json"
 # Of their config.json, as published.

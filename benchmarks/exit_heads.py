@@ -28,19 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_tasks
 
 from vllm_selfspec.bench.page import markdown_table
-from vllm_selfspec.exit_layer.card import (
+from vllm_selfspec.plan.exit_card import (
     CARD_FILE,
     TENSORS_FILE,
     ExitCard,
     read_exit_card,
 )
-from vllm_selfspec.exit_layer.measure import MAX_DRAFTS, Agreement, score
-from vllm_selfspec.exit_layer.run import Options, run_train_exit, skip_set_of
-from vllm_selfspec.exit_layer.student import Student
-from vllm_selfspec.exit_layer.texts import TextOptions, Texts
-from vllm_selfspec.exit_layer.train import Recipe, answers
-from vllm_selfspec.skip_set import SkipSet
-from vllm_selfspec.target_model import TargetModel
+from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.target_model import TargetModel
+from vllm_selfspec.training.agreement import MAX_DRAFTS, Agreement, score
+from vllm_selfspec.training.student import Student
+from vllm_selfspec.training.texts import TextOptions, Texts
+from vllm_selfspec.training.train_exit import Options, run_train_exit, skip_set_of
+from vllm_selfspec.training.trainer import Recipe, answers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEADS, WORK = "benchmarks/exit_heads", ".cache/exit"

@@ -31,8 +31,9 @@ from corpus import texts
 from rich.console import Console
 from widen import widen
 
-from vllm_selfspec import __version__, versions
-from vllm_selfspec.spec_counters import SpecCounters
+from vllm_selfspec import __version__
+from vllm_selfspec.engine import versions
+from vllm_selfspec.engine.spec_counters import SpecCounters
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"

@@ -33,16 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from two_tasks_model import OUTPUT as TWO_TASKS
 from two_tasks_model import two_tasks_model
 
-from vllm_selfspec import versions
+from vllm_selfspec.bench.demo import cpu_name
 from vllm_selfspec.bench.page import markdown_table, new_plot
 from vllm_selfspec.bench.run import BENCHMARKS, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
-from vllm_selfspec.demo import cpu_name
-from vllm_selfspec.skip_set import SkipSet
-from vllm_selfspec.spec_counters import SpecCounters
-from vllm_selfspec.tuning.engine import TuningEngine
-from vllm_selfspec.tuning.online import MAX_ROWS
-from vllm_selfspec.tuning.search import Search
+from vllm_selfspec.engine import versions
+from vllm_selfspec.engine.spec_counters import SpecCounters
+from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.tuning.offline.search import Search
+from vllm_selfspec.tuning.offline.tuning_engine import TuningEngine
+from vllm_selfspec.tuning.online.tuner import MAX_ROWS
 
 MAX_PROMPT_TOKENS = 128
 NUM_DRAFTS = 4

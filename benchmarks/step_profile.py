@@ -22,9 +22,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_selfspec.bench.demo import prepare_environment
 from vllm_selfspec.bench.run import OWN_MODELS, find_model
 from vllm_selfspec.bench.tasks import load
-from vllm_selfspec.demo import prepare_environment
 
 ROUNDS = 3
 NUM_TOKENS = 64
@@ -91,7 +91,7 @@ class Stopwatch:
 
 def watched(llm: Any) -> Stopwatch:
     """A stopwatch on every part that this engine has."""
-    from vllm_selfspec.draft_batch import DraftBatch
+    from vllm_selfspec.draft.batch import DraftBatch
 
     stopwatch = Stopwatch()
     core = llm.llm_engine.engine_core.engine_core

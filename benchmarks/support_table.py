@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from vllm_selfspec import versions
-from vllm_selfspec.demo import cpu_name
+from vllm_selfspec.bench.demo import cpu_name
+from vllm_selfspec.engine import versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "support.json"

@@ -29,16 +29,16 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draft_and_verify
 
-from vllm_selfspec import versions
+from vllm_selfspec.bench.demo import cpu_name
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
-from vllm_selfspec.demo import cpu_name
-from vllm_selfspec.skip_set import SkipSet
+from vllm_selfspec.engine import versions
+from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.candidates import simple_plans
-from vllm_selfspec.tuning.engine import Known, TuningEngine
-from vllm_selfspec.tuning.score import Score, best_score, walk
-from vllm_selfspec.tuning.search import Search
+from vllm_selfspec.tuning.offline.score import Score, best_score, walk
+from vllm_selfspec.tuning.offline.search import Search
+from vllm_selfspec.tuning.offline.tuning_engine import Known, TuningEngine
 
 MODELS = ("demo_model", "plain_model", "small_model")
 TASKS = ("code", "chat")

@@ -31,13 +31,13 @@ from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from vllm_selfspec.cost import WEIGHTS, CheckpointError, weight_files
-from vllm_selfspec.exit_layer.card import (
+from vllm_selfspec.plan.cost import WEIGHTS, CheckpointError, weight_files
+from vllm_selfspec.plan.exit_card import (
     TENSORS_FILE,
     read_exit_card,
     write_exit_head,
 )
-from vllm_selfspec.target_model import TargetModel, weights_fingerprint
+from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
 ARCHITECTURES = ["LlamaForCausalLM"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

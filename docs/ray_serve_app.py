@@ -57,7 +57,9 @@ def build(args: Args) -> Application:
             "ray_actor_options": {"num_cpus": 0},
         },
         # Shows selfspec's own metrics beside vLLM's.
-        callback_config={"callback_class": "vllm_selfspec.ray_metrics:RayMetrics"},
+        callback_config={
+            "callback_class": "vllm_selfspec.engine.ray_metrics:RayMetrics"
+        },
         **(_on_cpus(args) if args.cpus else _on_gpus(args)),
     )
     return build_openai_app(

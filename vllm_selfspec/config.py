@@ -18,10 +18,10 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_selfspec import catalogue
 from vllm_selfspec.draft_length.options import DraftLength, Goodput
-from vllm_selfspec.exit_layer.card import ExitHeadError, read_exit_card
-from vllm_selfspec.profile import (
+from vllm_selfspec.plan import catalogue
+from vllm_selfspec.plan.exit_card import ExitHeadError, read_exit_card
+from vllm_selfspec.plan.profile import (
     MAX_NUM_SPECULATIVE_TOKENS,
     PATH,
     SKIP_SET,
@@ -32,8 +32,8 @@ from vllm_selfspec.profile import (
     read_profile,
     shown,
 )
-from vllm_selfspec.skip_set import DEFAULT_SKIP_RATIO, SkipSet, SkipSetError
-from vllm_selfspec.target_model import TargetModel
+from vllm_selfspec.plan.skip_set import DEFAULT_SKIP_RATIO, SkipSet, SkipSetError
+from vllm_selfspec.plan.target_model import TargetModel
 
 METHOD = "selfspec"
 AUTO, ONLINE = "auto", "online"

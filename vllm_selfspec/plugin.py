@@ -4,7 +4,7 @@ One rule: loading it costs nothing and changes nothing until selfspec is asked f
 calls it in every process, some more than once; each call after the first is idle.
 """
 
-from vllm_selfspec import registry, seams
+from vllm_selfspec.engine import registry, seams
 
 
 def register() -> None:

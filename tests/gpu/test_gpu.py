@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_LAYERS, Engines, drafter_of, greedy, prompts_of, run, token_ids
+
+from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_ids
+from helpers.models import NUM_LAYERS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
-from vllm_selfspec.cost import ModelWeights
-from vllm_selfspec.exit_layer.card import read_exit_card
-from vllm_selfspec.skip_set import SkipSet
-from vllm_selfspec.target_model import TargetModel
+from vllm_selfspec.plan.cost import ModelWeights
+from vllm_selfspec.plan.exit_card import read_exit_card
+from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.target_model import TargetModel
 
 PLAIN = "plain vLLM"
 HUGGING_FACE = "Hugging Face"

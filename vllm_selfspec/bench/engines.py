@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_selfspec.bench.arms import Arm
-from vllm_selfspec.spec_counters import Counts, SpecCounters
+from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_selfspec import __version__, versions
+from vllm_selfspec import __version__
 from vllm_selfspec.bench import report
 from vllm_selfspec.bench.arms import Arm, arms_of
 from vllm_selfspec.bench.comparison import (
@@ -27,6 +27,7 @@ from vllm_selfspec.bench.comparison import (
     num_turns,
     to_dict,
 )
+from vllm_selfspec.bench.demo import cpu_name, prepare_environment
 from vllm_selfspec.bench.engines import (
     Engine,
     HuggingFaceEngine,
@@ -34,9 +35,9 @@ from vllm_selfspec.bench.engines import (
     VllmEngine,
 )
 from vllm_selfspec.bench.tasks import Task, load
-from vllm_selfspec.cost import CheckpointError, ModelWeights, locate
-from vllm_selfspec.demo import cpu_name, prepare_environment
-from vllm_selfspec.exit_layer.card import read_exit_card
+from vllm_selfspec.engine import versions
+from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, locate
+from vllm_selfspec.plan.exit_card import read_exit_card
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"

@@ -3,7 +3,7 @@ sublayers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from vllm_selfspec.skip_set import SUBLAYERS, SkipSet, SkipSetError
+from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet, SkipSetError
 
 # SWIFT's 0.45 and around it.
 SPREAD_RATIOS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75)

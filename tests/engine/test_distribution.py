@@ -1,0 +1,297 @@
+"""Sampling: the distribution of the output is plain vLLM's.
+
+The exact distribution of four sampled tokens is read from plain vLLM, token by token,
+as its processed log-probabilities; thousands of real drafting runs are then compared
+with it by a chi-squared test. A right build fails one comparison with probability
+`FALSE_ALARM`, so all of them together with less than 1 in 10,000.
+"""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from helpers.engines import Engines, run, token_ids, with_costs
+from helpers.environment import IS_PART, IS_V2
+from helpers.exit_heads import build_exit_head
+from helpers.models import DEMO_MODEL, build_tiny_model
+from vllm_selfspec.bench.tasks import load
+
+pytestmark = pytest.mark.v2
+FALSE_ALARM = 1e-6
+# The V2 runner's kernels run in Triton's interpreter, at 0.2 s a sample: fewer of them,
+# over fewer sequences.
+VOCAB_SIZE = 4 if IS_V2 else 6
+NUM_TOKENS = 3 if IS_V2 else 4  # one from the prefill, two drafted, one after them
+NUM_SAMPLES = 400 if IS_V2 else 6000
+PROMPT = [1, 3, 0, 2, 1]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "T=1": {"temperature": 1.0},
+    "T=0.7": {"temperature": 0.7},
+    "top_p": {"temperature": 1.0, "top_p": 0.7},
+    "top_k": {"temperature": 1.3, "top_k": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("distribution")
+    return str(build_tiny_model("llama", directory, vocab_size=VOCAB_SIZE))
+
+
+def params(**overrides: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(ignore_eos=True, detokenize=False, **overrides)
+
+
+def exact(engines: Engines, model: str, setting: dict[str, Any]) -> np.ndarray:
+    """Probability of every sequence of `NUM_TOKENS` tokens under plain vLLM."""
+    plain = engines.get(model, logprobs_mode="processed_logprobs", max_num_seqs=256)
+    total = np.ones(())
+    for length in range(NUM_TOKENS):
+        prefixes = itertools.product(range(VOCAB_SIZE), repeat=length)
+        prompts = [{"prompt_token_ids": PROMPT + list(prefix)} for prefix in prefixes]
+        sampling = params(max_tokens=1, logprobs=VOCAB_SIZE, **setting)
+        outputs, _ = run(plain, prompts, sampling)
+        rows = np.zeros((len(prompts), VOCAB_SIZE))
+        for row, output in zip(rows, outputs, strict=True):
+            for token, logprob in output.outputs[0].logprobs[0].items():
+                row[token] = np.exp(logprob.logprob)
+        np.testing.assert_allclose(rows.sum(axis=1), 1, atol=1e-4)
+        shape = (VOCAB_SIZE,) * (length + 1)
+        total = total[..., None] * rows.reshape(shape)
+    return total
+
+
+def p_value(samples: list[tuple[int, ...]], expected: np.ndarray) -> float:
+    """Chi-squared test of `samples`; rare sequences share one cell.
+
+    Cells expected fewer than 10 times are merged, for the test to be accurate far out.
+    A sequence that plain vLLM cannot produce at all makes it 0.
+    """
+    counts = np.zeros(expected.shape)
+    for sample, count in Counter(samples).items():
+        counts[sample] = count
+    if counts[expected < 1e-12].any():
+        return 0.0
+    expected = expected * len(samples)
+    is_rare = expected < 10
+    observed = np.append(counts[~is_rare], counts[is_rare].sum())
+    wanted = np.append(expected[~is_rare], expected[is_rare].sum())
+    keep = wanted > 0
+    wanted = wanted[keep] * observed.sum() / wanted.sum()
+    return float(stats.chisquare(observed[keep], wanted).pvalue)
+
+
+def drafting(engines: Engines, model: str, method: str, policy: str = "fixed") -> Any:
+    spec = {"exit_layer": 2, "num_speculative_tokens": 2, "draft_sample_method": method}
+    return engines.get(model, {**spec, "draft_length": policy}, max_num_seqs=256)
+
+
+def samples_of(llm: Any, setting: dict[str, Any]) -> list[tuple[int, ...]]:
+    prompts = [{"prompt_token_ids": PROMPT}] * NUM_SAMPLES
+    outputs, counts = run(llm, prompts, params(max_tokens=NUM_TOKENS, **setting))
+    rate = counts.accepted_tokens / counts.draft_tokens
+    assert 0.1 < rate < 0.95, f"acceptance {rate:.2f}: one outcome is hardly tested"
+    return [tuple(samples[0]) for samples in token_ids(outputs)]
+
+
+@pytest.mark.shows("Requests", "sampling: temperature, top_p, top_k")
+@pytest.mark.parametrize(
+    ("setting", "method"),
+    [("T=0.7", "greedy"), ("top_p", "probabilistic")]
+    if IS_PART
+    else [*itertools.product(SETTINGS, ["greedy", "probabilistic"])],
+)
+def test_sampled_text_is_distributed_as_plain_vllms(
+    setting: str, method: str, model: str, engines: Engines
+) -> None:
+    samples = samples_of(drafting(engines, model, method), SETTINGS[setting])
+    p = p_value(samples, exact(engines, model, SETTINGS[setting]))
+    assert p > FALSE_ALARM, f"{setting}, {method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.parametrize("setting", ["T=0.7", "top_p", "top_k"])
+def test_a_draft_that_skips_nothing_is_drawn_as_the_target_is(
+    setting: str, model: str, engines: Engines
+) -> None:
+    """Whatever the target would not choose would be drawn, and rejected, otherwise."""
+    spec = {"skip_layers": {}, "num_speculative_tokens": 2}
+    llm = engines.get(model, {**spec, "draft_sample_method": "probabilistic"})
+    prompts = [{"prompt_token_ids": PROMPT}] * 8
+    sampling = params(max_tokens=14, **SETTINGS[setting])
+    _, counts = run(llm, prompts, sampling)
+    assert counts.draft_tokens > 40
+    # Rounding of p / q may cost a token in a thousand.
+    assert counts.accepted_tokens >= counts.draft_tokens - 1
+
+
+@pytest.mark.skipif(IS_V2, reason="a trained model takes hours in the interpreter")
+def test_drafts_are_accepted_more_often_the_more_they_are_like_the_target(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a trained model: what a random one drafts is not like it anyway."""
+    prompts = [prompt.render(None) for prompt in load("code").prompts]
+    sampling = params(max_tokens=24, **SETTINGS["top_p"])
+
+    def acceptance(method: str) -> float:
+        spec = {"exit_layer": 6, "num_speculative_tokens": 2}
+        llm = engines.get(str(DEMO_MODEL), {**spec, "draft_sample_method": method})
+        _, counts = run(llm, prompts, sampling)
+        return counts.accepted_tokens / counts.draft_tokens
+
+    greedy, truncated = acceptance("greedy"), acceptance("probabilistic")
+    monkeypatch.setattr(
+        "vllm_selfspec.draft.sampler.truncated", lambda logits, *limits: logits
+    )
+    # Some 1000 drafts each: their acceptance has a deviation below 0.02.
+    assert truncated > acceptance("probabilistic") + 0.08
+    assert truncated > greedy + 0.2
+
+
+@pytest.mark.parametrize(
+    "method", ["probabilistic"] if IS_PART else ["greedy", "probabilistic"]
+)
+@pytest.mark.parametrize("policy", ["threshold", "thompson", "thompson-calibrated"])
+def test_rows_that_stop_drafting_leave_the_distribution_alone(
+    policy: str, method: str, model: str, engines: Engines
+) -> None:
+    llm = drafting(engines, model, method, policy)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"{policy}, {method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.skipif(IS_V2, reason="its few samples show greater errors alone")
+def test_the_test_catches_a_rule_that_drops_the_token_it_stops_at(
+    model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_selfspec.draft.row_stops import RowStops
+
+    llm = drafting(engines, model, "probabilistic", "threshold")
+    after = RowStops.after
+
+    def dropping(self: Any, step: int, confidence: Any) -> bool:
+        goes_on = after(self, step, confidence)
+        if step == 0:
+            self.lengths[confidence < 0.5] = 0
+        return goes_on
+
+    monkeypatch.setattr(RowStops, "after", dropping)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    assert p_value(samples, exact(engines, model, SETTINGS["T=1"])) < FALSE_ALARM, (
+        "a biased stop went unnoticed"
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["probabilistic"] if IS_PART else ["greedy", "probabilistic"]
+)
+def test_goodput_lengths_leave_the_distribution_alone(
+    method: str, model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = drafting(engines, model, method, "goodput")
+    # Costs at which the second token pays for some requests and not for others: beside
+    # 256 plain rows in 60 s, 0.1 s for a row is worth it above an acceptance of 0.43.
+    costs = ((1, 256, 1024), (50.0, 60.0, 137.0), (1e-3, 1e-3, 1e-3))
+    with_costs(llm, costs, monkeypatch)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"goodput, {method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [("probabilistic", "thompson-calibrated")]
+    if IS_PART
+    else [*itertools.product(["greedy", "probabilistic"], ["fixed", "thompson"])],
+)
+def test_an_exit_layer_leaves_the_distribution_alone(
+    method: str, policy: str, model: str, engines: Engines, tmp_path: Path
+) -> None:
+    head = build_exit_head(model, 2, tmp_path / "head")
+    spec = {"exit_head": str(head), "num_speculative_tokens": 2}
+    spec |= {"draft_sample_method": method, "draft_length": policy}
+    llm = engines.get(model, spec, max_num_seqs=256)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"{policy}, {method} drafts: p = {p:.2g}"
+
+
+def accept_all_drafts(
+    draft_token_ids: Any,
+    num_draft_tokens: list[int],
+    max_spec_len: int,
+    cu_num_draft_tokens: Any,
+    draft_probs: Any,
+    target_logits: Any,
+    bonus_token_ids: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A rejection sampler that rejects nothing."""
+    output = bonus_token_ids.new_full((len(num_draft_tokens), max_spec_len + 1), -1)
+    start = 0
+    for row, count in enumerate(num_draft_tokens):
+        output[row, :count] = draft_token_ids[start : start + count]
+        output[row, count] = bonus_token_ids[row, 0]
+        start += count
+    return output.int()
+
+
+@pytest.mark.skipif(IS_V2, reason="its rejection is a kernel; V1's can be exchanged")
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_the_test_catches_a_rejection_that_accepts_everything(
+    method: str, model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = drafting(engines, model, method)
+    expected = exact(engines, model, SETTINGS["T=1"])
+    monkeypatch.setattr(
+        "vllm.v1.sample.rejection_sampler.rejection_sample", accept_all_drafts
+    )
+    prompts = [{"prompt_token_ids": PROMPT}] * NUM_SAMPLES
+    outputs, _ = run(llm, prompts, params(max_tokens=NUM_TOKENS, temperature=1.0))
+    samples = [tuple(sample[0]) for sample in token_ids(outputs)]
+    assert p_value(samples, expected) < FALSE_ALARM, "a broken rejection went unnoticed"
+
+
+def flatten_draft_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws as ever, but hands over the square root of what was drawn from."""
+    if IS_V2:
+        from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
+
+        propose = SelfSpecSpeculator.propose
+
+        def flattened_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
+            tokens = propose(self, *args, **kwargs)
+            self.draft_logits /= 2
+            return tokens
+
+        monkeypatch.setattr(SelfSpecSpeculator, "propose", flattened_logits)
+        return
+    import vllm_selfspec.draft.sampler as draft_sampler
+
+    right = draft_sampler.compute_probs_and_sample_next_token
+
+    def flattened(*args: Any) -> Any:
+        tokens, probs = right(*args)
+        return tokens, probs.sqrt() / probs.sqrt().sum(-1, keepdim=True)
+
+    monkeypatch.setattr(draft_sampler, "compute_probs_and_sample_next_token", flattened)
+
+
+def test_the_test_catches_wrong_draft_probabilities(
+    model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = drafting(engines, model, "probabilistic")
+    expected = exact(engines, model, SETTINGS["T=1"])
+    flatten_draft_probabilities(monkeypatch)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    assert p_value(samples, expected) < FALSE_ALARM, (
+        "wrong probabilities went unnoticed"
+    )

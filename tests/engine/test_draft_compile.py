@@ -1,0 +1,103 @@
+"""Compiled, the draft view drafts what it drafts eagerly, from a cache of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_ids
+from helpers.environment import IS_SHORT
+from helpers.exit_heads import build_exit_head
+from helpers.models import NUM_LAYERS
+
+PLAN: dict[str, Any] = {"exit_layer": NUM_LAYERS // 2, "num_speculative_tokens": 4}
+
+
+def generated(llm: Any) -> Any:
+    """The tokens, and what was drafted and accepted on the way."""
+    params = greedy(20)
+    outputs, counts = run(llm, prompts_of(4), params)
+    return [token_ids(outputs), vars(counts)]
+
+
+def view_of(llm: Any) -> Any:
+    return drafter_of(llm.collective_rpc(lambda w: w.model_runner)[0])._view
+
+
+def config_of(llm: Any) -> Any:
+    return llm.llm_engine.vllm_config
+
+
+def compare(model: str, cache: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Generates eagerly, with plain vLLM compiled, and with both compiled."""
+    engines = Engines()
+    eager = engines.get(model, plan, enforce_eager=True)
+    found = {"eager": generated(eager)}
+    plain = engines.get(model, enforce_eager=False)
+    found["plain"] = generated(plain)
+    before = set(os.listdir(cache))
+    llm = engines.get(model, plan, enforce_eager=False)
+    found["compiled"] = generated(llm)
+    return {
+        **found,
+        "eager view is compiled": view_of(eager).is_compiled,
+        "view is compiled": view_of(llm).is_compiled
+        and view_of(llm).own_modules[1].aot_compiled_fn is not None,
+        "keys": [
+            config.compute_hash()
+            for config in (view_of(llm).own_modules[1].vllm_config, config_of(llm))
+        ],
+        "added to the cache": len(set(os.listdir(cache)) - before),
+    }
+
+
+def compared(model: str, root: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own, because vLLM reads where its cache lies once."""
+    done = subprocess.run(
+        [sys.executable, __file__, model, str(root), json.dumps(plan)],
+        env={**os.environ, "VLLM_CACHE_ROOT": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_compiled_draft_equals_eager_draft_and_has_a_cache_of_its_own(
+    tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    found = compared(tiny_models["llama"], tmp_path, PLAN)
+    assert not found["eager view is compiled"], "the target is not"
+    assert found["view is compiled"], "the target is"
+    # Were the two one in the cache, the drafts would be the target's, or its tokens
+    # the draft's.
+    assert found["compiled"] == found["eager"]
+    assert found["plain"][0] == found["eager"][0]
+    assert len(set(found["keys"])) == 2, "or one would be loaded for the other"
+    assert found["added to the cache"] == 2, "the target with its drafts, and the view"
+
+
+@pytest.mark.skipif(IS_SHORT, reason="a minute: SELFSPEC_TEST_ALL=1")
+def test_a_compiled_exit_layer_has_the_kv_of_every_token(
+    tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    """As the target's own last layer it is right as often as the target: always."""
+    model = tiny_models["llama"]
+    head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head")
+    plan = {"exit_head": str(head), "num_speculative_tokens": 4}
+    found = compared(model, tmp_path, plan)
+    assert found["view is compiled"]
+    assert found["plain"][0] == found["compiled"][0] == found["eager"][0]
+    counts = found["compiled"][1]
+    assert counts["accepted_tokens"] == counts["draft_tokens"] > 0
+
+
+if __name__ == "__main__":
+    model, root, plan = sys.argv[1:]
+    cache = Path(root, "torch_compile_cache", "torch_aot_compile")
+    print(json.dumps(compare(model, cache, json.loads(plan))))

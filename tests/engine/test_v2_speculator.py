@@ -1,0 +1,170 @@
+"""What only the V2 model runner has: run by `make test-v2`, skipped elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_ids
+from helpers.environment import IS_V2, TESTS
+from helpers.models import DEMO_MODEL
+
+pytestmark = [
+    pytest.mark.v2,
+    pytest.mark.skipif(not IS_V2, reason="for the V2 model runner: make test-v2"),
+]
+SPEC: dict[str, Any] = {"exit_layer": 2, "num_speculative_tokens": 3}
+NUM_PROMPTS = 3
+MAX_TOKENS = 14
+
+
+def runner_of(llm: Any) -> Any:
+    return llm.collective_rpc(lambda worker: worker.model_runner)[0]
+
+
+def generated(llm: Any) -> dict[str, Any]:
+    outputs, counts = run(llm, prompts_of(NUM_PROMPTS), greedy(MAX_TOKENS))
+    return {"tokens": token_ids(outputs), "accepted": counts.accepted_tokens}
+
+
+def generate_on_v1(models: dict[str, str]) -> dict[str, Any]:
+    """Run in a process of its own: for each model, plain and drafting."""
+    engines = Engines()
+    return {
+        name: {
+            "plain": generated(engines.get(path)),
+            "drafting": generated(engines.get(path, SPEC)),
+        }
+        for name, path in models.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models: dict[str, str]) -> dict[str, str]:
+    return {**tiny_models, "demo": str(DEMO_MODEL)}
+
+
+@pytest.fixture(scope="module")
+def on_v1(models: dict[str, str]) -> dict[str, Any]:
+    """What the V1 model runner generates, without Triton and its interpreter."""
+    env = dict(os.environ)
+    for name in ("PYTHONPATH", "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"):
+        env.pop(name, None)
+    env["PYTHONPATH"] = str(TESTS)
+    call = "import json, sys, test_v2_speculator as t;" + (
+        "print('RESULT', json.dumps(t.generate_on_v1(json.loads(sys.argv[1]))))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", call, json.dumps(models)],
+        env=env,
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    line = next(li for li in found.stdout.splitlines() if li.startswith("RESULT"))
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT"))
+    return result
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "demo"])
+def test_tokens_and_acceptance_are_those_of_the_v1_runner(
+    name: str, models: dict[str, str], on_v1: dict[str, Any], engines: Engines
+) -> None:
+    plain = generated(engines.get(models[name]))
+    drafting = generated(engines.get(models[name], SPEC))
+    assert plain["tokens"] == on_v1[name]["plain"]["tokens"]
+    assert drafting["tokens"] == on_v1[name]["drafting"]["tokens"]
+    # Not only the text, which is the target's whatever was drafted.
+    assert drafting["accepted"] == on_v1[name]["drafting"]["accepted"] > 0
+
+
+def test_the_v2_runner_drafts_with_our_speculator(
+    models: dict[str, str], engines: Engines
+) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
+
+    runner = runner_of(engines.get(models["llama"], SPEC))
+    assert isinstance(runner, GPUModelRunner)
+    assert type(runner.speculator) is SelfSpecSpeculator
+    assert not runner.speculator.draft_attn_layer_names, "nothing of its own to cache"
+    assert runner.vllm_config.speculative_config.method == "custom_class", (
+        "it is called otherwise only while vLLM checks its configuration"
+    )
+
+
+SCHEDULE = [[1, 2, 3], [3, 4, 1], [5, 8, 0]]
+
+
+def test_fewer_tokens_are_drafted_while_more_requests_run(
+    models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {**SPEC, "num_speculative_tokens_per_batch_size": SCHEDULE}
+    plain, llm = engines.get(models["llama"]), engines.get(models["llama"], spec)
+    speculator = drafter_of(runner_of(llm))
+    seen: set[tuple[int, int]] = set()
+    original = speculator._draft
+
+    def note(input_batch: Any, num_drafts: int, *args: Any, **kwargs: Any) -> None:
+        seen.add((input_batch.num_reqs, num_drafts))
+        original(input_batch, num_drafts, *args, **kwargs)
+
+    monkeypatch.setattr(speculator, "_draft", note)
+    for num_reqs in (2, 4, 5):
+        expected, _ = run(plain, prompts_of(num_reqs), greedy(8))
+        found, _ = run(llm, prompts_of(num_reqs), greedy(8))
+        assert token_ids(found) == token_ids(expected), f"{num_reqs} requests"
+    wanted = {
+        size: num_drafts
+        for first, last, num_drafts in SCHEDULE
+        for size in range(first, last + 1)
+    }
+    assert seen == {(size, wanted[size]) for size, _ in seen}
+    assert {(2, 3), (4, 1)} <= seen, "and where it is 0, no draft step runs"
+
+
+@pytest.fixture
+def cpu_schedules_as_configured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """vLLM switches async scheduling off on a CPU, where it has nothing to hide. It
+    works there all the same, so this keeps what the configuration came to."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    decided: list[Any] = []
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        scheduler_config = vllm_config.scheduler_config
+        decided.append(scheduler_config.async_scheduling)
+        original(vllm_config)
+        scheduler_config.async_scheduling = decided[-1]
+
+    monkeypatch.setattr(
+        CpuPlatform, "check_and_update_config", staticmethod(check_and_update_config)
+    )
+    return decided
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_async_scheduling_is_on_unless_switched_off(
+    asked: bool | None,
+    models: dict[str, str],
+    engines: Engines,
+    cpu_schedules_as_configured: list[Any],
+) -> None:
+    path = models["llama"]
+    plain = engines.get(path)
+    for spec in ({"skip_layers": {}}, SPEC):
+        llm = engines.get(path, spec, async_scheduling=asked)
+        assert cpu_schedules_as_configured[-1] is (asked is not False)
+        expected, _ = run(plain, prompts_of(5), greedy(MAX_TOKENS))
+        found, counts = run(llm, prompts_of(5), greedy(MAX_TOKENS))
+        assert token_ids(found) == token_ids(expected)
+        assert counts.draft_tokens > 0
+        if spec is not SPEC:
+            assert counts.accepted_tokens == counts.draft_tokens

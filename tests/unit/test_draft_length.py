@@ -1,0 +1,397 @@
+"""The draft-length controllers do what their papers and docstrings say."""
+
+import itertools
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_selfspec.draft_length.acceptance import Acceptance
+from vllm_selfspec.draft_length.costs import StepCosts, cleaned
+from vllm_selfspec.draft_length.goodput import (
+    MARGIN,
+    Goodput,
+    Prompts,
+    best_lengths,
+    best_uniform_length,
+)
+from vllm_selfspec.draft_length.stop_rules import (
+    CalibratedThompson,
+    Thompson,
+    Threshold,
+)
+
+ROWS = (1, 2, 4, 8, 16, 64)
+SIMULATION = Path(__file__).parents[2] / "benchmarks" / "simulate_draft_length.py"
+
+
+def costs(free_rows: float = 8.0, draft: float = 0.25) -> StepCosts:
+    """Of a machine on which so many rows cost what one does."""
+    verify = [max(1.0, n / free_rows) + 0.02 * n for n in ROWS]
+    return StepCosts(ROWS, verify, [draft * seconds for seconds in verify])
+
+
+def at(*slots: int) -> Any:
+    return np.array(slots)
+
+
+# Costs
+
+
+def test_costs_are_those_measured_and_linear_between() -> None:
+    found = StepCosts((1, 3, 5), (1.0, 3.0, 4.0), (0.5, 0.5, 1.0))
+    assert float(found.verify(3)) == pytest.approx(3.0)
+    assert found.verify(np.array([2, 4])) == pytest.approx([2.0, 3.5])
+    assert float(found.verify(9)) == pytest.approx(6.0), "with the last slope"
+    assert found.draft(np.array([1, 2, 4])) == pytest.approx([0.5, 0.5, 0.75])
+
+
+def test_a_machine_that_slows_down_changes_no_ratio() -> None:
+    found = costs()
+    before = float(found.draft(1) / found.verify(5))
+    for _ in range(300):
+        truth = 3 * float(costs().verify(5) + 4 * costs().draft(1))
+        found.observe(5, 1, 4, truth)
+    assert float(found.verify(5)) == pytest.approx(3 * float(costs().verify(5)), 0.02)
+    assert float(found.draft(1) / found.verify(5)) == pytest.approx(before, 0.05)
+    assert float(found.verify(64)) == pytest.approx(3 * float(costs().verify(64)), 0.05)
+
+
+def test_a_measurement_that_was_interrupted_is_not_believed() -> None:
+    rows = (1, 2, 4, 8, 16, 32)
+    verify = np.array([1.0, 1.2, 1.5, 2.0, 3.9, 7.0])
+    draft = 0.25 * verify
+    for found, right in zip(cleaned(rows, verify, draft), (verify, draft), strict=True):
+        assert found == pytest.approx(right), "what can be stays"
+    for at in range(6):
+        interrupted, lucky = verify.copy(), draft.copy()
+        interrupted[at] *= 6
+        lucky[(at + 1) % 6] *= 0.05  # a difference can be too small, too
+        found_verify, found_draft = cleaned(rows, interrupted, lucky)
+        assert (found_verify <= 2 * verify + 1e-9).all(), "no more than in two pieces"
+        assert (found_verify >= verify - 1e-9).all()
+        share = found_draft / found_verify
+        assert (share > 0.12).all() and (share < 0.26).all(), "a quarter, or near it"
+
+
+def test_wrong_costs_are_put_right_by_the_steps_that_are_run() -> None:
+    truth, found = costs(draft=0.25), costs(draft=0.75)
+    for step in range(600):
+        k = (0, 1, 4)[step % 3]
+        seconds = truth.verify(1 + k) + k * truth.draft(1)
+        found.observe(1 + k, 1, k, float(seconds))
+    assert float(found.draft(1) / found.verify(1)) == pytest.approx(0.25, 0.15)
+
+
+def test_an_interrupted_step_changes_no_ratio_and_is_soon_forgotten() -> None:
+    found, seconds = costs(), float(costs().verify(1))
+    for _ in range(100):
+        found.observe(1, 1, 0, seconds)
+    before = float(found.draft(1) / found.verify(1))
+    found.observe(1, 1, 0, 1000 * seconds)
+    assert float(found.draft(1) / found.verify(1)) == pytest.approx(before, 0.02)
+    for _ in range(30):
+        found.observe(1, 1, 0, seconds)
+    assert float(found.verify(1)) == pytest.approx(seconds, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("rows", "verify"), [((1,), (1.0,)), ((1, 2), (1.0, 0.0)), ((2, 1), (1.0, 1.0))]
+)
+def test_costs_that_cannot_be_are_refused(rows: Any, verify: Any) -> None:
+    with pytest.raises(ValueError, match="costs"):
+        StepCosts(rows, verify, verify)
+
+
+# The best lengths
+
+
+def rate_of(lengths: Any, survival: Any, of: StepCosts) -> float:
+    tokens = len(lengths) + sum(
+        row[:k].sum() for row, k in zip(survival, lengths, strict=True)
+    )
+    steps = max(lengths)
+    rows = len(lengths) + sum(lengths)
+    seconds = of.verify(rows) + steps * of.draft(len(lengths))
+    return float(tokens / seconds)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_lengths_are_better_than_the_best(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    survival = np.cumprod(random.uniform(0.3, 1.0, (3, 4)), axis=1)
+    of = costs(free_rows=random.uniform(2, 12), draft=random.uniform(0.05, 0.5))
+    room = random.integers(0, 5, 3)
+    found = best_lengths(survival, room, of)
+    assert (found <= room).all()
+    everything = itertools.product(*(range(most + 1) for most in room))
+    best = max(rate_of(lengths, survival, of) for lengths in everything)
+    reached = rate_of(found, survival, of)
+    # Not drafting is given a small advantage.
+    assert reached >= best / (1 + (0 if found.any() else MARGIN)) - 1e-9
+
+
+def test_the_busier_the_machine_the_less_is_drafted() -> None:
+    lengths = [
+        best_lengths(np.cumprod(np.full((n, 6), 0.8), axis=1), np.full(n, 6), costs())
+        for n in (1, 4, 16)
+    ]
+    totals = [found.mean() for found in lengths]
+    assert totals[0] >= 3 and totals[0] > totals[1] > totals[2]
+
+
+def test_beside_prompts_a_row_is_drafted_only_for_what_a_token_is_worth() -> None:
+    # Eight rows are free, and of more every one costs an eighth of a step.
+    many = np.cumprod(np.full((4, 6), 0.6), axis=1), np.full(4, 6)
+    alone = best_lengths(*many, costs())
+    beside = best_lengths(*many, costs(), Prompts(56, 1.0))
+    assert alone.sum() > 0 == beside.sum()
+    # Where rows stay free, prompts change nothing.
+    flat = StepCosts(ROWS, [1.0] * len(ROWS), [0.1] * len(ROWS))
+    unchanged = best_lengths(*many, flat, Prompts(32, 1.0))
+    assert (best_lengths(*many, flat) == unchanged).all()
+    # Prompts that hardly ever come change little.
+    seldom = best_lengths(*many, costs(), Prompts(56, 0.02))
+    often = best_lengths(*many, costs(), Prompts(56, 0.9))
+    assert (seldom == alone).all() and seldom.sum() > often.sum()
+
+
+def test_a_uniform_length_is_the_best_of_those_there_are() -> None:
+    survival = np.cumprod(np.full((2, 8), 0.8), axis=1)
+    room, lengths = np.full(2, 8), (1, 2, 4, 8)
+    found = best_uniform_length(survival, room, costs(), lengths)
+    rates = {k: rate_of([k, k], survival, costs()) for k in lengths}
+    assert found.tolist() == [max(rates, key=lambda k: rates[k])] * 2
+    assert best_uniform_length(survival, room, costs(free_rows=0.1), lengths).sum() == 0
+    short = best_uniform_length(survival, np.array([8, 1]), costs(), lengths)
+    assert short[1] == 1
+
+
+def test_a_request_that_is_never_right_is_not_drafted_for() -> None:
+    survival = np.cumprod([[0.9] * 4, [0.01] * 4], axis=1)
+    found = best_lengths(survival, np.array([4, 4]), costs())
+    assert found[0] > 0 == found[1]
+
+
+# Acceptance
+
+
+def test_a_new_request_is_taken_to_be_like_those_before_it() -> None:
+    found = Acceptance(num_slots=2, max_drafts=3)
+    for _ in range(600):
+        found.observe(at(0), np.array([3]), np.array([1]))
+    found.admit(1)
+    assert found.population()[0] == pytest.approx(1, abs=0.03)
+    assert found.population()[1] == pytest.approx(0, abs=0.03)
+    assert found.survival(at(1))[0, 0] > 0.95 > 0.05 > found.survival(at(1))[0, 1]
+
+
+def test_a_position_never_tried_is_taken_to_be_like_the_one_before() -> None:
+    found = Acceptance(num_slots=1, max_drafts=4)
+    for _ in range(50):
+        found.observe(at(0), np.array([1]), np.array([1]))
+    assert found.population() == pytest.approx(np.full(4, 1), abs=0.02)
+
+
+def test_one_bad_token_does_not_keep_a_position_from_being_tried() -> None:
+    found = Acceptance(1, 8)
+    for _ in range(20):
+        found.observe(at(0), np.array([3]), np.array([3]))
+    before = found.population()[3]
+    found.observe(at(0), np.array([7]), np.array([3]))
+    after = found.population()
+    assert before > after[3] > 0.85, "it is never tried where it is not worth drafting"
+    for _ in range(200):
+        found.observe(at(0), np.array([7]), np.array([3]))
+    assert found.population()[3] < 0.2, "but what is always wrong is found out"
+
+
+def test_a_request_shows_how_it_differs() -> None:
+    found = Acceptance(num_slots=2, max_drafts=2)
+    for _ in range(60):
+        found.observe(at(0, 1), np.array([2, 2]), np.array([2, 0]))
+    good, bad = found.survival(at(0, 1))[:, 0]
+    assert good > 0.75 and bad < 0.25, "where the usual chance is a half"
+    for _ in range(300):
+        found.observe(at(1), np.array([0]), np.array([0]))
+    assert found.survival(at(1))[0, 0] > bad + 0.1, "what it showed fades"
+
+
+def test_untried_tokens_teach_nothing() -> None:
+    found = Acceptance(num_slots=1, max_drafts=4)
+    found.observe(at(0), np.array([4]), np.array([1]))
+    first = found.population()
+    assert first[0] > first[1] and first[2] == first[3] == pytest.approx(first[1])
+
+
+# Goodput
+
+
+def run(plan: Goodput, chance: float, steps: int, of: StepCosts, seed: int = 0) -> Any:
+    """Seconds and tokens of some steps of one request."""
+    random, seconds, tokens = np.random.default_rng(seed), 0.0, 0
+    for _ in range(steps):
+        lengths = plan.plan(at(0), np.array([8])).lengths
+        fate = np.cumprod(random.random(8) < chance).sum()
+        accepted = np.minimum(lengths, fate)
+        spent = float(of.verify(1 + lengths[0]) + lengths[0] * of.draft(1))
+        plan.acceptance.observe(at(0), lengths, accepted)
+        plan.costs.observe(1 + int(lengths[0]), 1, int(lengths[0]), spent)
+        seconds, tokens = seconds + spent, tokens + int(accepted[0]) + 1
+    return seconds, tokens
+
+
+def test_a_draft_that_is_always_wrong_costs_next_to_nothing() -> None:
+    plan = Goodput(1, 8, costs())
+    run(plan, 0.0, 30, costs())
+    seconds, tokens = run(plan, 0.0, 1000, costs())
+    assert tokens / seconds > 0.99 / float(costs().verify(1))
+
+
+def test_a_draft_that_turns_good_is_found_out() -> None:
+    plan = Goodput(1, 8, costs())
+    run(plan, 0.0, 500, costs())
+    run(plan, 0.95, 1500, costs())
+    seconds, tokens = run(plan, 0.95, 300, costs())
+    assert tokens / seconds > 2 / float(costs().verify(1))
+
+
+def test_a_trial_is_one_token_for_everybody() -> None:
+    plan = Goodput(2, 8, costs(free_rows=0.1))
+    trials = 0
+    for _ in range(2000):
+        found = plan.plan(at(0, 1), np.array([8, 0]))
+        assert found.lengths.tolist() in ([0, 0], [1, 0])
+        assert found.is_trial == found.lengths.any()
+        trials += found.is_trial
+        plan.acceptance.observe(at(0, 1), found.lengths, found.lengths)
+    assert 0 < trials < 100
+
+
+def test_no_room_and_no_requests_draft_nothing() -> None:
+    plan = Goodput(2, 8, costs())
+    assert plan.plan(at(0, 1), np.array([0, 0])).num_steps == 0
+    assert plan.plan(np.zeros(0, int), np.zeros(0, int)).num_steps == 0
+    assert plan.plan(at(0), np.array([2])).num_steps <= 2
+
+
+# Stop rules
+
+
+def test_threshold_moves_as_in_draft_and_verify() -> None:
+    rule = Threshold(1, max_drafts=4, start=0.8, target=0.9)
+    rule.observe(at(0), np.array([3]), np.array([0]))  # AR 0.45, too low: up
+    assert rule.threshold[0] == pytest.approx(0.9 * 0.8 + 0.1 * 0.81)
+    rule = Threshold(1, max_drafts=4, start=0.8, target=0.9)
+    rule.observe(at(0), np.array([3]), np.array([3]))  # AR 0.95: down
+    assert rule.threshold[0] == pytest.approx(0.9 * 0.8 + 0.1 * 0.79)
+    rule = Threshold(1, max_drafts=4, start=0.8, target=0.9)
+    rule.observe(at(0), np.array([4]), np.array([4]))  # the maximum was drafted
+    assert rule.threshold[0] == pytest.approx(0.8)
+    assert rule.goes_on(at(0, 0), 0, np.array([0.79, 0.81])).tolist() == [False, True]
+
+
+def test_threshold_of_a_new_request_is_what_others_found() -> None:
+    rule = Threshold(2, max_drafts=4)
+    for _ in range(2000):
+        rule.observe(at(0), np.array([3]), np.array([0]))
+    rule.admit(1)
+    assert rule.threshold[1] == pytest.approx(rule.threshold[0], abs=0.1)
+    assert rule.threshold[1] > 0.9
+
+
+def test_thompson_goes_on_as_often_as_drafts_are_accepted() -> None:
+    rule = Thompson(1, max_drafts=8)
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        drafted = np.array([4])
+        accepted = np.minimum(4, np.cumprod(random.random(8) < 0.75).sum())
+        rule.observe(at(0), drafted, np.array([accepted]))
+    went = np.mean([rule.goes_on(at(0), 0, np.ones(1))[0] for _ in range(4000)])
+    # Posterior of some 200 remembered trials: deviation 0.03; the draws add 0.007.
+    assert went == pytest.approx(0.75, abs=0.1)
+    rule = Thompson(2, max_drafts=8)
+    for _ in range(400):
+        rule.observe(at(0), np.array([4]), np.array([0]))
+    rule.admit(1)
+    a, b = rule.posterior(at(1))[0]
+    assert a / (a + b) < 0.1, "a new request starts from the population"
+
+
+def told(random: Any, num: int, shift: float, scale: float) -> Any:
+    """Fate and confidence of tokens whose logits are `shift + scale * told`."""
+    logit = random.normal(0.5, 1.5, num)
+    fate = random.random(num) < 1 / (1 + np.exp(-(shift + scale * logit)))
+    return fate, 1 / (1 + np.exp(-logit))
+
+
+def taught(rule: CalibratedThompson, shift: float, scale: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for _ in range(1500):
+        fate, confidence = told(random, 2, shift, scale)
+        for step in range(2):
+            rule.goes_on(at(0), step, confidence[step : step + 1])
+        rule.observe(at(0), np.array([2]), np.array([np.cumprod(fate).sum()]))
+
+
+def test_calibration_finds_how_confidence_and_acceptance_go_together() -> None:
+    rule = CalibratedThompson(1, max_drafts=4)
+    taught(rule, shift=-1.0, scale=0.5, seed=1)
+    # Some 200 remembered trials: the posterior's deviations are about 0.2.
+    assert rule._mean == pytest.approx([-1.0, 0.5], abs=0.5)
+    taught(rule, shift=1.0, scale=1.5, seed=2)
+    assert rule._mean == pytest.approx([1.0, 1.5], abs=0.7), "a drift is followed"
+
+
+def test_calibrated_drafts_further_where_the_draft_is_surer() -> None:
+    rule = CalibratedThompson(1, max_drafts=8)
+    taught(rule, shift=0.0, scale=1.0, seed=1)
+    went = [
+        np.mean([rule.goes_on(at(0), 0, np.array([s]))[0] for _ in range(200)])
+        for s in (0.05, 0.5, 0.99)
+    ]
+    assert went[0] <= went[1] <= went[2] and went[0] < 0.5 < went[2]
+
+
+# All of them, where the best is known
+
+
+@pytest.fixture(scope="module")
+def shares() -> dict[str, dict[str, float]]:
+    """Tokens per second over the oracle's, by controller and scene."""
+    script = runpy.run_path(str(SIMULATION))
+    found: dict[str, dict[str, float]] = {}
+    for scene in script["SCENES"]:
+        slots = script["World"](scene, 0).num_slots
+        rates = {
+            name: script["rate"](script["simulate"](scene, one, 0, 1200))
+            for name, one in script["controllers"](slots, 0).items()
+        }
+        for name, rate in rates.items():
+            found.setdefault(name, {})[scene.name] = rate / rates["oracle"]
+    return found
+
+
+def test_goodput_is_near_the_oracle_everywhere(
+    shares: dict[str, dict[str, float]],
+) -> None:
+    for scene, share in shares["goodput"].items():
+        assert share > 0.9, scene
+    plain = shares["fixed 0"]
+    assert shares["goodput"]["hopeless"] > 0.98 * plain["hopeless"]
+
+
+def test_no_fixed_length_is_near_the_oracle_everywhere(
+    shares: dict[str, dict[str, float]],
+) -> None:
+    fixed = [found for name, found in shares.items() if name.startswith("fixed")]
+    assert all(min(found.values()) < 0.9 for found in fixed)
+
+
+def test_calibration_gains_on_thompson_wherever_drafting_pays(
+    shares: dict[str, dict[str, float]],
+) -> None:
+    for scene in ("easy", "middling", "by request", "drifting"):
+        assert shares["thompson-calibrated"][scene] > shares["thompson"][scene], scene

@@ -1,0 +1,427 @@
+"""The demo: the same prompts with plain vLLM and with selfspec, side by side.
+
+One rule: everything compared runs in one process, on the same cores, in turns, prompt
+by prompt, so that a machine that drifts hits all alike; what is printed are medians of
+ratios to plain vLLM, with the bound of each plan beside them.
+"""
+
+import os
+import platform
+import runpy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_selfspec import __version__, whole_file
+from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
+from vllm_selfspec.engine import versions
+from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
+from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, bound, locate
+from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.target_model import TargetModel
+from vllm_selfspec.tuning.offline.tuning_engine import use_skip_set
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
+WIDEN_SCRIPT = REPOSITORY / "benchmarks" / "widen.py"
+WIDENED_MODEL = REPOSITORY / ".cache" / "demo_model_x8"
+# 8 times wider costs 64 times as much: 9 M parameters become about 0.54 B.
+WIDEN_FACTOR = 8
+# Streams at a time, and how often the prompts are run so: one stream gives a sample a
+# prompt, eight give one for all of them.
+ROUNDS = {1: 1, 8: 3}
+KV_CACHE_BYTES = 512 << 20
+
+PLAIN = "plain vLLM"
+
+PROMPTS = (
+    "class LRUCache:\n    def __init__(self, maxsize=128):\n        self.",
+    "def read_config(path):\n    with open(path) as f:\n        for line in f:\n",
+    "import unittest\n\nclass TestQueue(unittest.TestCase):\n    def test_empty(self):",
+    "def parse_args(argv):\n    parser = argparse.ArgumentParser()\n    parser.add_",
+    "async def connect(self, host, port):\n    try:\n        reader, writer = await ",
+    "    def __repr__(self):\n        return '<%s at %#x>' % (",
+    "def merge(left, right):\n    result = []\n    i = j = 0\n    while i < len(left)",
+    "try:\n    import ssl\nexcept ImportError:\n    ssl = None\n\nclass HTTPServer(",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of one or more prompts.
+
+    Attributes:
+        token_ids: What was generated, by prompt.
+        seconds: From the first emitted token to the last: decoding alone.
+        num_tokens: Tokens emitted in that time.
+        counts: What speculation did.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    seconds: float
+    num_tokens: int
+    counts: Counts = Counts(0, 0, 0)
+
+
+@dataclass
+class Result:
+    """What was measured of one plan at one number of streams."""
+
+    plan: str
+    num_streams: int
+    draft_share: float
+    k: int
+    tokens_per_second: float = 0.0
+    speed_up: float = 0.0
+    speed_up_spread: tuple[float, float] = (0.0, 0.0)
+    acceptance: float = 0.0
+    tokens_per_verification: float = 0.0
+    bound: float = 0.0
+    num_same: int = 0
+    num_texts: int = 0
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def share_of_bound(self) -> float:
+        return self.speed_up / self.bound if self.bound else 0.0
+
+
+def run_demo(
+    model: str | None,
+    max_tokens: int,
+    num_speculative_tokens: int,
+    repeats: int = 1,
+    output: Path | None = None,
+) -> None:
+    """Runs the comparison and prints it; see the command's help.
+
+    Raises:
+        CheckpointError: If the model cannot be found or read, or none was named and
+            this is not a clone of the repository.
+        UnsupportedModelError: If the model cannot be drafted for.
+    """
+    console = Console(highlight=False)
+    prepare_environment()
+    path = locate(model) if model else widened_demo_model(console)
+    arms = Arms(str(path), num_speculative_tokens, max_tokens, console)
+    results = compare(arms, repeats, console)
+    print_results(results, console)
+    if output:
+        save(results, output, arms)
+        console.print(f"Saved to {output}")
+
+
+def prepare_environment() -> None:
+    """All cores for everyone, one process, and no log lines; the user's word wins."""
+    last = (os.cpu_count() or 1) - 1
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}" if last else "0")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM's, of torch names
+
+
+def widened_demo_model(console: Console) -> Path:
+    """The repository's demo model at the cost of a real one, made once.
+
+    Raises:
+        CheckpointError: If this is no clone of the repository.
+    """
+    if not WIDEN_SCRIPT.is_file() or not DEMO_MODEL.is_dir():
+        raise CheckpointError(
+            "the demo model is part of the repository, not of the installed package: "
+            "name a model, as in 'vllm-selfspec demo MODEL', or run 'make demo' in a "
+            "clone"
+        )
+    console.print(
+        f"Widening the demo model {WIDEN_FACTOR} times: same outputs, "
+        f"{WIDEN_FACTOR**2} times the cost ..."
+    )
+    widen = runpy.run_path(str(WIDEN_SCRIPT))["widen"]
+    path: Path = widen(DEMO_MODEL, WIDENED_MODEL, WIDEN_FACTOR)
+    return path
+
+
+def fixed_plans(target: TargetModel) -> dict[str, SkipSet]:
+    """The plans the demo compares, by the words a user would write."""
+    num_layers = target.num_layers
+    plans = {"auto": resolve_plan(SelfSpecConfig(), target).skip_set}
+    for part in (6, 4, 2):
+        if exit_layer := num_layers // part:
+            plans[f"exit_layer {exit_layer}"] = SkipSet.early_exit(
+                num_layers, exit_layer
+            )
+    return plans
+
+
+class Arms:
+    """Two engines: plain vLLM, and one with selfspec that changes plans between runs.
+
+    Attributes:
+        weights: Of the model, for the draft's share.
+        plans: The plans to compare.
+    """
+
+    def __init__(self, model: str, k: int, max_tokens: int, console: Console) -> None:
+        self.model, self.k, self.max_tokens = model, k, max_tokens
+        self.weights = ModelWeights.from_checkpoint(Path(model))
+        self.plans = fixed_plans(TargetModel.read(Path(model), model))
+        console.print("Starting plain vLLM and vLLM with selfspec ...")
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.settings: dict[str, Any] = {
+            "max_num_seqs": max(ROUNDS),
+            "max_model_len": 1024,
+            "enable_prefix_caching": False,  # prompts repeat; each run does all of it
+            "disable_log_stats": False,  # the counters
+            "use_tqdm_on_load": False,
+            "enforce_eager": current_platform.is_cpu(),
+        }
+        if current_platform.is_cpu():
+            self.settings["kv_cache_memory_bytes"] = KV_CACHE_BYTES
+        else:
+            self.settings["gpu_memory_utilization"] = 0.42  # two engines, one GPU
+        self.plain = LLM(model, **self.settings)
+        config = {"method": METHOD, "num_speculative_tokens": k}
+        config |= {"draft_length": "fixed"}  # so that a plan's bound can be told
+        self.drafting = LLM(model, speculative_config=config, **self.settings)
+        self._counters = SpecCounters()
+
+    def run_plain(self, prompts: list[str]) -> Sample:
+        """Generates with plain vLLM."""
+        return self._run(self.plain, prompts)
+
+    def run_plan(self, plan: str, prompts: list[str]) -> Sample:
+        """Generates with selfspec under one of `plans`."""
+        self.drafting.collective_rpc(use_skip_set, args=(self.plans[plan],))
+        before = self._counters.read()
+        sample = self._run(self.drafting, prompts)
+        return replace(sample, counts=self._counters.read() - before)
+
+    def _run(self, llm: Any, prompts: list[str]) -> Sample:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=self.max_tokens, ignore_eos=True
+        )
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        token_ids = tuple(tuple(out.outputs[0].token_ids) for out in outputs)
+        first = min(out.metrics.first_token_ts for out in outputs)
+        last = max(out.metrics.last_token_ts for out in outputs)
+        return Sample(token_ids, last - first, sum(map(len, token_ids)) - len(prompts))
+
+
+def rounds(num_streams: int) -> Iterator[list[str]]:
+    """The prompts in groups of `num_streams`."""
+    for start in range(0, len(PROMPTS), num_streams):
+        yield list(PROMPTS[start : start + num_streams])
+
+
+def compare(arms: Arms, repeats: int, console: Console) -> list[Result]:
+    """Runs every plan and plain vLLM in turns, at each number of streams."""
+    plain: dict[int, list[Sample]] = {}
+    results = []
+    turns = {n: [*rounds(n)] * (times * repeats) for n, times in ROUNDS.items()}
+    total = sum(map(len, turns.values())) * (1 + len(arms.plans))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Generating", total=total)
+        for num_streams in ROUNDS:
+            samples = _run_in_turns(
+                arms, turns[num_streams], lambda: progress.advance(task)
+            )
+            plain[num_streams] = samples.pop(PLAIN)
+            # Plain vLLM's own texts at one stream are what its others are held to.
+            same = _num_same(plain[1], plain[num_streams])
+            results.append(_plain_result(plain[num_streams], num_streams, same))
+            for plan, drafted in samples.items():
+                results.append(
+                    _result(plan, arms, num_streams, plain[num_streams], drafted)
+                )
+    return results
+
+
+def _run_in_turns(
+    arms: Arms, turns: list[list[str]], advance: Callable[[], None]
+) -> dict[str, list[Sample]]:
+    """Each group of prompts with plain vLLM, then with every plan; the samples."""
+    samples: dict[str, list[Sample]] = {name: [] for name in (PLAIN, *arms.plans)}
+    arms.run_plan("auto", turns[0])
+    for prompts in turns:
+        arms.run_plain(prompts)  # whoever is the first with its prompts is slower
+        samples[PLAIN].append(arms.run_plain(prompts))
+        advance()
+        for plan in arms.plans:
+            samples[plan].append(arms.run_plan(plan, prompts))
+            advance()
+    return samples
+
+
+def _num_same(expected: list[Sample], found: list[Sample]) -> int:
+    """Texts of `found` that are those of `expected`, which may repeat itself."""
+    pool = cycle(ids for sample in expected for ids in sample.token_ids)
+    texts = (ids for sample in found for ids in sample.token_ids)
+    return sum(a == b for a, b in zip(texts, pool, strict=False))
+
+
+def _rate(samples: list[Sample]) -> float:
+    return median(s.num_tokens / s.seconds for s in samples)
+
+
+def _plain_result(plain: list[Sample], num_streams: int, num_same: int) -> Result:
+    return Result(
+        plan=PLAIN,
+        num_streams=num_streams,
+        draft_share=0,
+        k=0,
+        tokens_per_second=_rate(plain),
+        speed_up=1,
+        speed_up_spread=(1, 1),
+        tokens_per_verification=1,
+        num_same=num_same,
+        num_texts=sum(len(s.token_ids) for s in plain),
+    )
+
+
+def _result(
+    plan: str,
+    arms: Arms,
+    num_streams: int,
+    plain: list[Sample],
+    drafted: list[Sample],
+) -> Result:
+    drafts = sum(s.counts.drafts for s in drafted)
+    accepted = sum(s.counts.accepted_tokens for s in drafted)
+    emitted = sum(s.num_tokens for s in drafted) / drafts
+    c = arms.weights.draft_share(arms.plans[plan])
+    ratios = [
+        (b.num_tokens / b.seconds) / (a.num_tokens / a.seconds)
+        for a, b in zip(plain, drafted, strict=True)
+    ]
+    return Result(
+        plan=plan,
+        num_streams=num_streams,
+        draft_share=c,
+        k=arms.k,
+        tokens_per_second=_rate(drafted),
+        speed_up=median(ratios),
+        speed_up_spread=(min(ratios), max(ratios)),
+        acceptance=accepted / sum(s.counts.draft_tokens for s in drafted),
+        tokens_per_verification=emitted,
+        bound=bound(emitted, arms.k, c),
+        num_same=_num_same(plain, drafted),
+        num_texts=sum(len(s.token_ids) for s in drafted),
+        ratios=ratios,
+    )
+
+
+COLUMNS = (
+    "streams",
+    "plan",
+    "c",
+    "accepted",
+    "E",
+    "tokens/s",
+    "speed-up",
+    "bound",
+    "of it",
+    "same text",
+)
+LEGEND = (
+    "c: share of the model's weights that a draft step reads.",
+    "E: tokens per verification; accepted: share of the drafted tokens.",
+    "bound: E / (1 + k c). It takes verifying k + 1 tokens to cost one step, as it",
+    "does while reading the weights is what takes the time: about so for one stream",
+    "here, not for eight.",
+    "speed-up: median of ratios to plain vLLM on the same prompt, run in turns.",
+    "same text: as plain vLLM's; in its own row, as its texts at one stream. In bf16",
+    "near-ties flip when a step has other rows; in float32 all are the same.",
+)
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """One row of the table, as printed here and in the README."""
+    head = (str(result.num_streams), result.plan)
+    rate = f"{result.tokens_per_second:.1f}"
+    same = f"{result.num_same}/{result.num_texts}"
+    if not result.k:
+        return (*head, "", "", "1.00", rate, "1.00x", "", "", same)
+    return (
+        *head,
+        f"{result.draft_share:.2f}",
+        f"{result.acceptance:.0%}",
+        f"{result.tokens_per_verification:.2f}",
+        rate,
+        f"{result.speed_up:.2f}x",
+        f"{result.bound:.2f}x",
+        f"{result.share_of_bound:.2f}",
+        same,
+    )
+
+
+def print_results(results: list[Result], console: Console) -> None:
+    """The table, and what its columns mean."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in COLUMNS:
+        table.add_column(
+            name, justify="left" if name == "plan" else "right", no_wrap=True
+        )
+    for result in results:
+        is_start = result.k == 0 and result is not results[0]
+        if is_start:
+            table.add_section()
+        style = "green" if result.speed_up > 1 else ""
+        table.add_row(*cells(result), style=style)
+    console.print(table)
+    console.print()
+    for line in LEGEND:
+        console.print(line, style="dim")
+
+
+def save(results: list[Result], output: Path, arms: Arms) -> None:
+    """Writes the results as JSON, with what is needed to measure them again."""
+    report = {
+        "command": " ".join(["vllm-selfspec", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {
+            "vllm_selfspec": __version__,
+            "vllm": versions.vllm_version(),
+            "python": platform.python_version(),
+        },
+        "cpu": cpu_name(),
+        "num_cores": os.cpu_count(),
+        "threads": os.environ["VLLM_CPU_OMP_THREADS_BIND"],
+        "model_bytes_per_step": arms.weights.streamed,
+        "max_tokens": arms.max_tokens,
+        "engine": arms.settings,
+        "results": [
+            {**asdict(r), "ratios": [round(x, 4) for x in r.ratios]} for r in results
+        ],
+    }
+    whole_file.write_json(report, output, indent=1)
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor()).strip()

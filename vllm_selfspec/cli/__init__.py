@@ -1,0 +1,1 @@
+"""The command `vllm-selfspec`: a file for each of its subcommands."""

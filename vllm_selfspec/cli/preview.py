@@ -1,0 +1,252 @@
+"""`Preview`: what a draft plan runs, reads and can bring, before anything is served.
+
+One rule: neither torch nor vLLM is needed, and of a checkpoint only headers are read.
+"""
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vllm_selfspec.config import METHOD, DraftPlan, SelfSpecConfig, resolve_plan
+from vllm_selfspec.plan.cost import (
+    CheckpointError,
+    ModelWeights,
+    bound,
+    expected_tokens,
+    locate,
+    tensor_bytes,
+)
+from vllm_selfspec.plan.exit_card import TENSORS_FILE
+from vllm_selfspec.plan.families import family_of
+from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.plan.target_model import TargetModel
+
+TABLE_K = (1, 2, 4, 8)
+TABLE_ACCEPTANCE = (0.6, 0.8, 0.9, 1.0)
+LAYERS_PER_LINE = 60  # with labels and gaps a line stays under 80 columns
+LAYERS_PER_GROUP = 10
+SPEED_UP_NOTE = (
+    "a: chance that a draft token is accepted. Below 1.00x drafts cost more than\n"
+    "they save. Verifying k + 1 tokens is taken to cost one step, as it does while\n"
+    "reading the weights is what takes the time."
+)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a user gets to know of a plan before serving it.
+
+    Attributes:
+        model: As the user named it.
+        architecture: vLLM's name of it.
+        keys: The user's keys, from which the plan follows.
+        plan: The plan vLLM would draft with.
+        weights: Bytes of the model's parts.
+        exit_head: Bytes of a trained exit layer's parts: `layer`, and `head` if it has
+            an LM head of its own.
+    """
+
+    model: str
+    architecture: str
+    keys: dict[str, Any]
+    plan: DraftPlan
+    weights: ModelWeights
+    exit_head: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: str, keys: dict[str, Any]) -> "Preview":
+        """Resolves the user's keys against the model on disk or on the Hub.
+
+        Raises:
+            XXortedModelError: The model cannot be drafted for.
+            CheckpointError: The model cannot be found or read.
+        """
+        config = SelfSpecConfig.parse(keys)
+        path = locate(model)
+        target = TargetModel.read(path, model)
+        family_of(target.class_name)
+        weights = ModelWeights.from_checkpoint(path)
+        if weights.num_layers != target.num_layers:
+            raise CheckpointError(
+                f"config.json and weights must be of one model, but {str(path)!r} has "
+                f"{target.num_layers} layers in one and {weights.num_layers} in the "
+                "other: download it again"
+            )
+        plan = resolve_plan(config, target)
+        exit_head = _bytes_of(plan.exit_head) if plan.exit_head else {}
+        return cls(model, target.class_name, keys, plan, weights, exit_head)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.weights.num_layers
+
+    @property
+    def draft_share(self) -> float:
+        """The `c` of the bound."""
+        target, draft = self.streamed()["total"]
+        return draft / target
+
+    def speed_up(self, k: int, acceptance: float) -> float:
+        """The most that drafting `k` tokens can win."""
+        return bound(expected_tokens(acceptance, k), k, self.draft_share)
+
+    def command(self) -> str:
+        """How to serve the model with this plan, quoted for a shell."""
+        config = json.dumps({"method": METHOD, **self.keys}) if self.keys else METHOD
+        return shlex.join(["vllm", "serve", self.model, "--speculative-config", config])
+
+    def streamed(self) -> dict[str, tuple[int, int]]:
+        """Bytes a step of target and draft reads, by part."""
+        skip_set, parts = self.plan.skip_set, {}
+        for sublayer in SUBLAYERS:
+            sizes: tuple[int, ...] = getattr(self.weights, sublayer)
+            skipped = sum(sizes[i] for i in getattr(skip_set, sublayer))
+            parts[sublayer] = (sum(sizes), sum(sizes) - skipped)
+        if self.exit_head:
+            parts["exit layer"] = (0, self.exit_head["layer"])
+        head = self.weights.head
+        parts["head"] = (head, self.exit_head.get("head", head))
+        target, draft = (sum(sizes) for sizes in zip(*parts.values(), strict=True))
+        parts["total"] = (target, draft)
+        return parts
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form of all that `print` shows."""
+        return {
+            "model": self.model,
+            "architecture": self.architecture,
+            "num_layers": self.num_layers,
+            "skippable_sublayers": list(SUBLAYERS),
+            "plan": {"source": self.plan.source, **self.plan.skip_set.to_dict()},
+            "streamed_bytes": {
+                part: {"target": target, "draft": draft}
+                for part, (target, draft) in self.streamed().items()
+            },
+            "draft_share": self.draft_share,
+            "speed_up_bound": [
+                {
+                    "num_speculative_tokens": k,
+                    "acceptance": acceptance,
+                    "bound": self.speed_up(k, acceptance),
+                }
+                for k in TABLE_K
+                for acceptance in TABLE_ACCEPTANCE
+            ],
+            "ceiling": 1 / self.draft_share,
+            "command": self.command(),
+        }
+
+    def print(self, console: Console) -> None:
+        """Prints it for a terminal of 80 columns or more."""
+        for heading, body in (
+            ("Model", self._summary()),
+            ("Sublayers", self._map(console)),
+            ("Read per step", self._streamed_table()),
+            ("Speed-up at most", self._speed_up_table()),
+        ):
+            console.print(heading, style="bold cyan")
+            console.print(Padding(body, (0, 0, 1, 2), expand=False))
+        console.print("Serve it", style="bold cyan")
+        console.print(f"  {self.command()}", markup=False, soft_wrap=True)
+
+    def _summary(self) -> Table:
+        family = family_of(self.architecture)
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value in {
+            "name": self.model,
+            "architecture": f"{self.architecture}, {self.num_layers} layers",
+            "may be skipped": f"{family.attention} and {family.mlp} of every layer, "
+            f"but not all {2 * self.num_layers} of them",
+            "draft plan": _outline(self.plan.skip_set),
+            "chosen by": self.plan.source,
+        }.items():
+            table.add_row(label, Text(value))
+        return table
+
+    def _map(self, console: Console) -> Group:
+        """The sublayers as rows of symbols under the numbers of their layers."""
+        runs, skipped = "#." if console.options.ascii_only else "\u2588\u00b7"
+        num_skipped = self.plan.skip_set.num_skipped
+        num_run = 2 * self.num_layers - num_skipped
+        lines = [Text(f"{runs} {num_run} run   {skipped} {num_skipped} skipped", "dim")]
+        for start in range(0, self.num_layers, LAYERS_PER_LINE):
+            layers = range(self.num_layers)[start : start + LAYERS_PER_LINE]
+            tens = [f"{i:<10}" for i in layers if i % LAYERS_PER_GROUP == 0]
+            lines.append(Text(f"{'layer':<11}{' '.join(tens)}".rstrip(), "dim"))
+            for sublayer in SUBLAYERS:
+                holes = getattr(self.plan.skip_set, sublayer)
+                marks = "".join(skipped if i in holes else runs for i in layers)
+                lines.append(Text(f"{sublayer:<11}{_in_groups(marks)}"))
+        return Group(*lines)
+
+    def _streamed_table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("")
+        for column in ("target", "draft", "share"):
+            table.add_column(column, justify="right")
+        table.add_column("")
+        for part, (target, draft) in self.streamed().items():
+            share = draft / target if target else 1.0  # a part may have no weights
+            name, style = ("= c", "bold") if part == "total" else ("", "")
+            sizes = decimal(target), decimal(draft)
+            table.add_row(part, *sizes, f"{share:.1%}", name, style=style)
+        return table
+
+    def _speed_up_table(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("draft tokens k", justify="center")
+        for acceptance in TABLE_ACCEPTANCE:
+            table.add_column(f"a = {acceptance}", justify="right")
+        for k in TABLE_K:
+            row = [self.speed_up(k, acceptance) for acceptance in TABLE_ACCEPTANCE]
+            cells = [Text(f"{x:.2f}x", "green" if x > 1 else "red") for x in row]
+            table.add_row(str(k), *cells)
+        ceiling = f"ceiling 1/c = {1 / self.draft_share:.2f}x"
+        return Group(
+            table,
+            Text(f"{ceiling}, for ever longer drafts that are all accepted", "bold"),
+            Text(SPEED_UP_NOTE, "dim"),
+        )
+
+
+def _bytes_of(exit_head: str) -> dict[str, int]:
+    """Of an exit head's parts."""
+    found: Counter[str] = Counter()
+    for name, num_bytes in tensor_bytes([Path(exit_head) / TENSORS_FILE]):
+        found["head" if name.startswith("head.") else "layer"] += num_bytes
+    return dict(found)
+
+
+def _outline(skip_set: SkipSet) -> str:
+    """One line, however deep the model; the map says which layers."""
+    if not skip_set.num_skipped or skip_set.exit_layer is not None:
+        return str(skip_set)
+    counts = (f"{s} in {len(getattr(skip_set, s))}" for s in SUBLAYERS)
+    return f"skips {' and '.join(counts)} of {skip_set.num_layers} layers"
+
+
+def _in_groups(marks: str) -> str:
+    """`marks` with a gap before every tenth, so that a layer is easily counted."""
+    starts = range(0, len(marks), LAYERS_PER_GROUP)
+    return " ".join(marks[i : i + LAYERS_PER_GROUP] for i in starts)
+
+
+def decimal(num_bytes: int) -> str:
+    """`1_073_844_224` as `1.07 GB`."""
+    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    num_decimals = max(3 - len(str(int(size))), 0) if units[0] != "B" else 0
+    return f"{size:.{num_decimals}f} {units[0]}"

@@ -1,0 +1,1 @@
+"""Drafting in the workers, with torch and vLLM. It decides nothing by itself."""

@@ -1,0 +1,60 @@
+"""`DraftSampler`: draws the draft tokens of the V1 runner.
+
+One rule: it draws as the target does. Verification is lossless whatever is drawn, but
+what is drawn as the target draws is accepted more often. So drafts keep to the target's
+temperature, top-k and top-p, and those of a request with a seed are drawn with the very
+noise that the target's tokens will be.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
+
+from vllm_selfspec.draft import seeded
+from vllm_selfspec.draft.truncation import scaled, truncated
+
+
+class DraftSampler:
+    """Draws tokens as `draft_sample_method` says."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        speculative_config: Any = vllm_config.speculative_config
+        self._is_probabilistic = (
+            speculative_config.draft_sample_method == "probabilistic"
+        )
+        self._use_fp64_gumbel = vllm_config.model_config.use_fp64_gumbel
+
+    def draws(self, sampling: SamplingMetadata) -> bool:
+        """Whether any row is drawn at random; the others are their maximum."""
+        return self._is_probabilistic and not sampling.all_greedy
+
+    def sample(
+        self, logits: torch.Tensor, sampling: SamplingMetadata, target_sampler: Sampler
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next draft token of each row, int32, and what it was drawn from.
+
+        Args:
+            logits: `[num_rows, vocab_size]`; may be written to.
+            sampling: Of those rows. Each seeded row's generator goes one draw on.
+            target_sampler: The sampler that draws the target's tokens.
+        """
+        if not self.draws(sampling):
+            return logits.argmax(dim=-1).int(), None
+        assert sampling.temperature is not None
+        logits = truncated(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        rows = [*sampling.generators]
+        # A copy: vLLM's function divides the logits themselves.
+        seeded_logits = scaled(logits[rows], sampling.temperature[rows])
+        token_ids, probs = compute_probs_and_sample_next_token(
+            logits, sampling, self._use_fp64_gumbel
+        )
+        token_ids = token_ids.int()
+        if rows:
+            generators = [*sampling.generators.values()]
+            drawn = seeded.draw(target_sampler, seeded_logits, generators)
+            token_ids[rows] = drawn.int()
+        return token_ids, probs

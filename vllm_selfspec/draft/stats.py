@@ -1,0 +1,308 @@
+"""`DraftStats`: what drafting did, for Prometheus and the log.
+
+One rule: the engine's process counts, the server's shows. vLLM carries statistics from
+one to the other in types that know only its own, so ours go by a small file: the engine
+rewrites it every second, and a collector in the server reads it when it is asked. The
+directory is made by the first process and known to those it starts. None of this is a
+reason to stop serving: what cannot be written is logged once and counted.
+"""
+
+import atexit
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, NonNegativeFloat
+
+from vllm_selfspec import whole_file
+from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS, describe
+
+logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
+
+DIRECTORY = "SELFSPEC_METRICS_DIR"
+WRITE_EVERY_S, LOG_EVERY_S = 1.0, 10.0  # the second is vLLM's
+PREFIX = "vllm:selfspec_"
+
+
+class DraftStats:
+    """Counts of one engine since it started.
+
+    Attributes:
+        lengths: How often a request had so many draft tokens verified in a step.
+        steps: Decode steps by what was planned after them: `drafting`, `plain` (nothing
+            was worth drafting) or `trial` (to find out whether it is again).
+        stops: Why rows stopped drafting: `rule` or `limit`.
+        undrafted: `requests` that ask for what verification does not carry, and `steps`
+            that verified nothing because of them.
+        draft_seconds: What draft steps took, by measured costs.
+        gauges: What a controller believes at present, by name.
+        failed_writes: What could not be written, a file of these counts or another.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        """For the model that `vllm_config` serves."""
+        served = vllm_config.model_config.served_model_name
+        self.model_name = served if isinstance(served, str) else served[0]
+        self.lengths: Counter[int] = Counter()
+        self.steps: Counter[str] = Counter()
+        self.stops: Counter[str] = Counter()
+        self.undrafted: Counter[str] = Counter()
+        self.draft_seconds = 0.0
+        self.gauges: dict[str, float] = {}
+        self.failed_writes: Counter[str] = Counter()
+        self._written = self._logged = time.monotonic()
+        self._last: dict[str, Any] = self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model_name": self.model_name,
+            "lengths": dict(self.lengths),
+            "steps": dict(self.steps),
+            "stops": dict(self.stops),
+            "undrafted": dict(self.undrafted),
+            "draft_seconds": self.draft_seconds,
+            "gauges": self.gauges,
+            "failed_writes": dict(self.failed_writes),
+        }
+
+    def publish(
+        self, name: str, beliefs: Callable[[], dict[str, float]] = dict
+    ) -> None:
+        """Writes the counts for the server, and a line for the log, if it is time.
+
+        Args:
+            name: Tells the parts of an engine apart that count for themselves.
+            beliefs: The gauges; asked when it is time, for this is called each step.
+        """
+        now = time.monotonic()
+        if now - self._written >= WRITE_EVERY_S:
+            self._written = now
+            self.gauges = beliefs()
+            self._write(name)
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            line, self._last = self._line(), self.to_dict()
+            if line:
+                logger.info(line)
+
+    def _write(self, name: str) -> None:
+        directory = os.environ.get(DIRECTORY)
+        if directory is None or not os.path.isdir(directory):
+            return
+        file = Path(directory) / f"{os.getpid()}-{name}-{id(self)}.json"
+        # Not waited for: a step must not wait for the disk, and counts of a second are
+        # worth nothing after a loss of power.
+        whole_file.write_if_possible(
+            json.dumps(self.to_dict()), file, "metrics", self.failed_writes, syncs=False
+        )
+
+    def _line(self) -> str:
+        """What was done since the last line; empty if that is nothing."""
+        before: Counter[int] = Counter(self._last["lengths"])
+        lengths = Counter(
+            {k: n - before[k] for k, n in self.lengths.items() if n > before[k]}
+        )
+        num = sum(lengths.values())
+        if not num:
+            return ""
+        mean_length = sum(k * n for k, n in lengths.items()) / num
+        seconds = self.draft_seconds - self._last["draft_seconds"]
+        found = {
+            "mean draft length": f"{mean_length:.2f}",
+            "no drafts": f"{lengths[0] / num:.0%}",
+            "drafting": f"{seconds:.2f} s",
+            **{what: f"{value:.2f}" for what, value in self.gauges.items()},
+        }
+        return "selfspec: " + ", ".join(f"{k}: {v}" for k, v in found.items())
+
+
+@cache
+def share_directory() -> "MetricsCollector":
+    """Makes the directory for this process and all that it starts, and shows what is
+    written there at vLLM's `/metrics`. Once a process; one that was started by another
+    that serves has a directory of its own."""
+    import prometheus_client
+
+    os.environ.pop(DIRECTORY, None)  # that of the process that started this one
+    failed_writes: Counter[str] = Counter()
+    directory = _new_directory(failed_writes)
+    if directory is not None:
+        os.environ[DIRECTORY] = str(directory)
+        atexit.register(_remove, str(directory), os.getpid())
+    collector = MetricsCollector(directory, failed_writes)
+    try:
+        prometheus_client.REGISTRY.register(collector)
+    except ValueError as error:  # another has these names
+        logger.warning("selfspec's metrics are not shown at /metrics: %s", error)
+    return collector
+
+
+def _new_directory(failed_writes: Counter[str]) -> Path | None:
+    """One for temporary files; None where there is no room for any."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="selfspec-"))
+    except OSError as error:
+        whole_file.count_failure("metrics directory", error, failed_writes)
+        return None
+
+
+def _remove(directory: str, pid: int) -> None:
+    if os.getpid() == pid:  # not a child that was forked
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+# Beyond that a number is damage: it may not fit into a float, nor buckets into memory.
+Length = Annotated[int, Field(ge=0, le=MAX_NUM_SPECULATIVE_TOKENS)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class Snapshot(BaseModel):
+    """`DraftStats.to_dict`, as it was read; a file of anything else is none."""
+
+    model_name: str
+    lengths: dict[Length, Count]
+    steps: dict[str, Count]
+    stops: dict[str, Count]
+    undrafted: dict[str, Count]
+    draft_seconds: NonNegativeFloat
+    gauges: dict[str, float]
+    failed_writes: dict[str, Count]
+
+
+class MetricsCollector:
+    """Prometheus metrics of all engines that write to a directory."""
+
+    def __init__(
+        self, directory: Path | None, failed_writes: Mapping[str, int] | None = None
+    ) -> None:
+        """Shows what is in a directory, if there is one, and this process's failures to
+        write."""
+        self._directory, self._failed_writes = directory, failed_writes or {}
+        self._passed_over: set[Path] = set()
+
+    def collect(self) -> Iterator[Any]:
+        """Called by `prometheus_client` for every scrape."""
+        snapshots = [*self._snapshots()]
+        yield from families(snapshots)
+        failed = [snapshot.failed_writes for snapshot in snapshots]
+        yield _failures([*failed, self._failed_writes])
+
+    def _snapshots(self) -> Iterator[Snapshot]:
+        if self._directory is None:
+            return
+        for file in sorted(self._directory.glob("*.json")):
+            try:
+                yield Snapshot.model_validate_json(file.read_bytes())
+            except OSError:  # gone, with its engine
+                continue
+            except ValueError as error:
+                self._pass_over(file, error)
+
+    def _pass_over(self, file: Path, error: ValueError) -> None:
+        """Once a file; it is asked for again at every scrape."""
+        if file not in self._passed_over:
+            self._passed_over.add(file)
+            logger.warning("selfspec shows no metrics of %s: %s", file, describe(error))
+
+
+def families(snapshots: Sequence[Snapshot]) -> list[Any]:
+    """The metrics, added up over the snapshots of each model."""
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
+
+    lengths = HistogramMetricFamily(
+        PREFIX + "draft_length",
+        "Draft tokens that a request had verified in a step.",
+        labels=["model_name"],
+    )
+    steps = CounterMetricFamily(
+        PREFIX + "steps",
+        "Decode steps by what was planned after them.",
+        labels=["model_name", "kind"],
+    )
+    stops = CounterMetricFamily(
+        PREFIX + "stops",
+        "Rows that stopped drafting, by reason.",
+        labels=["model_name", "reason"],
+    )
+    undrafted = CounterMetricFamily(
+        PREFIX + "undrafted",
+        "Requests that verification does not carry, and steps without drafts for them.",
+        labels=["model_name", "what"],
+    )
+    seconds = CounterMetricFamily(
+        PREFIX + "draft_seconds", "Time of draft steps.", labels=["model_name"]
+    )
+    beliefs = GaugeMetricFamily(
+        PREFIX + "controller",
+        "What the draft-length controller believes at present.",
+        labels=["model_name", "what"],
+    )
+    for model, own in _by_model(snapshots).items():
+        believed: dict[str, list[float]] = {}
+        for snapshot in own:
+            for what, value in snapshot.gauges.items():
+                believed.setdefault(what, []).append(value)
+        for what, values in believed.items():
+            beliefs.add_metric([model, what], mean(values))
+        counts = _total(snapshot.lengths for snapshot in own)
+        total = sum(k * n for k, n in counts.items())
+        lengths.add_metric([model], _buckets(counts), total)
+        for kind, value in _total(snapshot.steps for snapshot in own).items():
+            steps.add_metric([model, kind], value)
+        for reason, value in _total(snapshot.stops for snapshot in own).items():
+            stops.add_metric([model, reason], value)
+        for kind, value in _total(snapshot.undrafted for snapshot in own).items():
+            undrafted.add_metric([model, kind], value)
+        seconds.add_metric([model], sum(snapshot.draft_seconds for snapshot in own))
+    return [lengths, steps, stops, undrafted, seconds, beliefs]
+
+
+def _failures(counts: Iterable[Mapping[str, int]]) -> Any:
+    """Not by model: a disk that is full is full for all of them."""
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(
+        PREFIX + "failed_writes",
+        "Files that could not be written while serving.",
+        labels=["what"],
+    )
+    for what, value in _total(counts).items():
+        family.add_metric([what], value)
+    return family
+
+
+def _total(counts: Iterable[Mapping[Any, int]]) -> Counter[Any]:
+    total: Counter[Any] = Counter()
+    for one in counts:
+        total.update(one)
+    return total
+
+
+def _buckets(counts: Counter[int]) -> list[tuple[str, int]]:
+    """Cumulative, as Prometheus has them."""
+    buckets, total = [], 0
+    for k in range(max(counts, default=0) + 1):
+        total += counts[k]
+        buckets.append((str(float(k)), total))
+    return [*buckets, ("+Inf", total)]
+
+
+def _by_model(snapshots: Sequence[Snapshot]) -> dict[str, list[Snapshot]]:
+    found: dict[str, list[Snapshot]] = {}
+    for snapshot in snapshots:
+        found.setdefault(snapshot.model_name, []).append(snapshot)
+    return found

@@ -1,0 +1,347 @@
+"""`SelfSpecProposer`: drafts for vLLM's V1 model runner.
+
+One rule: it adapts. It turns the runner's batch into rows, runs the draft steps, and
+hands tokens and probabilities back; which sublayers run is the draft view's matter.
+
+What a draft step writes needs no clean-up: it goes to slots at or after the newest
+sampled token, where the target has no KV yet, and the next verification starts at that
+very token and writes the K and V of all layers there before any attention reads them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_selfspec.draft import kv_heads
+from vllm_selfspec.draft.batch import DraftBatch, KVGroup
+from vllm_selfspec.draft.compile import compile_view
+from vllm_selfspec.draft.dp_ranks import DPRanks
+from vllm_selfspec.draft.exit_layer import ServedExitLayer
+from vllm_selfspec.draft.row_stops import RowStops
+from vllm_selfspec.draft.sampler import DraftSampler
+from vllm_selfspec.draft.seeded import for_rows, rewound
+from vllm_selfspec.draft.view import DraftView
+from vllm_selfspec.engine import seams
+from vllm_selfspec.engine.vllm_args import plan_of
+from vllm_selfspec.plan.families import family_of
+from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.tuning.online.tuner import OnlineTuner
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What a propose hands back to the V1 runner.
+
+    Attributes:
+        token_ids: Drafted tokens of every running request; `[]` drafts nothing.
+        probs: Draft distributions `[num_rows, num_steps, vocab_size]` of the requests
+            `req_ids`, or None where the drafts are greedy.
+        req_ids: The requests that `probs` has a row for, or None.
+    """
+
+    token_ids: list[list[int]]
+    probs: torch.Tensor | None = None
+    req_ids: list[str] | None = None
+
+
+class SelfSpecProposer:
+    """vLLM's `custom_class` proposer that drafts with the target model itself."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        assert vllm_config.speculative_config is not None
+        seams.mark_in_use()
+        self._vllm_config = vllm_config
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self.sampler = DraftSampler(vllm_config)
+        self._ranks = DPRanks(vllm_config.parallel_config)
+        self._stops = RowStops.of(vllm_config)
+        self.tuner = OnlineTuner.of(vllm_config)
+        self._target: nn.Module
+        self._exit_layer: ServedExitLayer | None
+        self._view: DraftView
+
+    def load_model(self, target: nn.Module) -> None:
+        """Builds the draft view. vLLM calls it once the target is loaded."""
+        kv_heads.raise_if_misread(target, self._vllm_config)
+        plan = plan_of(self._vllm_config)
+        self._target = target
+        self._exit_layer = ServedExitLayer.of(plan, target, self._vllm_config)
+        self.use_skip_set(plan.skip_set)
+        if self.tuner is None:  # otherwise it is exchanged too often
+            compile_view(self._view, self._vllm_config)
+
+    def use_skip_set(self, skip_set: SkipSet) -> None:
+        """Drafts with another skip set from the next propose on.
+
+        Cheap, because it is not compiled; and safe between two steps: whatever drafts
+        left in the KV cache is overwritten before it is read.
+        """
+        self.skip_set, self._view = skip_set, self._view_of(skip_set)
+
+    def _view_of(self, skip_set: SkipSet) -> DraftView:
+        family = family_of(self._vllm_config.model_config.architecture)
+        return DraftView(self._target, skip_set, family, self._exit_layer)
+
+    @torch.inference_mode()
+    def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
+        """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
+        so many draft steps; as in vLLM's dummy runs, with nothing to attend to."""
+        hidden_states, _ = runner._dummy_run(num_rows)
+        runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
+        token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
+        for _ in range(num_drafts):
+            hidden_states = self._dummy_forward(token_ids)
+            token_ids = self._view.compute_logits(hidden_states).argmax(dim=-1).int()
+
+    def _dummy_forward(
+        self, token_ids: torch.Tensor, num_rows_across_dp: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states of a draft step that attends to nothing and writes nowhere."""
+        with set_forward_context(
+            None,
+            self._vllm_config,
+            num_tokens=len(token_ids),
+            num_tokens_across_dp=num_rows_across_dp,
+            skip_compiled=not self._view.is_compiled,
+        ):
+            return self._view(token_ids, token_ids.long())
+
+    @torch.inference_mode()
+    def run_along(self, runner: Any) -> None:
+        """What other data-parallel ranks need of one that has no requests."""
+        self._ranks.agree(0, 0)
+        self._run_along(runner, 0)
+
+    def _run_along(self, runner: Any, num_done: int) -> None:
+        """The draft steps that other data-parallel ranks have beyond `num_done`."""
+        num_rows = self._ranks.num_rows
+        token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
+        for _ in range(num_done, self._ranks.num_steps):
+            self._dummy_forward(token_ids, self._ranks.num_rows_across_dp)
+
+    def propose(self, *args: Any, **kwargs: Any) -> Any:
+        """Never called: `seams` calls `propose_for_runner`, which sees the runner."""
+        raise RuntimeError("selfspec's seams are not installed in this process")
+
+    @torch.inference_mode()
+    def propose_for_runner(
+        self,
+        runner: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Sequence[Sequence[int]],
+        sampling_metadata: SamplingMetadata,
+    ) -> Drafts:
+        """Drafts for every request that can use it.
+
+        A request in partial prefill, at `max_model_len` or without a sampled token
+        drafts nothing.
+
+        Args:
+            runner: vLLM's V1 `GPUModelRunner`, after bookkeeping.
+            scheduler_output: Of this step; it says how far to draft.
+            sampled_token_ids: The tokens this step emitted, by request.
+            sampling_metadata: Of the running batch.
+        """
+        num_drafts = self._num_drafts(
+            runner.input_batch,
+            sampled_token_ids,
+            scheduler_output.num_spec_tokens_to_schedule,
+        )
+        req_ids = runner.input_batch.req_ids
+        if self._stops is not None or self.tuner is not None:
+            self._learn(runner, scheduler_output, sampled_token_ids)
+        rows = np.flatnonzero(num_drafts)
+        self._ranks.agree(int(num_drafts.max(initial=0)), len(rows))
+        if not len(rows):
+            self._run_along(runner, 0)
+            return Drafts([[] for _ in sampled_token_ids])
+        _set_loras(runner, rows)
+        batch = self._draft_batch(runner, rows, num_drafts[rows])
+        sampling = for_rows(sampling_metadata, rows)
+        if self._stops is not None:
+            self._stops.begin([req_ids[row] for row in rows], num_drafts[rows])
+        with rewound(sampling.generators.values()):
+            token_ids, probs = self._draft(batch, sampling, runner.sampler)
+        self._run_along(runner, token_ids.shape[1])
+        if self._stops is not None:
+            num_drafts[rows] = self._stops.lengths
+        return _to_drafts(token_ids, probs, rows, num_drafts, req_ids)
+
+    def _learn(
+        self,
+        runner: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Sequence[Sequence[int]],
+    ) -> None:
+        """Tells those who go by it what became of the last drafts."""
+        req_ids = runner.input_batch.req_ids
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        num_drafted = np.array([len(drafted.get(req_id, ())) for req_id in req_ids])
+        num_emitted = np.array([*map(len, sampled_token_ids)])
+        if self._stops is not None:
+            self._stops.observe(req_ids, num_drafted, num_emitted)
+        if self.tuner is not None:
+            # Without a token emitted it is a prompt that is still read.
+            is_first_accepted = num_emitted[(num_drafted > 0) & (num_emitted > 0)] > 1
+            self._tune(self.tuner, runner, scheduler_output, is_first_accepted.tolist())
+
+    def _num_drafts(
+        self, input_batch: Any, sampled_token_ids: Sequence[Sequence[int]], k: int
+    ) -> np.ndarray:
+        """How many tokens each running request may draft, `[num_reqs]`."""
+        num_reqs = len(sampled_token_ids)
+        has_sampled = np.fromiter(map(bool, sampled_token_ids), bool, num_reqs)
+        # A drafted token must itself still fit into the context.
+        room = self._max_model_len - input_batch.num_tokens_no_spec[:num_reqs]
+        return np.where(has_sampled, np.clip(room, 0, k), 0).astype(np.int64)
+
+    def _draft_batch(
+        self, runner: Any, rows: np.ndarray, num_drafts: np.ndarray
+    ) -> DraftBatch:
+        input_batch = runner.input_batch
+        newest = input_batch.num_tokens_no_spec[rows].astype(np.int64) - 1
+        return DraftBatch(
+            rows=rows,
+            token_ids=input_batch.token_ids_cpu[rows, newest],
+            first_positions=newest,
+            num_drafts=num_drafts,
+            kv_groups=self._kv_groups(runner, self._view),
+            device=runner.device,
+        )
+
+    def _tune(
+        self,
+        tuner: OnlineTuner,
+        runner: Any,
+        scheduler_output: Any,
+        is_first_accepted: Sequence[bool],
+    ) -> None:
+        """Tries another skip set, if it is time, and drafts with it if it is better."""
+        found = tuner.after_step(
+            runner.input_batch,
+            scheduler_output.total_num_scheduled_tokens,
+            scheduler_output.num_spec_tokens_to_schedule,
+            is_first_accepted,
+            partial(self._next_tokens, runner),
+        )
+        if found is not None:
+            self.use_skip_set(found)
+
+    def _next_tokens(
+        self, runner: Any, skip_set: SkipSet, rows: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """What a draft would say after tokens of verified contexts; writes nowhere."""
+        view = self._view if skip_set == self.skip_set else self._view_of(skip_set)
+        _set_loras(runner, rows)
+        batch = DraftBatch(
+            rows=rows,
+            token_ids=runner.input_batch.token_ids_cpu[rows, positions],
+            first_positions=positions,
+            num_drafts=np.ones_like(rows),
+            kv_groups=self._kv_groups(runner, view),
+            device=runner.device,
+            writes=False,
+        )
+        hidden_states = self._forward(view, batch, 0, batch.token_ids)
+        found: np.ndarray = view.compute_logits(hidden_states).argmax(-1).cpu().numpy()
+        return found
+
+    def _kv_groups(self, runner: Any, view: DraftView) -> list[KVGroup]:
+        """The target's KV cache groups that hold a layer the view runs."""
+        groups = []
+        for gid, attn_groups in enumerate(runner.attn_groups):
+            kept = [
+                group
+                for group in attn_groups
+                if view.attn_layer_names.intersection(group.layer_names)
+            ]
+            if kept:
+                table = runner.input_batch.block_table[gid]
+                groups.append(
+                    KVGroup(
+                        kept,
+                        table.get_device_tensor(table.max_num_reqs),
+                        table.block_size,
+                    )
+                )
+        return groups
+
+    def _draft(
+        self, batch: DraftBatch, sampling: SamplingMetadata, target_sampler: Sampler
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens `[num_rows, num_steps]`, probabilities of the same or None."""
+        token_ids, steps, steps_probs = batch.token_ids, [], []
+        for step in range(batch.num_steps):
+            hidden_states = self._forward(self._view, batch, step, token_ids)
+            logits = self._view.compute_logits(hidden_states)
+            token_ids, probs = self.sampler.sample(logits, sampling, target_sampler)
+            steps.append(token_ids)
+            steps_probs.append(probs)
+            if self._stops is not None:
+                confidence = _confidence(logits, probs, token_ids)
+                if not self._stops.after(step, confidence):
+                    break
+        drafted = torch.stack(steps, dim=1)
+        if not self.sampler.draws(sampling):
+            return drafted, None
+        return drafted, torch.stack([p for p in steps_probs if p is not None], dim=1)
+
+    def _forward(
+        self, view: DraftView, batch: DraftBatch, step: int, token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states of one step, `[num_rows, hidden_size]`."""
+        attn_metadata, slot_mapping = batch.attention_inputs(step)
+        with set_forward_context(
+            attn_metadata,
+            self._vllm_config,
+            num_tokens=batch.num_rows,
+            num_tokens_across_dp=self._ranks.num_rows_across_dp,
+            slot_mapping=slot_mapping,
+            skip_compiled=not view.is_compiled,
+        ):
+            return view(token_ids, batch.positions[step])
+
+
+def _set_loras(runner: Any, rows: np.ndarray) -> None:
+    """Tells vLLM's LoRA layers which adapter each token of a step is for: one token a
+    row. Before its next forward the target tells them again."""
+    if runner.lora_config is None:
+        return
+    input_batch = runner.input_batch
+    of_tokens = tuple(input_batch.request_lora_mapping[rows].tolist())
+    active = {*input_batch.lora_id_to_lora_request.values()}
+    runner._set_active_loras(of_tokens, of_tokens, active)
+
+
+def _confidence(
+    logits: torch.Tensor, probs: torch.Tensor | None, token_ids: torch.Tensor
+) -> np.ndarray:
+    """The draft's probability of the tokens it has just drawn, `[num_rows]`."""
+    if probs is None:
+        probs = logits.softmax(dim=-1, dtype=torch.float32)
+    chosen = probs.gather(1, token_ids.long()[:, None])[:, 0]
+    return chosen.double().cpu().numpy()
+
+
+def _to_drafts(
+    token_ids: torch.Tensor,
+    probs: torch.Tensor | None,
+    rows: np.ndarray,
+    num_drafts: np.ndarray,
+    req_ids: Sequence[str],
+) -> Drafts:
+    """Spreads the drafted rows over all running requests."""
+    drafts: list[list[int]] = [[] for _ in num_drafts]
+    for row, tokens in zip(rows, token_ids.tolist(), strict=True):
+        drafts[row] = tokens[: num_drafts[row]]
+    row_req_ids = [req_ids[row] for row in rows]
+    return Drafts(drafts, probs, None if probs is None else row_req_ids)

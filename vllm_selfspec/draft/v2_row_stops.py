@@ -1,0 +1,149 @@
+"""`RowStoppingSpeculator`: drafts for the V2 model runner with rows that stop.
+
+One rule: what a stop saves, draft steps and rows to verify, is decided on the host, so
+the confidence of each step's tokens goes there, and a step is scheduled when all rows
+of the one before have stopped (`vllm_args` switches asynchronous scheduling off). A row
+that stopped keeps its place in the batch and runs along, for nothing, until the others
+have.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_selfspec.config import ConfigError
+from vllm_selfspec.draft.row_stops import RowStops
+from vllm_selfspec.draft.truncation import scaled
+from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
+from vllm_selfspec.draft_length.types import Ints
+from vllm_selfspec.engine import seams
+
+
+def make_speculator(
+    vllm_config: VllmConfig, device: torch.device
+) -> SelfSpecSpeculator:
+    """The speculator for the configured draft length.
+
+    Raises:
+        ConfigError: If what its CUDA graphs hold is to be exchanged while serving.
+    """
+    reason = seams.needs_v1_runner(vllm_config)
+    if reason is not None:
+        raise ConfigError(
+            f"{reason}, which the V2 runner's CUDA graphs of drafts hold, but "
+            "VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0, or serve without that"
+        )
+    seams.mark_in_use()
+    if seams.stops_rows(vllm_config):
+        return RowStoppingSpeculator(vllm_config, device)
+    return SelfSpecSpeculator(vllm_config, device)
+
+
+class RowStoppingSpeculator(SelfSpecSpeculator):
+    """`SelfSpecSpeculator` with one CUDA graph for each draft step, and a stop rule
+    between them."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        stops = RowStops.of(vllm_config)
+        assert stops is not None
+        self._stops = stops
+        self._drafting: Ints = np.zeros(0, np.int64)  # rows that sampled
+        self._row_lengths: Ints = self._drafting
+        # The draft's probability of the tokens that it has just drawn.
+        self._confidence = self.temperature.new_zeros(self.max_num_reqs)
+
+    def _configure_decode_metadata_update(self) -> None:
+        super()._configure_decode_metadata_update()
+        # One graph of all steps could not be left half way.
+        self.supports_decode_metadata_update = False
+
+    def _begin(
+        self, input_batch: InputBatch, num_sampled: torch.Tensor, num_drafts: int
+    ) -> int:
+        """Tells the stop rule what was verified; rows without a sampled token draft
+        nothing."""
+        verified = input_batch.num_draft_tokens_per_req
+        sampled = num_sampled.cpu().numpy().astype(np.int64)  # waits for the device
+        self._stops.observe(
+            input_batch.req_ids,
+            np.zeros_like(sampled) if verified is None else verified.astype(np.int64),
+            sampled,
+        )
+        self._drafting = np.flatnonzero(sampled)
+        req_ids = [input_batch.req_ids[row] for row in self._drafting]
+        self._stops.begin(req_ids, np.full(len(req_ids), num_drafts))
+        self._row_lengths = np.zeros(len(sampled), np.int64)
+        return num_drafts if req_ids else 0
+
+    def cut(self, drafts: DraftTokenIds) -> DraftTokenIds:
+        """`drafts` of the last propose, each no longer than its row drafted."""
+        rows = zip(drafts.draft_token_ids, self._row_lengths, strict=True)
+        return DraftTokenIds(drafts.req_ids, [row[:length] for row, length in rows])
+
+    def _run_steps(self, dummy_run: bool) -> Callable[..., None]:
+        return super()._run_steps(dummy_run) if dummy_run else self._until_stopped
+
+    def _until_stopped(
+        self,
+        num_reqs: int,
+        skip_attn: bool,
+        batch_desc: BatchExecutionDescriptor,
+        num_tokens_across_dp: torch.Tensor | None,
+        seq_lens_cpu_upper_bound: torch.Tensor,
+        num_speculative_steps: int,
+    ) -> None:
+        """vLLM's `_multi_step_decode`, left as soon as no row draws another token,
+        unless other data-parallel ranks wait for all steps."""
+        for step in range(1, num_speculative_steps):
+            slot_mappings = self.block_tables.compute_slot_mappings(
+                self.idx_mapping[:num_reqs],
+                self.input_buffers.query_start_loc[: num_reqs + 1],
+                self.input_buffers.positions[:num_reqs],
+                batch_desc.num_tokens,
+            )
+            attn_metadata = self._build_uniform_attn_metadata(
+                num_reqs=num_reqs,
+                batch_desc=batch_desc,
+                num_query_per_req=1,
+                seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
+                step=step,
+            )
+            self.current_draft_step.fill_(step)
+            if batch_desc.cg_mode == CUDAGraphMode.FULL:
+                assert self.decode_cudagraph_manager is not None
+                self.decode_cudagraph_manager.run_fullgraph(batch_desc)
+            else:
+                self._generate_draft(
+                    num_reqs,
+                    batch_desc.num_tokens,
+                    attn_metadata,
+                    build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config),
+                    num_tokens_across_dp,
+                    batch_desc.cg_mode,
+                    num_speculative_steps,
+                )
+            confidence = self._confidence[:num_reqs].double().cpu().numpy()
+            goes_on = self._stops.after(step - 1, confidence[self._drafting])
+            if not goes_on and self._ranks.is_alone:
+                break
+        self._row_lengths[self._drafting] = self._stops.lengths
+
+    def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in `SelfSpecSpeculator`; notes the confidence, in a CUDA graph, too."""
+        sampled = super().sample_draft(*args, **kwargs)
+        num_reqs = len(sampled)
+        logits = self._logits.float()
+        if self.draft_logits is not None:
+            logits = scaled(logits, self.temperature[self.idx_mapping[:num_reqs]])
+        chosen = logits.gather(1, sampled.long()[:, None])[:, 0]
+        self._confidence[:num_reqs] = (chosen - logits.logsumexp(dim=-1)).exp()
+        return sampled

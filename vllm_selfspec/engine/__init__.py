@@ -1,0 +1,1 @@
+"""Every contact with vLLM's engine: what is rebound, configured and measured."""

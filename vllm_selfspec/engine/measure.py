@@ -1,0 +1,127 @@
+"""`measure_costs`: times a worker's forwards at start-up, for the draft lengths.
+
+One rule: what is timed is what will run, on the live engine: the target's forward and
+LM head, without and with draft steps after it, at growing numbers of rows. There is no
+context to attend to yet; what that adds is learnt while serving.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_selfspec.plan.skip_set import SkipSet
+
+# Rows to measure; beyond, costs go on as between the last two. Costs rise in steps, as
+# kernels change with the number of rows, and a draft is right at the edge of one: so
+# there is a number between those that double. All workers of an engine must run the
+# same forwards, so this does not depend on what was measured.
+NUM_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MAX_ROWS_GPU, MAX_ROWS_CPU = 256, 64
+# One time says enough where it is long.
+REPEATS, MAX_ROWS_REPEATED = 3, 16
+NUM_DRAFTS = 2
+# Of plans, that few sublayers' cost stands out from the noise of the target's forward.
+NUM_DRAFTS_PLAN = 6
+MIN_SHARE = 0.01
+
+
+def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
+    """Seconds of a verification and of a draft step.
+
+    Args:
+        worker: vLLM's, after its KV cache was made.
+
+    Returns:
+        Numbers of rows, ascending, at least two, and the seconds of both at each.
+    """
+    runner = worker.model_runner
+    drafter = getattr(runner, "speculator", None) or runner.drafter
+    config = runner.vllm_config
+    most = min(
+        config.scheduler_config.max_num_batched_tokens,
+        config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens),
+    )
+    most = min(most, MAX_ROWS_GPU if torch.cuda.is_available() else MAX_ROWS_CPU)
+    num_rows = [n for n in NUM_ROWS if n <= max(2, most)]
+    verify, draft = [], []
+    for n in num_rows:
+        repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
+        step = partial(drafter.dummy_step, runner, n)
+        alone, drafting = seconds_of(
+            [partial(step, 0), partial(step, NUM_DRAFTS)], repeats
+        )
+        verify.append(alone)
+        # Noise must not make a draft step cost nothing.
+        draft.append(max((drafting - alone) / NUM_DRAFTS, MIN_SHARE * alone))
+    return num_rows, verify, draft
+
+
+def measure_sublayers(
+    worker: Any, num_rows: int = 1, repeats: int = REPEATS
+) -> tuple[float, float, float]:
+    """What the LM head, an attention and an MLP sublayer in a draft step take, over a
+    plain step of as many rows: the least-squares fit to the times of some plans, which
+    single ones are too short for.
+
+    Args:
+        worker: vLLM's, of a V1 runner, after its KV cache was made.
+        num_rows: Rows of the draft step.
+        repeats: Of each timing.
+    """
+    runner = worker.model_runner
+    drafter, before = runner.drafter, runner.drafter.skip_set
+    n = before.num_layers
+    plans = [
+        SkipSet.of(n),
+        SkipSet.of(n, attention=range(n)),
+        SkipSet.of(n, mlp=range(n)),
+        SkipSet.early_exit(n, 1),
+        SkipSet.early_exit(n, max(1, n // 4)),
+        SkipSet.early_exit(n, max(1, n // 2)),
+    ]
+    step = partial(drafter.dummy_step, runner, num_rows)
+
+    def drafting(plan: SkipSet) -> None:
+        drafter.use_skip_set(plan)
+        step(NUM_DRAFTS_PLAN)
+
+    alone, *whole = seconds_of(
+        [partial(step, 0), *(partial(drafting, plan) for plan in plans)], repeats
+    )
+    drafter.use_skip_set(before)
+    times = (np.array(whole) / alone - 1) / NUM_DRAFTS_PLAN
+    kept = [[1, n - len(plan.attention), n - len(plan.mlp)] for plan in plans]
+    found, *_ = np.linalg.lstsq(np.array(kept, float), times, rcond=None)
+    # Noise must not make a part cost nothing.
+    head, attention, mlp = np.maximum(found, MIN_SHARE / n)
+    return float(head), float(attention), float(mlp)
+
+
+def seconds_of(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Medians of `repeats` times of each, after one that is not counted.
+
+    They take turns: a machine that is slow for a while is so for all of them, and only
+    their ratios matter.
+    """
+    for run in runs:
+        run()  # kernels and caches of its size
+    times = [[_seconds_of(run) for run in runs] for _ in range(repeats)]
+    return [median(of_run) for of_run in zip(*times, strict=True)]
+
+
+def _seconds_of(run: Callable[[], Any]) -> float:
+    _wait()
+    started = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

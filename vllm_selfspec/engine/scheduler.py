@@ -1,0 +1,377 @@
+"""Says, step by step, how many draft tokens each request gets.
+
+One rule: vLLM's schedulers stay as they are. A subclass of whichever one vLLM chose
+names the number of draft steps before a step is run, cuts each request's drafts to its
+own length before they are verified, and tells the controller what came of it.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_selfspec.draft.stats import DraftStats
+from vllm_selfspec.draft_length.costs import StepCosts, cleaned
+from vllm_selfspec.draft_length.goodput import NO_PROMPTS, Goodput, Prompts
+from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
+from vllm_selfspec.draft_length.slots import Slots
+from vllm_selfspec.engine import seams
+from vllm_selfspec.engine.measure import measure_costs, measure_sublayers
+from vllm_selfspec.engine.plain_steps import PlainSteps
+from vllm_selfspec.engine.vllm_args import plan_of
+from vllm_selfspec.tuning.online import tuner as online
+
+logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
+
+# How fast what is known of prompts that come unforeseen follows the last steps.
+ARRIVAL_RATE = 0.05
+
+
+def prepare(vllm_config: Any, executor: Any) -> None:
+    """Names the scheduler, and measures what forwards cost for what decides by it: the
+    scheduler, and workers that look for a better skip set.
+
+    Args:
+        vllm_config: Of the engine; its scheduler is not made yet.
+        executor: vLLM's, with workers that are ready to run.
+    """
+    costs = None
+    if seams.tunes_online(vllm_config):
+        costs = measured(executor)
+        plan = plan_of(vllm_config).skip_set
+        sublayers = executor.collective_rpc(measure_sublayers)
+        told = online.costs_of(copy.deepcopy(costs), plan, sublayers)
+        executor.collective_rpc(online.start, args=(told,))
+    # vLLM warns of schedulers that it does not know. These are its own, and every
+    # release that is supported was tried with them.
+    logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
+    if seams.plans_draft_lengths(vllm_config):
+        _choose(vllm_config, executor, costs)
+    _add_plain_steps(vllm_config.scheduler_config)
+
+
+def _add_plain_steps(config: Any) -> None:
+    """Puts `PlainSteps` before the scheduler that was chosen, a user's own included.
+
+    One that is not made from vLLM's is left alone.
+    """
+    found = config.get_scheduler_cls()
+    if issubclass(found, Scheduler) and not issubclass(found, PlainSteps):
+        named = {"__module__": __name__}
+        config.scheduler_cls = type(found.__name__, (PlainSteps, found), named)
+
+
+def _choose(vllm_config: Any, executor: Any, costs: StepCosts | None) -> None:
+    """Names the planning scheduler in place of the one that vLLM would take.
+
+    A scheduler class of the user's own is left alone; drafts then have full length.
+    """
+    config = vllm_config.scheduler_config
+    planning = {Scheduler: PlanningScheduler, AsyncScheduler: PlanningAsyncScheduler}
+    found = config.get_scheduler_cls()
+    if found in planning:
+        named = {"costs": costs or measured(executor), "__module__": __name__}
+        config.scheduler_cls = type("PlanningScheduler", (planning[found],), named)
+    elif not has_schedule_of_users(vllm_config):
+        vllm_config.speculative_config.num_speculative_tokens_per_batch_size = None
+
+
+def has_schedule_of_users(vllm_config: Any) -> bool:
+    """Whether the user bounds the lengths by batch size; otherwise the schedule is only
+    there for the graphs that vLLM captures by it."""
+    schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
+    if schedule is None:
+        return False
+    found = [tuple(entry) for entry in schedule]
+    return found != schedule_of_all(vllm_config.num_speculative_tokens)
+
+
+def _is_not_of_ours(record: logging.LogRecord) -> bool:
+    return PlanningScheduler.__module__ not in record.getMessage()
+
+
+def measured(executor: Any) -> StepCosts:
+    """What forwards cost, as the workers measure it."""
+    started = time.perf_counter()
+    # A step is done when its slowest worker is.
+    num_rows, *seconds = zip(*executor.collective_rpc(measure_costs), strict=True)
+    verify, draft = cleaned(num_rows[0], *(np.max(t, axis=0) for t in seconds))
+    logger.info(
+        "selfspec: a step of %s rows takes %s ms, a draft step %s (measured in %.1f s)",
+        list(num_rows[0]),
+        np.round(1000 * verify, 1).tolist(),
+        np.round(1000 * draft, 1).tolist(),
+        time.perf_counter() - started,
+    )
+    return StepCosts(num_rows[0], verify, draft)
+
+
+def uniform_lengths(vllm_config: Any) -> list[int]:
+    """The lengths a whole batch may have where CUDA graphs hold whole decode batches;
+    empty where there are none, and each request may have its own."""
+    if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return []
+    return captured_lengths(vllm_config.num_speculative_tokens)
+
+
+def foreseen(num_left: int, num_waiting: int, num_rows: int, most: int) -> int:
+    """Rows of prompts that the step after this one will have.
+
+    Args:
+        num_left: Of prompts that are under way.
+        num_waiting: Of the prompt that is next in line; 0 if there is none.
+        num_rows: Of this step.
+        most: That a step may have.
+    """
+    # What would have fitted into this step waits for something else, such as KV blocks.
+    if num_rows + num_waiting > most:
+        num_left += num_waiting
+    return min(num_left, most)
+
+
+class Arrivals:
+    """Foretells the rows of prompts in the next step.
+
+    What waits is known. For the rest it goes by how often steps that decoded had
+    prompts in them that nobody knew of when their drafts were planned.
+    """
+
+    def __init__(self) -> None:
+        self._chance = self._num_rows = 0.0
+        self._foreseen = 0
+
+    def next(self, decodes: bool, num_rows: int, num_foreseen: int) -> Prompts:
+        """After a step.
+
+        Args:
+            decodes: Whether it has more than prompts in it.
+            num_rows: Rows of prompts in it.
+            num_foreseen: Rows that the next step will have.
+        """
+        if decodes and not self._foreseen:
+            self._chance += ARRIVAL_RATE * ((num_rows > 0) - self._chance)
+            if num_rows:  # the first one is all that is known
+                rate = ARRIVAL_RATE if self._num_rows else 1.0
+                self._num_rows += rate * (num_rows - self._num_rows)
+        self._foreseen = num_foreseen
+        if num_foreseen:
+            return Prompts(num_foreseen, 1.0)
+        return Prompts(round(self._num_rows), self._chance)
+
+
+class DraftPlanner:
+    """`Goodput` in the terms of vLLM's scheduler.
+
+    Attributes:
+        goodput: What decides.
+        lengths: Draft tokens that a request may have verified in its next step, by
+            request id, of those that draft at all.
+        stats: What was planned, and what came of it.
+    """
+
+    def __init__(self, goodput: Goodput, max_num_reqs: int, stats: DraftStats) -> None:
+        self.goodput, self.stats = goodput, stats
+        self._slots = Slots(max_num_reqs)
+        self.lengths: dict[str, int] = {}
+
+    def plan(
+        self,
+        room_of: dict[str, int],
+        running: Iterable[str],
+        prompts: Prompts = NO_PROMPTS,
+    ) -> int:
+        """The number of draft steps after this step; fills `lengths`.
+
+        Args:
+            room_of: The most that each request which samples in this step may draft.
+            running: All requests that run.
+            prompts: What the next step may have beside them.
+        """
+        self._slots.keep(running)
+        for req_id in room_of:
+            if req_id not in self._slots:
+                self.goodput.acceptance.admit(self._slots.add(req_id))
+        plan = self.goodput.plan(
+            self._slots.of([*room_of]),
+            np.array([*room_of.values()], np.int64),
+            prompts,
+        )
+        self.lengths = dict(zip(room_of, plan.lengths.tolist(), strict=True))
+        if room_of:
+            drafting = "trial" if plan.is_trial else "drafting"
+            self.stats.steps[drafting if plan.num_steps else "plain"] += 1
+            seconds = float(self.goodput.costs.draft(len(room_of)))
+            self.stats.draft_seconds += plan.num_steps * seconds
+        return plan.num_steps
+
+    def observe(self, drafted: dict[str, int], accepted: dict[str, int]) -> None:
+        """Learns from a verification; by request."""
+        self.stats.lengths.update(drafted.values())
+        known = [req_id for req_id in drafted if req_id in self._slots]
+        self.goodput.acceptance.observe(
+            self._slots.of(known),
+            np.array([drafted[req_id] for req_id in known], np.int64),
+            np.array([accepted[req_id] for req_id in known], np.int64),
+        )
+
+    def observe_step(
+        self, num_verified: int, num_drafting: int, num_steps: int, seconds: float
+    ) -> None:
+        """Learns from what a step without prefill took."""
+        self.goodput.costs.observe(num_verified, num_drafting, num_steps, seconds)
+
+    def publish(self) -> None:
+        """Shows the statistics, if it is time."""
+        self.stats.publish("scheduler", self.goodput.beliefs)
+
+
+class _Planning:
+    """What both schedulers get; to be mixed into one of vLLM's."""
+
+    costs: StepCosts
+    vllm_config: Any
+    log_stats: bool
+    requests: dict[str, Request]
+    running: list[Request]
+    dynamic_sd_lookup: list[int] | None
+    num_spec_tokens: int
+    max_num_running_reqs: int
+    max_model_len: int
+    max_num_scheduled_tokens: int
+    waiting: RequestQueue
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not has_schedule_of_users(self.vllm_config):
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (
+                self.max_num_running_reqs + 1
+            )
+        goodput = Goodput(
+            self.max_num_running_reqs,
+            self.num_spec_tokens,
+            self.costs,
+            uniform_lengths(self.vllm_config),
+        )
+        stats = DraftStats(self.vllm_config)
+        self.planner = DraftPlanner(goodput, self.max_num_running_reqs, stats)
+        self._arrivals = Arrivals()
+        self._updated: float | None = None  # when the last step ended, if busy since
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        most = scheduler_output.num_spec_tokens_to_schedule
+        room_of = {
+            req_id: min(most, self._room(self.requests[req_id]))
+            for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items()
+            if _samples(self.requests[req_id], num_tokens)
+        }
+        running = [request.request_id for request in self.running]
+        prompts = self._prompts(scheduler_output.num_scheduled_tokens)
+        num_steps = self.planner.plan(room_of, running, prompts)
+        scheduler_output.num_spec_tokens_to_schedule = min(most, num_steps)
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _prompts(self, num_scheduled: Mapping[str, int]) -> Prompts:
+        """Rows of prompts that the step after this one may have."""
+        num_rows = num_left = num_waiting = 0
+        for request in self.running:
+            rest = request.num_prompt_tokens - request.num_computed_tokens
+            if rest > 0:
+                num_tokens = num_scheduled.get(request.request_id, 0)
+                num_rows += num_tokens
+                num_left += max(0, rest - num_tokens)
+        if self.waiting and len(self.running) < self.max_num_running_reqs:
+            num_waiting = self.waiting.peek_request().num_tokens
+        total = sum(num_scheduled.values())
+        num_foreseen = foreseen(
+            num_left, num_waiting, total, self.max_num_scheduled_tokens
+        )
+        decodes = total > num_rows
+        return self._arrivals.next(decodes, num_rows, num_foreseen)
+
+    def _room(self, request: Request) -> int:
+        """The most it can use: this step brings one token at least, and the next one
+        a token more than it verifies."""
+        context: int = self.max_model_len - request.num_tokens - 1
+        if self.planner.goodput.is_uniform:
+            # One shorter row would cost the whole batch its graph.
+            return max(0, context)
+        output: int = request.max_tokens - request.num_output_tokens - 2
+        return max(0, min(context, output))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
+        """vLLM's; what came of the drafts is told to the planner first."""
+        self._observe(scheduler_output, model_runner_output)
+        found = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+        self._updated = time.perf_counter() if self.requests else None
+        if self.log_stats:
+            self.planner.publish()
+        return found
+
+    def _observe(self, output: SchedulerOutput, result: Any) -> None:
+        drafted, accepted = {}, {}
+        for req_id, row in result.req_id_to_index.items():
+            num_tokens = output.num_scheduled_tokens.get(req_id, 0)
+            drafts = output.scheduled_spec_decode_tokens.get(req_id, ())
+            sampled = result.sampled_token_ids[row] if result.sampled_token_ids else ()
+            if num_tokens == 1 + len(drafts) and len(sampled):
+                drafted[req_id] = len(drafts)
+                accepted[req_id] = len(sampled) - 1
+        self.planner.observe(drafted, accepted)
+        is_decode = len(drafted) == len(output.num_scheduled_tokens) > 0
+        # Data-parallel ranks in lockstep wait for each other: a step's time is that of
+        # the slowest, with as many draft steps as any of them planned.
+        is_own = self.vllm_config.parallel_config.data_parallel_size == 1
+        if is_decode and is_own and self._updated is not None:
+            self.planner.observe_step(
+                output.total_num_scheduled_tokens,
+                len(drafted),
+                output.num_spec_tokens_to_schedule,
+                time.perf_counter() - self._updated,
+            )
+
+
+def _samples(request: Request, num_tokens: int) -> bool:
+    """Whether a step with `num_tokens` of it reaches its newest token."""
+    computed: int = request.num_computed_tokens + num_tokens
+    return computed >= int(request.num_tokens)
+
+
+class PlanningScheduler(_Planning, Scheduler):
+    """vLLM's scheduler, planning; drafts come to it as tokens."""
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """vLLM's, with each request's drafts cut to its length."""
+        lengths = self.planner.lengths
+        draft_token_ids.draft_token_ids = [
+            tokens[: lengths.get(req_id, 0)]
+            for req_id, tokens in zip(
+                draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+            )
+        ]
+        super().update_draft_token_ids(draft_token_ids)
+
+
+class PlanningAsyncScheduler(_Planning, AsyncScheduler):
+    """vLLM's scheduler that runs ahead of the worker, planning; drafts stay there, and
+    are known here by their number alone."""
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[req_id]
+            if request.spec_token_ids:
+                length = self.planner.lengths.get(req_id, 0)
+                request.spec_token_ids = request.spec_token_ids[:length]

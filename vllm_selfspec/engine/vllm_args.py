@@ -1,0 +1,237 @@
+"""From the user's words to vLLM's own configuration, and back in the workers.
+
+One rule: vLLM sees only what it knows. That is the method `custom_class` with our
+proposer, or the registered method `selfspec`; our draft plan lies under
+`additional_config["selfspec"]`, which travels to the worker processes and is part of
+vLLM's compile-cache key.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm_selfspec.config import (
+    METHOD,
+    ConfigError,
+    DraftPlan,
+    Online,
+    SelfSpecConfig,
+    resolve_plan,
+)
+from vllm_selfspec.draft import stats as draft_stats
+from vllm_selfspec.draft_length.options import (
+    POLICIES,
+    STOPPING,
+    Goodput,
+    schedule_of_all,
+)
+from vllm_selfspec.plan.families import raise_if_no_exit_layer, raise_if_unsupported
+from vllm_selfspec.plan.profile import Keys
+from vllm_selfspec.plan.target_model import TargetModel
+
+logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
+
+PROPOSER_PATH = "vllm_selfspec.draft.v1_proposer.SelfSpecProposer"
+
+
+def accept_bare_word(parser: Any) -> Any:
+    """Lets `--speculative-config selfspec` and `--spec-method selfspec` be parsed."""
+    for action in parser._actions:
+        if "--speculative-config" in action.option_strings:
+            action.type = _bare_word_or(action.type)
+        elif "--spec-method" in action.option_strings and action.choices is not None:
+            action.choices = [*action.choices, METHOD]
+    return parser
+
+
+def _bare_word_or(parse: Any) -> Any:
+    def parse_speculative_config(text: str) -> Any:
+        if text == METHOD or text == json.dumps(METHOD):
+            return {"method": METHOD}
+        return parse(text)
+
+    return parse_speculative_config
+
+
+def asks_for_selfspec(engine_args: Any) -> bool:
+    """Whether these `EngineArgs` name our method."""
+    keys = engine_args.speculative_config
+    method = keys.get("method") if isinstance(keys, dict) else keys
+    return METHOD in (engine_args.spec_method, method)
+
+
+def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
+    """Rewrites `EngineArgs` in vLLM's terms, in place.
+
+    Args:
+        engine_args: vLLM's `EngineArgs` that asks for selfspec.
+        model_config: The target's `ModelConfig`.
+        parallel_config: The target's `ParallelConfig`.
+
+    Raises:
+        ConfigError, SkipSetError, ProfileError, ExitHeadError: What the user wrote is
+            not allowed.
+        UnsupportedModelError: The model or the deployment cannot be drafted for.
+    """
+    keys = _user_keys(engine_args)
+    resolved = _resolve(keys, engine_args, model_config, parallel_config)
+    engine_args.spec_method = engine_args.spec_tokens = None
+    engine_args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER_PATH,
+        **resolved,
+    }
+
+
+def configure(
+    engine_args: Any, model_config: Any, parallel_config: Any
+) -> dict[str, Any]:
+    """What a vLLM with a registry (`patches/`) calls; there `translate` is not used.
+
+    Returns the keys of vLLM's `SpeculativeConfig`; arguments and errors as there.
+    """
+    keys = engine_args.speculative_config
+    resolved = _resolve(keys, engine_args, model_config, parallel_config)
+    return {"method": METHOD, **resolved}
+
+
+def _resolve(
+    keys: dict[str, Any], engine_args: Any, model_config: Any, parallel_config: Any
+) -> dict[str, Any]:
+    """Checks the user's keys, leaves the draft plan in `additional_config`, and returns
+    what `SpeculativeConfig` knows."""
+    config = SelfSpecConfig.parse(keys)
+    raise_if_unsupported(model_config, parallel_config)
+    plan = resolve_plan(config, target_of(model_config))
+    if plan.exit_head is not None:
+        raise_if_no_exit_layer(
+            model_config,
+            has_loras=bool(engine_args.enable_lora),
+            has_connector=engine_args.kv_transfer_config is not None,
+        )
+    if config.is_online:
+        _raise_if_not_tunable(parallel_config)
+    if isinstance(config.draft_length, STOPPING):
+        _schedule_after_drafting(engine_args, config.draft_length)
+    draft_stats.share_directory()
+    logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        METHOD: {
+            **plan.to_dict(),
+            "draft_length": config.draft_length.model_dump(),
+            "online": _online(config),
+        },
+    }
+    num_drafts = _num_drafts(config, plan)
+    return {
+        "num_speculative_tokens": num_drafts,
+        "draft_sample_method": config.draft_sample_method,
+        "num_speculative_tokens_per_batch_size": _schedule(config, num_drafts),
+    }
+
+
+def _raise_if_not_tunable(parallel_config: Any) -> None:
+    if parallel_config.data_parallel_size > 1:
+        raise ConfigError(
+            "skip_layers 'online' tries skip sets at steps that every engine chooses "
+            "for itself, where data-parallel ones run in lockstep, but "
+            f"data_parallel_size is {parallel_config.data_parallel_size}: make it 1, "
+            "or use a profile of `vllm-selfspec tune`"
+        )
+
+
+def _online(config: SelfSpecConfig) -> dict[str, Any] | None:
+    if not config.is_online:
+        return None
+    found = config.online.model_dump()
+    if found["profile"] is not None:  # workers may run elsewhere
+        found["profile"] = str(Path(found["profile"]).absolute())
+    return found
+
+
+def target_of(model_config: Any) -> TargetModel:
+    """As much of it as plans are told apart by."""
+    return TargetModel.of(
+        model_config.get_total_num_hidden_layers(),
+        str(model_config.model),
+        {
+            **model_config.hf_text_config.to_dict(),
+            "architectures": model_config.hf_config.architectures,
+        },
+    )
+
+
+def _schedule_after_drafting(engine_args: Any, policy: Any) -> None:
+    """Switches asynchronous scheduling off: a step that is scheduled before the rows of
+    the last one stop would verify, and reserve, the full length for each."""
+    if engine_args.async_scheduling:
+        raise ConfigError(
+            f"draft_length {policy.policy!r} stops single requests while they draft, "
+            "so a step is scheduled after that, but async_scheduling is True: leave it "
+            "out, or use draft_length 'goodput' or 'fixed'"
+        )
+    engine_args.async_scheduling = False
+
+
+def _num_drafts(config: SelfSpecConfig, plan: DraftPlan) -> int:
+    """What the user says, or the length that the plan was found to be best at."""
+    said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"}
+    if said & config.model_fields_set:
+        return config.num_speculative_tokens
+    return plan.num_speculative_tokens or config.num_speculative_tokens
+
+
+def _schedule(
+    config: SelfSpecConfig, num_drafts: int
+) -> list[tuple[int, int, int]] | None:
+    """The user's, or one for vLLM to capture CUDA graphs of every length by."""
+    given = config.num_speculative_tokens_per_batch_size
+    if given is None and isinstance(config.draft_length, Goodput):
+        return schedule_of_all(num_drafts)
+    return given
+
+
+def _user_keys(engine_args: Any) -> dict[str, Any]:
+    """`speculative_config` with the flags that vLLM merges into it."""
+    config = engine_args.speculative_config or {}
+    if config == METHOD:  # the bare word, in Python
+        config = {"method": METHOD}
+    keys = {str(key).replace("-", "_"): value for key, value in config.items()}
+    if len(keys) < len(config):
+        raise ConfigError(
+            "a key of the speculative config may be written with - or with _, but not "
+            f"both: it has {', '.join(map(str, config))}: remove one"
+        )
+    flags = {
+        "--spec-method": ("method", engine_args.spec_method),
+        "--spec-model": ("model", engine_args.spec_model),
+        "--spec-tokens": ("num_speculative_tokens", engine_args.spec_tokens),
+    }
+    for flag, (key, value) in flags.items():
+        if value is None:
+            continue
+        if key in keys:  # vLLM's rule and words
+            raise ValueError(
+                f"{flag} and --speculative-config['{key}'] are mutually exclusive"
+            )
+        keys[key] = value
+    return keys
+
+
+def draft_length_of(vllm_config: Any) -> Keys:
+    """The policy that `translate` put into this `VllmConfig`."""
+    options = vllm_config.additional_config[METHOD]["draft_length"]
+    return POLICIES[options["policy"]].model_validate(options)
+
+
+def online_of(vllm_config: Any) -> Online | None:
+    """How to look for a better skip set while serving; None where that is not asked."""
+    options = vllm_config.additional_config[METHOD].get("online")
+    return None if options is None else Online.model_validate(options)
+
+
+def plan_of(vllm_config: Any) -> DraftPlan:
+    """The draft plan that `translate` put into this `VllmConfig`."""
+    return DraftPlan.from_dict(vllm_config.additional_config[METHOD])

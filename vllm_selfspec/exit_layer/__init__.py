@@ -1,5 +1,0 @@
-"""Exit heads: a trained decoder layer after the target's first layers, which drafts.
-
-One rule: the target stays as it is. What is trained is one layer, and an LM head of its
-own where that is asked for; `run.py` orders the parts, `card.py` says what is saved.
-"""

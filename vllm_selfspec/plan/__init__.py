@@ -1,0 +1,1 @@
+"""Draft plans as pure values: neither torch nor vLLM is imported here."""

@@ -1,0 +1,346 @@
+"""`ModelWeights`: what a decode step reads, and the speed-up that follows from it.
+
+One rule: only the headers of a checkpoint are read, never a weight; torch and vLLM are
+not needed.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_selfspec.plan.skip_set import SkipSet
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+# The limit of the safetensors library itself; a header is parsed whole.
+MAX_HEADER_BYTES = 100_000_000
+
+# In the layouts of the supported families: Llama's, GPT-NeoX', Falcon's and GPT-2's.
+LAYER = re.compile(
+    r"(?:.+\.)?(?:(?:model|gpt_neox)\.layers|h)\.(?P<index>\d+)\.(?P<part>[^.]+)\."
+)
+# A norm counts with the sublayer it feeds. (A layer of which one sublayer is skipped
+# still runs both norms; next to a matrix they are less than a thousandth.)
+SUBLAYER_OF = {
+    "input_layernorm": "attention",
+    "self_attn": "attention",
+    "post_attention_layernorm": "mlp",
+    "mlp": "mlp",
+    # Gemma
+    "pre_feedforward_layernorm": "mlp",
+    "post_feedforward_layernorm": "mlp",
+    # GLM-4
+    "post_self_attn_layernorm": "attention",
+    "post_mlp_layernorm": "mlp",
+    # Apertus
+    "attention_layernorm": "attention",
+    "feedforward_layernorm": "mlp",
+    # Mixtral
+    "block_sparse_moe": "mlp",
+    # Falcon
+    "self_attention": "attention",
+    "ln_attn": "attention",
+    "ln_mlp": "mlp",
+    # GPT-NeoX
+    "attention": "attention",
+    # GPT-2
+    "ln_1": "attention",
+    "attn": "attention",
+    "ln_2": "mlp",
+}
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
+HEADS = ("lm_head", "embed_out")
+LAST_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+OUTSIDE_LAYERS = re.compile(
+    rf"(?:.+\.)?(?P<part>{'|'.join([*EMBEDDINGS, *HEADS, *LAST_NORMS, 'wpe'])})\."
+)
+# Granite's are rows of two tensors.
+EXPERT = re.compile(r"\.experts?\.|\.block_sparse_moe\.(?:in|out)put_linear\.")
+# What turns images or audio into embeddings runs once a prompt.
+TOWER = re.compile(r"(?:vision_tower|audio_tower|multi_modal_projector)\.")
+# How many experts a model has, as families call it.
+NUM_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+NUM_CHOSEN = ("num_experts_per_tok", "moe_k")  # of them for a token
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found or read, or whose parts are not known."""
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Bytes that one decode step streams from memory, by part.
+
+    Of the embedding a step reads one row per request, so it counts only where it is
+    the LM head too. Of experts as many count as one token runs through. Quantised
+    weights count with their scales.
+
+    Attributes:
+        attention: Attention sublayer and the norm before it, by layer.
+        mlp: MLP sublayer and the norm before it, by layer.
+        head: Final norm and LM head.
+    """
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    head: int
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> "ModelWeights":
+        """Adds up the headers of the safetensors files in the directory `path`.
+
+        Raises:
+            CheckpointError: If there are none, or a tensor's part is not known.
+        """
+        sizes: Counter[tuple[str, int]] = Counter()
+        expert_share = _expert_share(path)
+        for name, num_bytes in tensor_bytes(weight_files(path)):
+            if TOWER.match(name):
+                continue
+            share = expert_share if EXPERT.search(name) else 1.0
+            sizes[_part_of(name)] += round(share * num_bytes)
+        indices = range(_num_layers(path, sizes))
+        # Tied embeddings: the head is the embedding.
+        head, tied, norm = (
+            sum(sizes[part, 0] for part in parts)
+            for parts in (HEADS, EMBEDDINGS, LAST_NORMS)
+        )
+        if not head + tied:
+            raise CheckpointError(
+                f"a checkpoint must hold lm_head or {' or '.join(EMBEDDINGS)}, but "
+                f"{str(path)!r} has neither: use a complete checkpoint"
+            )
+        return cls(
+            attention=tuple(sizes["attention", i] for i in indices),
+            mlp=tuple(sizes["mlp", i] for i in indices),
+            head=(head or tied) + norm,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.attention)
+
+    @property
+    def streamed(self) -> int:
+        """Bytes that one decode step of the whole model reads."""
+        return sum(self.attention) + sum(self.mlp) + self.head
+
+    def draft_streamed(self, skip_set: SkipSet) -> int:
+        """Bytes that one decode step reads without the sublayers of `skip_set`.
+
+        Raises:
+            CheckpointError: If `skip_set` is of a model of another depth.
+        """
+        if skip_set.num_layers != self.num_layers:
+            raise CheckpointError(
+                f"a skip set must be of the model's own depth, but it is of "
+                f"{skip_set.num_layers} layers and the checkpoint has "
+                f"{self.num_layers}: build it for this model"
+            )
+        skipped = sum(self.attention[i] for i in skip_set.attention)
+        skipped += sum(self.mlp[i] for i in skip_set.mlp)
+        return self.streamed - skipped
+
+    def draft_share(self, skip_set: SkipSet) -> float:
+        """Bytes a draft step reads over those a target step reads: the `c` of `bound`.
+
+        Raises:
+            CheckpointError: If `skip_set` is of a model of another depth.
+        """
+        return self.draft_streamed(skip_set) / self.streamed
+
+
+def _part_of(name: str) -> tuple[str, int]:
+    """The part that tensor `name` belongs to, and its layer (0 for parts outside)."""
+    if (layer := LAYER.match(name)) and layer["part"] in SUBLAYER_OF:
+        return SUBLAYER_OF[layer["part"]], int(layer["index"])
+    if outside := OUTSIDE_LAYERS.match(name):
+        return outside["part"], 0
+    raise CheckpointError(
+        f"every tensor must be part of a layer's {', '.join(SUBLAYER_OF)}, or of "
+        f"the LM head, last norm or embedding, but {name!r} is of none: use a "
+        "checkpoint of a supported family"
+    )
+
+
+def _expert_share(path: Path) -> float:
+    """Of its experts, how many a token runs through."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        num = next(int(config[key]) for key in NUM_EXPERTS if key in config)
+        return next(int(config[key]) for key in NUM_CHOSEN if key in config) / num
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        return 1.0
+
+
+def _num_layers(path: Path, parts: Iterable[tuple[str, int]]) -> int:
+    found = {index for part, index in parts if part in SUBLAYER_OF.values()}
+    if not found or max(found) + 1 != len(found):
+        raise CheckpointError(
+            f"a checkpoint must hold layers 0 to N-1, as 'model.layers.0.mlp', but "
+            f"{str(path)!r} has {sorted(found) or 'none'}: use a complete checkpoint "
+            "of a supported family"
+        )
+    return len(found)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory: one, or those its index names.
+
+    Raises:
+        CheckpointError: If there are none, or one is missing.
+    """
+    if (path / INDEX).is_file():
+        shards = sorted(set(_index(path / INDEX).values()))
+    else:
+        shards = [WEIGHTS]
+    files = [path / shard for shard in shards]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"a checkpoint directory holds {WEIGHTS}, or {INDEX} and its shards, but "
+            f"{str(path)!r} lacks {missing[0]}: check the path, or convert the weights "
+            "to safetensors"
+        )
+    return files
+
+
+def _index(file: Path) -> dict[str, str]:
+    """Tensor name to shard; a shard outside the checkpoint's directory is refused."""
+    try:
+        weight_map = json.loads(file.read_bytes())["weight_map"]
+        shards = dict(weight_map)
+        is_valid = shards and all(
+            isinstance(s, str) and Path(s).name == s for s in shards.values()
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise _malformed(file, f"{type(error).__name__}: {error}") from error
+    if not is_valid:
+        raise _malformed(file, "weight_map does not name files beside it")
+    return shards
+
+
+def tensor_bytes(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
+    """Name and bytes of every tensor in these safetensors files.
+
+    Raises:
+        CheckpointError: If a file's header is not valid.
+    """
+    for file in files:
+        for name, entry in _header(file).items():
+            if name == "__metadata__":
+                continue
+            try:
+                begin, end = entry["data_offsets"]
+                yield name, int(end) - int(begin)
+            except (TypeError, KeyError, ValueError) as error:
+                raise _malformed(file, f"tensor {name!r:.80}") from error
+
+
+def _header(file: Path) -> dict[str, dict[str, list[int]]]:
+    """The header: 8 bytes of length, little-endian, then JSON of that length."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise _malformed(file, f"header of {length} bytes")
+        data = stream.read(length)
+    try:
+        header = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(file, "header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _malformed(file, "header is not a JSON object")
+    return header
+
+
+def _malformed(file: Path, finding: str) -> CheckpointError:
+    hint = " (a Git LFS pointer?)" if file.stat().st_size < 1000 else ""
+    return CheckpointError(
+        f"a checkpoint's files must be whole, but {str(file)!r} is malformed"
+        f"{hint}: {finding}: download it again"
+    )
+
+
+def locate(model: str) -> Path:
+    """Directory of a model: itself if it is one, else that of its Hub snapshot.
+
+    Args:
+        model: A local directory, or the name of a repository on the Hugging Face Hub,
+            which is downloaded unless it is in the local cache.
+
+    Raises:
+        CheckpointError: If it is neither, or the Hub cannot be reached.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (ImportError, OSError) as error:  # the latter: offline, or no such model
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise _not_found(model, reason) from error
+    except ValueError as error:
+        raise _not_found(model, "it cannot be a name there") from error
+
+
+def _not_found(model: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        "a model is a local directory or a name on the Hugging Face Hub, but "
+        f"{model!r} is no directory and cannot be had from the Hub ({reason}): check "
+        "the name, or download it where there is a network"
+    )
+
+
+def expected_tokens(acceptance: float, k: int) -> float:
+    """Tokens one verification of `k` draft tokens emits on average.
+
+    `(1 - a^(k+1)) / (1 - a)`: Leviathan et al. 2023 (arXiv 2211.17192), equation 1,
+    which takes each draft token to be accepted with the same probability `a`.
+
+    Raises:
+        ValueError: If `acceptance` is no probability or `k` is negative.
+    """
+    if not 0 <= acceptance <= 1 or k < 0:
+        raise ValueError(
+            "acceptance must be between 0 and 1 and k at least 0, but they are "
+            f"{acceptance} and {k}: pass a share, not a percentage"
+        )
+    return float(sum(acceptance**i for i in range(k + 1)))
+
+
+def bound(tokens_per_verification: float, k: int, c: float, v: float = 1.0) -> float:
+    """The most that drafting can speed up decoding: `E / (v + k * c)`.
+
+    Plain decoding pays one target step per token. A verification and its `k` draft
+    steps pay `v + k * c` of those for `E` tokens (Leviathan et al. 2023, theorem 3.8,
+    with `v` = 1).
+
+    Args:
+        tokens_per_verification: `E`, measured or from `expected_tokens`.
+        k: Draft tokens per verification.
+        c: Cost of a draft step over a target step; while decoding is bound by memory,
+            `ModelWeights.draft_share`.
+        v: Cost of verifying `k + 1` tokens over decoding one; about 1 while decoding is
+            bound by memory.
+
+    Raises:
+        ValueError: If a cost or `k` is negative, or `v` is 0.
+    """
+    if k < 0 or c < 0 or v <= 0:
+        raise ValueError(
+            "k and c must be at least 0 and v above 0, but they are "
+            f"{k}, {c} and {v}: costs are shares of one target step"
+        )
+    return tokens_per_verification / (v + k * c)

@@ -1,0 +1,188 @@
+"""`ExitCard`: what an exit head on disk says of itself.
+
+One rule: a head that is not whole, or is another target's, is refused before any of its
+weights is used. Reading a card needs neither torch nor vLLM.
+
+A head is a directory with this card and `TENSORS_FILE`. The tensors have the names they
+have in the target's checkpoint, with 0 for the layer's index, as if the head were a
+model of one layer; an LM head of its own is `head.down.weight` [rank, hidden_size] and
+`head.up.weight` [vocab_size, rank], or `head.weight` [vocab_size, hidden_size].
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from vllm_selfspec import whole_file
+from vllm_selfspec.plan.profile import (
+    MAX_PROFILE_BYTES,
+    Keys,
+    SkipLayers,
+    describe,
+    shown,
+)
+from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
+from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
+
+TENSORS_FILE, CARD_FILE = "exit_head.safetensors", "card.json"
+
+
+class ExitHeadError(ValueError):
+    """An exit head that is missing, damaged, or another target's."""
+
+
+class ExitCard(Keys):
+    """What `card.json` holds."""
+
+    exit_layer: int = Field(
+        ge=1, lt=10_000, strict=True, description="N: the target's layers before it."
+    )
+    num_layers: int = Field(
+        ge=1, lt=10_000, strict=True, description="Decoder layers of the target."
+    )
+    model: str = Field(
+        max_length=4096, description="Name of the target; shown, not checked."
+    )
+    architecture: dict[str, int | tuple[str, ...]] = Field(
+        description="Of the target, by keys of its config.json; checked."
+    )
+    weights: str = Field(
+        max_length=64, description="Fingerprint of the target's weights; checked."
+    )
+    head_rank: int | None = Field(
+        default=None,
+        ge=0,
+        strict=True,
+        description="Rank of its own LM head; 0 for a full one, null for the target's.",
+    )
+    skip_layers: SkipLayers | None = Field(
+        default=None,
+        description="Sublayers before the exit layer that drafts leave out, as it was "
+        "trained; null for none.",
+    )
+    num_parameters: int = Field(ge=1, strict=True, description="Trained parameters.")
+    tensors: str = Field(max_length=64, description=f"SHA-256 of {TENSORS_FILE}.")
+    training: dict[str, Any] = Field(
+        default={}, description="How it was trained; shown, not checked."
+    )
+
+    @property
+    def skip_set(self) -> SkipSet | None:
+        """`skip_layers`, of the target."""
+        if self.skip_layers is None:
+            return None
+        return SkipSet.from_dict(self.num_layers, self.skip_layers.model_dump())
+
+    def check_fits(self, target: TargetModel, path: Path) -> None:
+        """Raises `ExitHeadError` if it was trained for another target.
+
+        Args:
+            target: The model that is to be drafted for.
+            path: Its checkpoint directory. Without safetensors in it the weights are
+                not compared.
+        """
+        found = target.differences(self.architecture)
+        if target.num_layers != self.num_layers:
+            found = [f"{target.num_layers} layers in place of {self.num_layers}"]
+        if not found and any(path.glob("*.safetensors")):
+            weights = weights_fingerprint(path)
+            if weights != self.weights:
+                found = [f"weights {weights} in place of {self.weights}"]
+        if found:
+            raise ExitHeadError(
+                f"an exit head drafts for the very model it was trained for, which was "
+                f"{shown(self.model)}, but this one has {', '.join(found)}: train one "
+                "by 'vllm-selfspec train-exit'"
+            )
+
+
+def read_exit_card(directory: Path) -> ExitCard:
+    """Reads the card of a head, and checks that the head is whole.
+
+    Args:
+        directory: With `card.json` and `TENSORS_FILE`.
+
+    Raises:
+        ExitHeadError: If one of them is missing or damaged, or the card is none.
+    """
+    for name in (CARD_FILE, TENSORS_FILE):
+        if not (directory / name).is_file():
+            raise ExitHeadError(
+                f"an exit head is a directory with {CARD_FILE} and {TENSORS_FILE}, but "
+                f"{str(directory)!r} has no {name}: check the path, or train one by "
+                "'vllm-selfspec train-exit'"
+            )
+    file = directory / CARD_FILE
+    try:
+        card = ExitCard.model_validate(json.loads(_content(file)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExitHeadError(
+            f"a head's card is JSON as 'vllm-selfspec train-exit' writes it, but "
+            f"{str(file)!r} is not: {describe(error)}: train the head again"
+        ) from error
+    _check_whole(directory / TENSORS_FILE, card)
+    return card
+
+
+def _content(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        data = stream.read(MAX_PROFILE_BYTES + 1)
+    if len(data) > MAX_PROFILE_BYTES:
+        raise ValueError(f"it has over {MAX_PROFILE_BYTES} bytes")
+    return data
+
+
+def _check_whole(file: Path, card: ExitCard) -> None:
+    if card.exit_layer >= card.num_layers:
+        raise ExitHeadError(
+            f"an exit layer stands for the last of the target's {card.num_layers} "
+            f"layers, but the card beside {str(file)!r} has it after "
+            f"{card.exit_layer}: train it again"
+        )
+    try:
+        SkipSet.before_exit(card.num_layers, card.exit_layer, card.skip_set)
+    except SkipSetError as error:
+        raise ExitHeadError(
+            f"the card beside {str(file)!r} is wrong: {error}"
+        ) from error
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ExitHeadError(
+            f"a head's tensors must be readable, but {str(file)!r} is not ({error}): "
+            "check its permissions"
+        ) from error
+    if found != card.tensors:
+        raise ExitHeadError(
+            f"a head's tensors are those its card was written for, with SHA-256 "
+            f"{card.tensors:.16}..., but {str(file)!r} has {found:.16}...: it is "
+            "damaged or half exchanged, copy or train it again"
+        )
+
+
+def write_exit_head(
+    directory: Path, card: Mapping[str, Any], tensors: bytes
+) -> ExitCard:
+    """Writes a head: each file whole or not at all, the card last.
+
+    Killed in between, it leaves tensors that the old card does not know: refused as
+    damaged, never mistaken.
+
+    Args:
+        directory: Made where it is missing.
+        card: The keys of `ExitCard` but `tensors`.
+        tensors: Content of `TENSORS_FILE`.
+
+    Raises:
+        WriteError: If a file cannot be written.
+    """
+    digest = hashlib.sha256(tensors).hexdigest()
+    checked = ExitCard.model_validate({**card, "tensors": digest})
+    whole_file.write(tensors, directory / TENSORS_FILE)
+    whole_file.write_json(checked.model_dump(), directory / CARD_FILE)
+    return checked

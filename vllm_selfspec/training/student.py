@@ -1,0 +1,265 @@
+"""`Student`: the target's first N layers, the exit layer, its last norm and LM head.
+
+One rule: it is a model of the target's own Hugging Face class with N + 1 layers, the
+last of which has the weights of the target's last. So no family needs code here, and no
+more of the target is in memory than runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_selfspec.plan.exit_card import read_exit_card
+from vllm_selfspec.plan.families import (
+    WITH_EXIT_LAYER,
+    UnsupportedModelError,
+    family_of,
+)
+from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.plan.target_model import TargetModel
+from vllm_selfspec.training.cut import cut, layers_of, names_of, renumbered
+from vllm_selfspec.training.lm_head import (
+    PickingHead,
+    load_own_head,
+    own_head,
+    saved_head,
+)
+from vllm_selfspec.training.two_streams import TwoStreams
+
+SAVED_BYTES = 2  # of a parameter, in bfloat16
+
+
+class Student:
+    """What is trained, in the place it is trained in.
+
+    Attributes:
+        exit_layer: N, the target's layers before the exit layer.
+        head_rank: Of its own LM head; 0 for a full one, None for the target's.
+        skip_set: Sublayers before the exit layer that drafts leave out; None for none.
+        device: It runs on.
+        trained: The parameters that are trained, float32, by the names that they are
+            saved under.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        exit_layer: int,
+        head_rank: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        trained: Path | None = None,
+        skip_set: SkipSet | None = None,
+    ) -> None:
+        """Reads what it needs of the checkpoint in the directory `path`.
+
+        Args:
+            path: Of the target.
+            exit_layer: N.
+            head_rank: See the attribute.
+            dtype: Of what is frozen, and of the computation.
+            device: torch's name of it.
+            trained: Directory of a head to begin with, which fits; None for the
+                target's last layer and LM head.
+            skip_set: See the attribute.
+
+        Raises:
+            UnsupportedModelError: If the target cannot be cut there, or not with a skip
+                set.
+            CheckpointError: If the weights are missing.
+        """
+        self.exit_layer, self.head_rank = exit_layer, head_rank
+        self.device, self._dtype = torch.device(device), dtype
+        self._model = cut(path, exit_layer, dtype, trained)
+        self._model.requires_grad_(False).eval().to(self.device)
+        self._layer = layers_of(self._model)[exit_layer].float().requires_grad_()
+        self._head = PickingHead(own_head(self._model, head_rank))
+        load_own_head(self._head.inner, trained)
+        self._model.set_output_embeddings(self._head)
+        self.skip_set = skip_set
+        self._num_of_target = 0  # tokens of a row whose state the skip set leaves alone
+        if skip_set is not None:
+            self._leave_out(skip_set)
+        self.trained = self._by_saved_name(path)
+
+    @classmethod
+    def read(cls, path: Path, head: Path, **settings: Any) -> "Student":
+        """A trained one.
+
+        Args:
+            path: Checkpoint directory of the target.
+            head: Directory of the exit head.
+            settings: As for `Student`.
+
+        Raises:
+            ExitHeadError: If the head is damaged, or another target's.
+        """
+        card = read_exit_card(head)
+        card.check_fits(TargetModel.read(path, str(path)), path)
+        settings = {"skip_set": card.skip_set, **settings}
+        return cls(path, card.exit_layer, card.head_rank, trained=head, **settings)
+
+    @property
+    def own_head_bytes(self) -> int | None:
+        """Bytes of its own LM head as it is saved; None where it has the target's."""
+        if self.head_rank is None:
+            return None
+        return SAVED_BYTES * sum(p.numel() for p in self._head.inner.parameters())
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the target."""
+        return int(self._model.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the target."""
+        return int(self._model.config.vocab_size)
+
+    @property
+    def num_parameters(self) -> int:
+        """That are trained."""
+        return sum(parameter.numel() for parameter in self.trained.values())
+
+    def logits(
+        self,
+        token_ids: torch.Tensor,
+        where: torch.Tensor,
+        begins: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What it says comes next.
+
+        Args:
+            token_ids: `[num_rows, length]`; rows that are shorter are filled up with
+                any tokens at the end, which nothing before them sees.
+            where: The positions to answer at, of the same shape, bool.
+            begins: With a skip set: where the draft of each answer began, see
+                `TwoStreams`. Without one all drafts see the same.
+
+        Returns:
+            `[where.sum(), vocab_size]`, float32, row by row.
+        """
+        inputs: dict[str, torch.Tensor] = {"input_ids": token_ids}
+        if self.skip_set is not None:
+            assert begins is not None, "a skip set makes drafts see their own K and V"
+            streams = TwoStreams.of(token_ids, where, begins)
+            self._num_of_target, where = streams.length, streams.where
+            inputs = {
+                "input_ids": streams.token_ids,
+                "position_ids": streams.position_ids,
+                "attention_mask": streams.mask,
+            }
+            self._check_window(streams.length)
+        self._head.where = where
+        # Parameters in float32, computation in `dtype`; in float32 there is no change.
+        is_mixed = self._dtype != torch.float32
+        with torch.autocast(self.device.type, self._dtype, enabled=is_mixed):
+            found: torch.Tensor = self._model(**inputs, use_cache=False).logits
+        return found.float()
+
+    def _leave_out(self, skip_set: SkipSet) -> None:
+        """From the second stream."""
+        name = type(self._model).__name__
+        if name not in WITH_EXIT_LAYER:
+            raise UnsupportedModelError(
+                "a skip set before the exit layer is trained with for families that "
+                f"are served with one, {', '.join(WITH_EXIT_LAYER)}, but this is "
+                f"{name}: leave out --skip-layers"
+            )
+
+        def add_nothing(_: Any, args: Any, output: Any) -> None:
+            added = output[0] if isinstance(output, tuple) else output
+            added[:, self._num_of_target :] = 0
+
+        for sublayer in SUBLAYERS:
+            for index in getattr(skip_set, sublayer):
+                layer = layers_of(self._model)[index]
+                module = getattr(layer, getattr(family_of(name), sublayer))
+                module.register_forward_hook(add_nothing)
+
+    def _check_window(self, length: int) -> None:
+        window = getattr(self._model.config, "sliding_window", None)
+        if window is not None and window < length:
+            raise UnsupportedModelError(
+                "with a skip set, training lets a token see all before it, but "
+                f"this model's window is {window} tokens and a text has {length}: "
+                "lower --max-prompt-tokens or --max-tokens"
+            )
+
+    @contextmanager
+    def without_exit_layer(self) -> Iterator[None]:
+        """As an early exit without training is: N layers, norm and LM head."""
+
+        def pass_on(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        hook = self._layer.register_forward_hook(pass_on, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def recorded_states(self) -> Iterator[list[torch.Tensor]]:
+        """Collects what enters the exit layer, `[num_rows, length, hidden_size]`; with
+        a skip set, of both streams."""
+        found: list[torch.Tensor] = []
+
+        def record(_: Any, args: Any, kwargs: Any) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = self._layer.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What is saved of it."""
+        return {
+            name: tensor.detach().to("cpu", dtype).contiguous()
+            for name, tensor in self._saved(self.trained).items()
+        }
+
+    def _by_saved_name(self, path: Path) -> dict[str, nn.Parameter]:
+        """Trained parameters; those that a family's checkpoint stores in another form
+        (experts, one by one) keep the model's own name here."""
+        prefix = f"{_name_of(self._model, self._layer)}."
+        found = {
+            prefix + name: parameter
+            for name, parameter in self._layer.named_parameters()
+        }
+        own = saved_head(self._head.inner) if self.head_rank is not None else {}
+        self._prefix = prefix
+        trained = found | own
+        last = TargetModel.read(path, "").num_layers - 1
+        known = {renumbered(name, 0) for name in names_of(path, last)}
+        saved = self._saved(found)
+        if not {*saved} <= known:
+            raise UnsupportedModelError(
+                "an exit head has the names of the target's own tensors, but this "
+                f"target has no {sorted({*saved} - known)[0]!r}: families whose "
+                "checkpoints name them otherwise cannot be trained yet"
+            )
+        return trained
+
+    def _saved(self, trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """By the names of the target's checkpoint, with 0 for the layer's index."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        layer = {
+            n: p.detach() for n, p in trained.items() if n.startswith(self._prefix)
+        }
+        reverted: Any = revert_weight_conversion(self._model, layer)
+        found = {renumbered(name, 0): tensor for name, tensor in reverted.items()}
+        return found | {n: p.detach() for n, p in trained.items() if n not in layer}
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    (name,) = (name for name, module in model.named_modules() if module is wanted)
+    return str(name)

@@ -1,0 +1,1 @@
+"""`vllm-selfspec tune`: searches for a plan on given texts."""

@@ -1,0 +1,273 @@
+"""`TuningEngine`: a vLLM engine that scores plans on texts of the target's own.
+
+One rule: the model is the one that vLLM serves, loaded once; a plan is tried by
+exchanging the draft view, never by starting another engine.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vllm_selfspec.draft_length.costs import without_interruptions
+from vllm_selfspec.draft_length.types import Floats, Ints
+from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
+from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.tuning.offline.score import Score, Walk, best_score
+
+# CPU attention takes multiples of 32; small blocks make a row's own blocks small.
+BLOCK_SIZE = 32
+NUM_TIMINGS = 5
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and what the target makes of it.
+
+    Attributes:
+        token_ids: Of both.
+        first: Where the target's own start.
+    """
+
+    token_ids: tuple[int, ...]
+    first: int
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """The prompt, as vLLM takes it."""
+        return {"prompt_token_ids": list(self.token_ids[: self.first])}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What one engine finds out and others of the same model can go by.
+
+    Attributes:
+        num_layers: Of the model.
+        texts: What plans are scored on.
+        verify_costs: v for 1, 2, ... draft tokens.
+        draft_costs: Of the head, and of an attention and an MLP sublayer, in a draft
+            step, over a plain step.
+    """
+
+    num_layers: int
+    texts: tuple[Text, ...]
+    verify_costs: tuple[float, ...]
+    draft_costs: tuple[float, float, float]
+
+    def draft_cost(self, skip_set: SkipSet) -> float:
+        """c: a draft step over a plain step."""
+        return skip_set.cost(*self.draft_costs)
+
+
+class TuningEngine:
+    """Texts in the KV cache, and the costs of forwards.
+
+    Attributes:
+        known: What was found out at the start, or told.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prompts: Sequence[Any],
+        max_tokens: int,
+        num_drafts: int,
+        num_streams: int = 1,
+        known: Known | None = None,
+        **settings: Any,
+    ) -> None:
+        """Starts vLLM, lets the target go on with every prompt, and measures costs.
+
+        Args:
+            model: Checkpoint directory or Hub name.
+            prompts: As vLLM takes them, texts or token ids.
+            max_tokens: Generated for each, greedily.
+            num_drafts: The longest draft that is scored.
+            num_streams: Concurrent requests to tune for.
+            known: What another engine has found out; None to find it out.
+            settings: Of `vllm.LLM`.
+        """
+        from vllm import LLM
+
+        from vllm_selfspec.tuning.offline.probe import MAX_ROWS
+
+        self._num_drafts, self._num_streams = num_drafts, num_streams
+        self._max_tokens = max_tokens
+        config = {
+            "method": "selfspec",
+            "skip_layers": {},
+            "num_speculative_tokens": num_drafts,
+            "draft_length": "fixed",
+            "num_speculative_tokens_per_batch_size": [[1, MAX_ROWS, num_drafts]],
+        }
+        self._llm: Any = LLM(
+            model,
+            speculative_config=config,
+            enable_prefix_caching=False,  # the probe takes blocks as it likes
+            block_size=BLOCK_SIZE,
+            max_num_seqs=max(MAX_ROWS, num_streams),
+            disable_log_stats=False,  # the counters
+            **settings,
+        )
+        self._counters = SpecCounters()
+        self._has_read = False
+        if known is None:
+            texts = tuple(self._generated(prompts))
+            head, attention, mlp = self._measure_draft()
+            known = Known(
+                self._ask(_num_layers)[0],
+                texts,
+                tuple(map(float, self._measure_verify())),
+                (float(head), float(attention), float(mlp)),
+            )
+        self.known = known
+
+    def found_out(self) -> Known:
+        """`known`, for an engine that is asked from elsewhere."""
+        return self.known
+
+    def _ask(self, function: Any, *args: Any) -> list[Any]:
+        """What every worker answers."""
+        found: list[Any] = self._llm.collective_rpc(function, args=args)
+        return found
+
+    def _generated(self, prompts: Sequence[Any]) -> Iterator[Text]:
+        for out in self._generate(prompts):
+            prompt, answer = out.prompt_token_ids, out.outputs[0].token_ids
+            yield Text((*prompt, *answer), len(prompt))
+
+    def _generate(self, prompts: Sequence[Any]) -> list[Any]:
+        from vllm import SamplingParams
+
+        self._has_read = False  # requests write where the probe has its texts
+        params = SamplingParams(temperature=0, max_tokens=self._max_tokens)
+        found: list[Any] = self._llm.generate(list(prompts), params, use_tqdm=False)
+        return found
+
+    def right(self, skip_set: SkipSet, numbers: Sequence[int]) -> list[Ints]:
+        """Right drafts at every position of some texts: see `Probe.num_right`."""
+        if not self._has_read:
+            texts = [text.token_ids for text in self.known.texts]
+            self._ask(_start_probe, self._num_drafts, texts)
+            self._has_read = True
+        return [
+            self._ask(_num_right, number, self.known.texts[number].first, skip_set)[0]
+            for number in numbers
+        ]
+
+    def score(self, skip_set: SkipSet, numbers: Sequence[int]) -> Score:
+        """What the plan gains on some texts."""
+        right = self.right(skip_set, numbers)
+        cost = self.known.draft_cost(skip_set)
+        return best_score(right, cost, self.known.verify_costs)
+
+    def measure(
+        self, plans: Sequence[tuple[SkipSet, int]], numbers: Sequence[int]
+    ) -> list[Score]:
+        """D&V's objective: real generation, beside plain vLLM's of the same texts.
+
+        Args:
+            plans: What the draft leaves out, and how many tokens it drafts.
+            numbers: Of the texts.
+
+        Returns:
+            Scores of what was measured: the tokens per second over plain vLLM's, and
+            the steps that vLLM counted.
+        """
+        arms: list[tuple[SkipSet | None, int]] = [(None, 0), *plans]
+        seconds, counts = np.zeros(len(arms)), [Counts(0, 0, 0)] * len(arms)
+        for start in range(0, len(numbers), self._num_streams):
+            chosen = numbers[start : start + self._num_streams]
+            prompts = [self.known.texts[number].prompt for number in chosen]
+            for which, (skip_set, k) in enumerate(arms):  # in turns
+                before = self._counters.read()
+                seconds[which] += self._seconds(prompts, skip_set, k)
+                counts[which] = counts[which] + (self._counters.read() - before)
+        return [
+            Score(
+                k,
+                float(seconds[0] / seconds[which]),
+                _walk_of(counts[which], k),
+                self.known.draft_cost(skip_set),
+                self.known.verify_costs[k - 1],
+            )
+            for which, (skip_set, k) in enumerate(plans, 1)
+        ]
+
+    def _seconds(
+        self, prompts: Sequence[Any], skip_set: SkipSet | None, k: int
+    ) -> float:
+        if skip_set is not None:
+            self._ask(use_skip_set, skip_set)
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.dynamic_sd_lookup = [k] * len(scheduler.dynamic_sd_lookup)
+        started = time.perf_counter()
+        self._generate(prompts)
+        return time.perf_counter() - started
+
+    def _measure_verify(self) -> Floats:
+        """v: a step that verifies 1, 2, ... draft tokens a stream, over a plain one."""
+        rows = [self._num_streams * (1 + k) for k in range(self._num_drafts + 1)]
+        seconds = np.max(self._ask(_time_steps, rows), axis=0)
+        plain, *verify = without_interruptions(rows, seconds)
+        found: Floats = np.array(verify) / plain
+        return found
+
+    def _measure_draft(self) -> Floats:
+        """The head, an attention and an MLP sublayer in a draft step, over a plain
+        step."""
+        found: Floats = np.max(self._ask(_time_sublayers, self._num_streams), axis=0)
+        return found
+
+
+def _walk_of(counts: Counts, k: int) -> Walk:
+    """The steps that drafted, as vLLM counted them."""
+    emitted = counts.drafts + counts.accepted_tokens
+    tried_at = (counts.drafts,) * k
+    return Walk(emitted, counts.drafts, counts.accepted_at[:k], tried_at)
+
+
+# What follows runs in the workers, by their probe.
+_probes: dict[int, Any] = {}
+
+
+def _num_layers(worker: Any) -> int:
+    config = worker.model_runner.model_config
+    return int(config.get_total_num_hidden_layers())
+
+
+def _start_probe(worker: Any, num_drafts: int, texts: Sequence[Sequence[int]]) -> None:
+    from vllm_selfspec.tuning.offline.probe import Probe
+
+    probe = _probes[id(worker.model_runner)] = Probe(worker, num_drafts)
+    for text in texts:
+        probe.read(text)
+
+
+def _num_right(worker: Any, number: int, first: int, skip_set: SkipSet) -> Ints:
+    found: Ints = _probes[id(worker.model_runner)].num_right(number, first, skip_set)
+    return found
+
+
+def use_skip_set(worker: Any, skip_set: SkipSet) -> None:
+    """Has a V1 worker draft with another skip set."""
+    worker.model_runner.drafter.use_skip_set(skip_set)
+
+
+def _time_steps(worker: Any, num_rows: Sequence[int]) -> list[float]:
+    """Seconds of a step of so many rows, for each."""
+    from vllm_selfspec.engine.measure import seconds_of
+
+    runner = worker.model_runner
+    step = partial(runner.drafter.dummy_step, runner, num_drafts=0)
+    return seconds_of([partial(step, num) for num in num_rows], NUM_TIMINGS)
+
+
+def _time_sublayers(worker: Any, num_rows: int) -> tuple[float, float, float]:
+    from vllm_selfspec.engine.measure import measure_sublayers
+
+    return measure_sublayers(worker, num_rows, NUM_TIMINGS)
