@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_selfspec.engine.workers import use_skip_set
 from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet, SkipSetError
 from vllm_selfspec.tuning.candidates import Sublayer, skipping
-from vllm_selfspec.tuning.offline.tuning_engine import use_skip_set
 
 SEED = 1
 MAX_TOKENS = 32

@@ -34,8 +34,9 @@ from vllm_selfspec.bench.arms import arms_of
 from vllm_selfspec.bench.run import describe
 from vllm_selfspec.cli.preview import Preview
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.engine.support import raise_if_no_exit_layer
 from vllm_selfspec.plan.exit_card import ExitHeadError
-from vllm_selfspec.plan.families import UnsupportedModelError, raise_if_no_exit_layer
+from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
 from vllm_selfspec.training.student import Student
 

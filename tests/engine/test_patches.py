@@ -23,6 +23,7 @@ from helpers import engines
 from vllm import SamplingParams
 from vllm_selfspec.engine import registry
 from vllm_selfspec.engine import seams
+from vllm_selfspec.engine import patcher
 
 assert registry.exists()
 model, keys, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -32,7 +33,7 @@ params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 outputs, counts = engines.run(llm, prompts, params)
 attached = [
     seam.name for seam in seams.SEAMS
-    if hasattr(test_seams.function_of(test_seams.bound(seam)), seams.ATTACHED)
+    if hasattr(test_seams.function_of(test_seams.bound(seam)), patcher.ATTACHED)
 ]
 print(json.dumps([engines.token_ids(outputs), counts.accepted_tokens, attached]))
 """

@@ -15,7 +15,7 @@ import vllm_selfspec
 from helpers.engines import KV_CACHE_BYTES, Engines, prompts_of, token_ids
 from vllm_selfspec import plugin
 from vllm_selfspec.config import METHOD
-from vllm_selfspec.engine.seams import ATTACHED
+from vllm_selfspec.engine.patcher import ATTACHED
 from vllm_selfspec.plan.skip_set import SkipSet
 
 PACKAGE = Path(vllm_selfspec.__file__).parent
@@ -38,7 +38,9 @@ DRAFTING = {
 }
 OF_THE_PLUGIN = (
     "plugin",
+    "served_config",
     "engine",
+    "engine.patcher",
     "engine.registry",
     "engine.seams",
     "engine.versions",
@@ -122,7 +124,7 @@ from vllm_selfspec.engine import versions
 versions.vllm_version = lambda: "0.99.0"
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm_selfspec.engine.seams import ATTACHED
+from vllm_selfspec.engine.patcher import ATTACHED
 
 def create(spec):
     args = EngineArgs(sys.argv[1], speculative_config=spec, **json.loads(sys.argv[2]))

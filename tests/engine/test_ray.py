@@ -166,8 +166,8 @@ def _arrived(vllm_config: Any) -> dict[str, Any]:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    from vllm_selfspec.engine import seams
-    from vllm_selfspec.engine.vllm_args import plan_of
+    from vllm_selfspec.engine import patcher
+    from vllm_selfspec.served_config import plan_of
 
     drafter: Any
     if vllm_config.use_v2_model_runner:
@@ -185,8 +185,8 @@ def _arrived(vllm_config: Any) -> dict[str, Any]:
     return {
         "drafter": type(drafter).__name__,
         "skip_set": plan_of(vllm_config).skip_set,
-        "seam": hasattr(seam, seams.ATTACHED),
-        "problems": seams.problems,
+        "seam": hasattr(seam, patcher.ATTACHED),
+        "problems": patcher.problems,
     }
 
 

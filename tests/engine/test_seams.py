@@ -15,8 +15,9 @@ import pytest
 import vllm_selfspec
 from helpers.vllm_source import VERSIONS, exists, signature, source_of
 from vllm_selfspec import plugin
-from vllm_selfspec.engine import registry, seams, versions
-from vllm_selfspec.engine.seams import ATTACHED, SEAMS, Seam
+from vllm_selfspec.engine import patcher, registry, seams, versions
+from vllm_selfspec.engine.patcher import ATTACHED, Seam
+from vllm_selfspec.engine.seams import SEAMS
 
 FAKE = "fake_vllm_module"
 PACKAGE = Path(vllm_selfspec.__file__).parent
@@ -40,7 +41,7 @@ def function_of(found: Any) -> Any:
 def problems(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """An empty list in place of what this process found."""
     found: list[str] = []
-    monkeypatch.setattr(seams, "problems", found)
+    monkeypatch.setattr(patcher, "problems", found)
     return found
 
 
@@ -243,7 +244,7 @@ def test_installing_twice_equals_installing_once() -> None:
     seams.install()
     for seam, before in zip(SEAMS, once, strict=True):
         assert bound(seam) is before, f"{seam.name} was rebound a second time"
-    assert seams.problems == []
+    assert patcher.problems == []
 
 
 def test_a_row_is_attached_once_and_hands_over(problems: list[str]) -> None:
@@ -254,7 +255,7 @@ def test_a_row_is_attached_once_and_hands_over(problems: list[str]) -> None:
         a_seam("Engine.make", "a", kind=staticmethod),
     ]
     for seam in [*rows, *rows, a_seam("helper", "a")]:
-        seams.attach(seam, module)
+        patcher.attach(seam, module)
     assert engine.run(1) == 2, "attached twice, it would be 3"
     assert module.Engine.make(1) == engine.make(1) == 2, "still a static method"
     assert module.helper(1) == 2, "a function of the module itself"
@@ -270,7 +271,7 @@ def test_a_property_stays_a_property(problems: list[str]) -> None:
         replace=lambda original: property(lambda self: original.__get__(self) + 1),
     )
     for _ in range(2):
-        seams.attach(seam, module)
+        patcher.attach(seam, module)
     assert module.Engine().size == 11
     assert problems == []
 
@@ -300,7 +301,7 @@ def test_a_row_that_does_not_fit_is_reported_and_leaves_vllm_alone(
     module = a_module()
     before = (dict(vars(module)), dict(vars(module.Engine)))
     for _ in range(2):
-        seams.attach(seam, module)
+        patcher.attach(seam, module)
     assert (dict(vars(module)), dict(vars(module.Engine))) == before
     assert len(problems) == 1, "one finding, however often it is met"
     assert problems[0].startswith(f"{FAKE}:") and finding in problems[0]
@@ -309,8 +310,8 @@ def test_a_row_that_does_not_fit_is_reported_and_leaves_vllm_alone(
 def test_a_row_that_does_not_fit_makes_asking_fail_with_the_version(
     problems: list[str],
 ) -> None:
-    seams.attach(a_seam("Engine.walk", "self"), a_module())
-    with pytest.raises(seams.SeamError) as error:
+    patcher.attach(a_seam("Engine.walk", "self"), a_module())
+    with pytest.raises(patcher.SeamError) as error:
         seams.raise_if_unusable()
     message = str(error.value)
     assert f"does not fit this vLLM {versions.vllm_version()}" in message, "found"
@@ -322,7 +323,7 @@ def test_an_unsupported_version_gets_the_entry_rows_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     waiting: list[Seam] = []
-    monkeypatch.setattr(seams, "_when_imported", waiting.append)
+    monkeypatch.setattr(patcher, "when_imported", waiting.append)
     monkeypatch.setattr(versions, "vllm_version", lambda: "0.99.0")
     seams.install()
     assert waiting == [seam for seam in SEAMS if seam.is_entry] != []
@@ -433,6 +434,6 @@ def test_a_property_that_became_something_else_is_reported(
     module = a_module()
     module.Engine.size = now
     seam = a_seam("Engine.size", "self", kind=property)
-    seams.attach(seam, module)
+    patcher.attach(seam, module)
     assert vars(module.Engine)["size"] is now
     assert len(problems) == 1

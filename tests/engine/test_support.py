@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllm_selfspec.plan.families import (
-    FAMILIES,
-    UnsupportedModelError,
-    family_of,
-    raise_if_unsupported,
-)
+from vllm_selfspec.engine.support import raise_if_unsupported
+from vllm_selfspec.plan.families import FAMILIES, UnsupportedModelError, family_of
 
 # What `raise_if_unsupported` reads of vLLM's two objects, as for a plain Llama.
 MODEL = {

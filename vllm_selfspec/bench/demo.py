@@ -26,10 +26,10 @@ from vllm_selfspec import __version__, whole_file
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
+from vllm_selfspec.engine.workers import use_skip_set
 from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, bound, locate
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
-from vllm_selfspec.tuning.offline.tuning_engine import use_skip_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"

@@ -14,7 +14,7 @@ from vllm_selfspec.draft_length.options import stop_rule
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_length.stop_rules import StopRule
 from vllm_selfspec.draft_length.types import Floats, Ints
-from vllm_selfspec.engine.vllm_args import draft_length_of
+from vllm_selfspec.served_config import draft_length_of
 
 
 class RowStops:

@@ -11,7 +11,7 @@ very token and writes the K and V of all layers there before any attention reads
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from vllm_selfspec import served_config
 from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft.compile import compile_view
@@ -30,11 +31,12 @@ from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.sampler import DraftSampler
 from vllm_selfspec.draft.seeded import for_rows, rewound
 from vllm_selfspec.draft.view import DraftView
-from vllm_selfspec.engine import seams
-from vllm_selfspec.engine.vllm_args import plan_of
 from vllm_selfspec.plan.families import family_of
 from vllm_selfspec.plan.skip_set import SkipSet
-from vllm_selfspec.tuning.online.tuner import OnlineTuner
+from vllm_selfspec.served_config import plan_of
+
+if TYPE_CHECKING:
+    from vllm_selfspec.tuning.online.tuner import OnlineTuner
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ class SelfSpecProposer:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         assert vllm_config.speculative_config is not None
-        seams.mark_in_use()
+        served_config.mark_in_use()
         self._vllm_config = vllm_config
         self._max_model_len = vllm_config.model_config.max_model_len
         self.sampler = DraftSampler(vllm_config)
         self._ranks = DPRanks(vllm_config.parallel_config)
         self._stops = RowStops.of(vllm_config)
-        self.tuner = OnlineTuner.of(vllm_config)
+        self.tuner = _tuner_of(vllm_config)
         self._target: nn.Module
         self._exit_layer: ServedExitLayer | None
         self._view: DraftView
@@ -220,7 +222,7 @@ class SelfSpecProposer:
 
     def _tune(
         self,
-        tuner: OnlineTuner,
+        tuner: "OnlineTuner",
         runner: Any,
         scheduler_output: Any,
         is_first_accepted: Sequence[bool],
@@ -345,3 +347,12 @@ def _to_drafts(
         drafts[row] = tokens[: num_drafts[row]]
     row_req_ids = [req_ids[row] for row in rows]
     return Drafts(drafts, probs, None if probs is None else row_req_ids)
+
+
+def _tuner_of(vllm_config: Any) -> "OnlineTuner | None":
+    """What looks for a better skip set while serving; not even loaded elsewhere."""
+    if not served_config.tunes_online(vllm_config):
+        return None
+    from vllm_selfspec.tuning.online.tuner import OnlineTuner
+
+    return OnlineTuner.of(vllm_config)

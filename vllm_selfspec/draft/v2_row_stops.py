@@ -19,12 +19,12 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_selfspec import served_config
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.truncation import scaled
 from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
 from vllm_selfspec.draft_length.types import Ints
-from vllm_selfspec.engine import seams
 
 
 def make_speculator(
@@ -35,14 +35,14 @@ def make_speculator(
     Raises:
         ConfigError: If what its CUDA graphs hold is to be exchanged while serving.
     """
-    reason = seams.needs_v1_runner(vllm_config)
+    reason = served_config.needs_v1_runner(vllm_config)
     if reason is not None:
         raise ConfigError(
             f"{reason}, which the V2 runner's CUDA graphs of drafts hold, but "
             "VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0, or serve without that"
         )
-    seams.mark_in_use()
-    if seams.stops_rows(vllm_config):
+    served_config.mark_in_use()
+    if served_config.stops_rows(vllm_config):
         return RowStoppingSpeculator(vllm_config, device)
     return SelfSpecSpeculator(vllm_config, device)
 

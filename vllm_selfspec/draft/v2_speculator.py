@@ -47,8 +47,8 @@ from vllm_selfspec.draft.dp_ranks import DPRanks
 from vllm_selfspec.draft.exit_layer import ServedExitLayer
 from vllm_selfspec.draft.truncation import truncated
 from vllm_selfspec.draft.view import DraftView
-from vllm_selfspec.engine.vllm_args import plan_of
 from vllm_selfspec.plan.families import family_of
+from vllm_selfspec.served_config import plan_of
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 

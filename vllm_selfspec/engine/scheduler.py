@@ -19,16 +19,15 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_selfspec import served_config
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.costs import StepCosts, cleaned
 from vllm_selfspec.draft_length.goodput import NO_PROMPTS, Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
-from vllm_selfspec.engine import seams
 from vllm_selfspec.engine.measure import measure_costs, measure_sublayers
 from vllm_selfspec.engine.plain_steps import PlainSteps
-from vllm_selfspec.engine.vllm_args import plan_of
-from vllm_selfspec.tuning.online import tuner as online
+from vllm_selfspec.served_config import plan_of
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
@@ -45,7 +44,9 @@ def prepare(vllm_config: Any, executor: Any) -> None:
         executor: vLLM's, with workers that are ready to run.
     """
     costs = None
-    if seams.tunes_online(vllm_config):
+    if served_config.tunes_online(vllm_config):
+        from vllm_selfspec.tuning.online import tuner as online
+
         costs = measured(executor)
         plan = plan_of(vllm_config).skip_set
         sublayers = executor.collective_rpc(measure_sublayers)
@@ -54,7 +55,7 @@ def prepare(vllm_config: Any, executor: Any) -> None:
     # vLLM warns of schedulers that it does not know. These are its own, and every
     # release that is supported was tried with them.
     logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
-    if seams.plans_draft_lengths(vllm_config):
+    if served_config.plans_draft_lengths(vllm_config):
         _choose(vllm_config, executor, costs)
     _add_plain_steps(vllm_config.scheduler_config)
 

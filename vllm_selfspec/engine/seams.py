@@ -1,76 +1,23 @@
 """Every place where vLLM is changed, as one table.
 
 One rule: no other module rebinds a vLLM name. Each row replaces one function by one of
-a few lines that hands over to vLLM's own unless selfspec was asked for. Rows attach
-when vLLM imports the module they name, so loading the plugin imports nothing.
-
-A row whose target is missing or has another signature is not attached; it is kept in
-`problems`, plain vLLM goes on working, and asking for selfspec raises.
+a few lines that hands over to vLLM's own unless selfspec was asked for. `patcher`
+attaches the rows; where one did not fit, plain vLLM goes on working, and asking for
+selfspec raises.
 """
 
-import functools
 import importlib
 import inspect
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import FunctionType, ModuleType
 from typing import Any
 
-import wrapt
-
-from vllm_selfspec.engine import registry, versions
-
-Function = Callable[..., Any]
-ATTACHED = "__selfspec_seam__"
-
-# Findings that make selfspec unusable in this process: "target: what is wrong".
-problems: list[str] = []
-# Whether an engine of this process drafts with selfspec.
-_is_in_use = False
-
-
-class SeamError(RuntimeError):
-    """vLLM is not as the seams expect it."""
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One rebind.
-
-    Attributes:
-        module: vLLM module that holds the target.
-        target: Attribute path within it.
-        parameters: Names of the target's parameters, as recorded.
-        replace: Makes the replacement from the original function.
-        why: The reason it is needed.
-        remove_when: What upstream must offer for the row to go.
-        kind: What the target is: a function, a staticmethod or a property.
-        is_entry: Whether the user comes in here; installed for any vLLM version, so
-            that an unsupported one is refused in words.
-        in_registry: Whether vLLM's registry of speculative methods does the same, where
-            there is one; the row is then left out.
-        only_in: The vLLM releases that need the row; None for every one.
-    """
-
-    module: str
-    target: str
-    parameters: tuple[str, ...]
-    replace: Callable[[Function], Function]
-    why: str
-    remove_when: str
-    kind: type = FunctionType
-    is_entry: bool = False
-    in_registry: bool = False
-    only_in: tuple[str, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}:{self.target}"
-
-    def is_for(self, vllm: str) -> bool:
-        """Whether `vllm`, a version such as `0.32.1+cpu`, needs the row."""
-        return self.only_in is None or versions.release(vllm) in self.only_in
+from vllm_selfspec.engine import patcher, registry, versions
+from vllm_selfspec.engine.patcher import Function, Seam, SeamError
+from vllm_selfspec.served_config import (
+    is_in_use,
+    needs_v1_runner,
+    stops_rows,
+    uses_selfspec,
+)
 
 
 def _accept_bare_word(original: Function) -> Function:
@@ -231,7 +178,7 @@ def _keep_seeds_apart(original: Function) -> Function:
     def forward(
         self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any
     ) -> Any:
-        if _is_in_use and sampling_metadata.generators:
+        if is_in_use() and sampling_metadata.generators:
             from vllm_selfspec.draft.seeded import SeededRows
 
             rows = SeededRows(self.sampler, metadata, logits, sampling_metadata)
@@ -259,7 +206,7 @@ def _draw_as_plain_vllm_on_device(original: Function) -> Function:
         logits, *sampled = original(self, *args, **kwargs)
         call = inspect.signature(original).bind(self, *args, **kwargs).arguments
         states, reqs = self.sampler.sampling_states, call["idx_mapping_np"]
-        has_seeds = _is_in_use and states.any_explicit_seed(reqs)
+        has_seeds = is_in_use() and states.any_explicit_seed(reqs)
         if not has_seeds or self.watermark_key is not None:
             return logits, *sampled
         from vllm_selfspec.draft.seeded import verify_on_device
@@ -295,7 +242,7 @@ def _expand_in_torch(original: Function) -> Function:
         replace_from: int = 0,
         replace_to: int = 0,
     ) -> Any:
-        if not _is_in_use or x.device.type != "cpu":
+        if not is_in_use() or x.device.type != "cpu":
             return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
         num_tokens_of = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
         expanded = x.repeat_interleave(num_tokens_of, output_size=num_tokens)
@@ -611,50 +558,6 @@ SEAMS: tuple[Seam, ...] = (
 )
 
 
-def uses_selfspec(vllm_config: Any) -> bool:
-    """Whether this `VllmConfig` was made by `vllm_args.translate`."""
-    config = vllm_config.additional_config
-    return isinstance(config, dict) and "selfspec" in config
-
-
-def plans_draft_lengths(vllm_config: Any) -> bool:
-    """Whether the draft lengths are chosen step by step, for the whole batch."""
-    return _policy(vllm_config) == "goodput"
-
-
-def needs_v1_runner(vllm_config: Any) -> str | None:
-    """What the V2 runner's CUDA graphs of drafts would hold, and must not; or None."""
-    if tunes_online(vllm_config):
-        return "skip_layers 'online' exchanges skip sets"
-    return None
-
-
-def tunes_online(vllm_config: Any) -> bool:
-    """Whether a better skip set is looked for while serving."""
-    if not uses_selfspec(vllm_config):
-        return False
-    return vllm_config.additional_config["selfspec"].get("online") is not None
-
-
-def stops_rows(vllm_config: Any) -> bool:
-    """Whether single rows stop drafting; lengths are then known on the host alone."""
-    return _policy(vllm_config) not in (None, "goodput", "fixed")
-
-
-def _policy(vllm_config: Any) -> str | None:
-    """The name of the draft-length policy; None where selfspec is not used."""
-    if not uses_selfspec(vllm_config):
-        return None
-    options = vllm_config.additional_config["selfspec"].get("draft_length", {})
-    return str(options.get("policy", "fixed"))
-
-
-def mark_in_use() -> None:
-    """Tells the seams without access to a config that an engine here uses selfspec."""
-    global _is_in_use
-    _is_in_use = True
-
-
 def raise_if_unusable() -> None:
     """Raises if the installed vLLM is unsupported, or a seam did not fit it.
 
@@ -667,9 +570,9 @@ def raise_if_unusable() -> None:
         raise versions.UnsupportedVersionError(versions.unsupported_message(found))
     for seam in needed():
         importlib.import_module(seam.module)  # so that it is attached, or found wanting
-    if problems:
+    if patcher.problems:
         raise SeamError(
-            f"selfspec does not fit this vLLM {found}: {'; '.join(problems)}. "
+            f"selfspec does not fit this vLLM {found}: {'; '.join(patcher.problems)}. "
             "Install the vLLM release it was written for, or a newer vllm-selfspec"
         )
 
@@ -677,7 +580,7 @@ def raise_if_unusable() -> None:
 def install() -> None:
     """Attaches every seam, now or when vLLM imports its module."""
     for seam in needed():
-        _when_imported(seam)
+        patcher.when_imported(seam)
 
 
 def needed() -> list[Seam]:
@@ -692,54 +595,3 @@ def needed() -> list[Seam]:
         and not (seam.in_registry and has_registry)
         and seam.is_for(found)
     ]
-
-
-def _when_imported(seam: Seam) -> None:
-    if seam.module in sys.modules:
-        attach(seam, sys.modules[seam.module])
-    else:
-        wrapt.register_post_import_hook(functools.partial(attach, seam), seam.module)
-
-
-def attach(seam: Seam, module: ModuleType) -> None:
-    """Rebinds the target of `seam` in `module`; idle if that was done before."""
-    *path, attribute = seam.target.split(".")
-    try:
-        owner = functools.reduce(getattr, path, module)
-        found = vars(owner)[attribute]
-    except (AttributeError, KeyError):
-        _report(f"{seam.name} does not exist")
-        return
-    if not isinstance(found, seam.kind):
-        _report(f"{seam.name} is a {type(found).__name__}, not a {seam.kind.__name__}")
-        return
-    function = _function_of(found)
-    if hasattr(function, ATTACHED):
-        return
-    parameters = tuple(inspect.signature(function).parameters)
-    if parameters != seam.parameters:
-        _report(f"{seam.name} has parameters {parameters}, not {seam.parameters}")
-        return
-    setattr(owner, attribute, _rebuilt(seam, found, function))
-
-
-def _report(problem: str) -> None:
-    if problem not in problems:
-        problems.append(problem)
-
-
-def _function_of(found: Any) -> Any:
-    if isinstance(found, property):
-        return found.fget
-    return found.__func__ if isinstance(found, staticmethod) else found
-
-
-def _rebuilt(seam: Seam, found: Any, function: Function) -> Any:
-    """The replacement, of the same kind as what was found (property, static, plain)."""
-    if isinstance(found, property):
-        new = seam.replace(found)  # type: ignore[arg-type]
-        setattr(new.fget, ATTACHED, seam)  # type: ignore[attr-defined]
-        return new
-    replacement = functools.wraps(function)(seam.replace(function))
-    setattr(replacement, ATTACHED, seam)
-    return staticmethod(replacement) if isinstance(found, staticmethod) else replacement

@@ -1,4 +1,4 @@
-"""From the user's words to vLLM's own configuration, and back in the workers.
+"""From the user's words to vLLM's own configuration; `served_config` reads it back.
 
 One rule: vLLM sees only what it knows. That is the method `custom_class` with our
 proposer, or the registered method `selfspec`; our draft plan lies under
@@ -15,19 +15,16 @@ from vllm_selfspec.config import (
     METHOD,
     ConfigError,
     DraftPlan,
-    Online,
     SelfSpecConfig,
     resolve_plan,
 )
 from vllm_selfspec.draft import stats as draft_stats
 from vllm_selfspec.draft_length.options import (
-    POLICIES,
     STOPPING,
     Goodput,
     schedule_of_all,
 )
-from vllm_selfspec.plan.families import raise_if_no_exit_layer, raise_if_unsupported
-from vllm_selfspec.plan.profile import Keys
+from vllm_selfspec.engine.support import raise_if_no_exit_layer, raise_if_unsupported
 from vllm_selfspec.plan.target_model import TargetModel
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -218,20 +215,3 @@ def _user_keys(engine_args: Any) -> dict[str, Any]:
             )
         keys[key] = value
     return keys
-
-
-def draft_length_of(vllm_config: Any) -> Keys:
-    """The policy that `translate` put into this `VllmConfig`."""
-    options = vllm_config.additional_config[METHOD]["draft_length"]
-    return POLICIES[options["policy"]].model_validate(options)
-
-
-def online_of(vllm_config: Any) -> Online | None:
-    """How to look for a better skip set while serving; None where that is not asked."""
-    options = vllm_config.additional_config[METHOD].get("online")
-    return None if options is None else Online.model_validate(options)
-
-
-def plan_of(vllm_config: Any) -> DraftPlan:
-    """The draft plan that `translate` put into this `VllmConfig`."""
-    return DraftPlan.from_dict(vllm_config.additional_config[METHOD])

@@ -1,11 +1,6 @@
-"""Which models and deployments can be drafted for.
-
-One rule: what is not known to work is refused here, before any weights are loaded, with
-the reason and what to do instead.
-"""
+"""Model families: where the sublayers of a decoder layer are, by architecture."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from vllm_selfspec.plan.skip_set import SUBLAYERS
 
@@ -113,74 +108,3 @@ def family_of(architecture: str) -> Family:
             "serve it without --speculative-config selfspec"
         )
     return FAMILIES[architecture]
-
-
-def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
-    """Refuses what a draft cannot run on.
-
-    Args:
-        model_config: vLLM's `ModelConfig` of the target.
-        parallel_config: vLLM's `ParallelConfig`.
-
-    Raises:
-        UnsupportedModelError: With the first reason found.
-    """
-    reasons = {
-        "a pipeline stage holds only some layers, but a draft needs all of them in one "
-        f"process, and pipeline_parallel_size is "
-        f"{parallel_config.pipeline_parallel_size}: use tensor parallelism": (
-            parallel_config.pipeline_parallel_size > 1
-        ),
-        "an encoder-decoder model's cross-attention is not part of a skip set: serve "
-        "it without selfspec": model_config.is_encoder_decoder,
-        "recurrent layers change their state on every forward and cannot take a "
-        "rejected draft back but by kernels of vLLM's for GPUs, where selfspec was not "
-        "tried on them, and this model has some: serve it without selfspec": (
-            model_config.is_hybrid or model_config.is_attention_free
-        ),
-        "with M-RoPE the text after an image goes on at positions that are not those "
-        "of its tokens, by which a draft counts, and this model has it: serve it "
-        "without selfspec": model_config.uses_mrope,
-        "only text generation can be drafted for, and the model runner is "
-        f"{model_config.runner_type!r}: serve it without selfspec": (
-            model_config.runner_type != "generate"
-        ),
-        "a draft's KV slots are not split over context-parallel ranks, and "
-        "decode_context_parallel_size is "
-        f"{parallel_config.decode_context_parallel_size}: use 1": (
-            parallel_config.decode_context_parallel_size > 1
-        ),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise UnsupportedModelError(f"selfspec: {reason}")
-    family_of(model_config.architecture)
-
-
-def raise_if_no_exit_layer(
-    model_config: Any, has_loras: bool, has_connector: bool
-) -> None:
-    """Refuses what a trained exit layer cannot be a part of.
-
-    Args:
-        model_config: vLLM's `ModelConfig` of the target.
-        has_loras: Whether it is served with adapters.
-        has_connector: Whether KV blocks come from elsewhere.
-
-    Raises:
-        UnsupportedModelError: With the first reason found.
-    """
-    reasons = {
-        f"an exit layer is served for {', '.join(WITH_EXIT_LAYER)}, but this model is "
-        f"a {model_config.architecture}: use exit_layer without exit_head": (
-            model_config.architecture not in WITH_EXIT_LAYER
-        ),
-        "an exit layer is trained for a target without adapters, but enable_lora is "
-        "on: leave out exit_head": has_loras,
-        "a KV connector moves what the target's attention writes, and the exit layer's "
-        "K and V are written beside it, but kv_transfer_config is given: leave out "
-        "exit_head": has_connector,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise UnsupportedModelError(f"selfspec: {reason}")

@@ -15,6 +15,7 @@ import numpy as np
 from vllm_selfspec.draft_length.costs import without_interruptions
 from vllm_selfspec.draft_length.types import Floats, Ints
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
+from vllm_selfspec.engine.workers import use_skip_set
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.offline.score import Score, Walk, best_score
 
@@ -251,11 +252,6 @@ def _start_probe(worker: Any, num_drafts: int, texts: Sequence[Sequence[int]]) -
 def _num_right(worker: Any, number: int, first: int, skip_set: SkipSet) -> Ints:
     found: Ints = _probes[id(worker.model_runner)].num_right(number, first, skip_set)
     return found
-
-
-def use_skip_set(worker: Any, skip_set: SkipSet) -> None:
-    """Has a V1 worker draft with another skip set."""
-    worker.model_runner.drafter.use_skip_set(skip_set)
 
 
 def _time_steps(worker: Any, num_rows: Sequence[int]) -> list[float]:

@@ -29,9 +29,10 @@ from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.engine import versions
-from vllm_selfspec.engine.vllm_args import online_of, plan_of, target_of
+from vllm_selfspec.engine.vllm_args import target_of
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
+from vllm_selfspec.served_config import online_of, plan_of
 from vllm_selfspec.tuning.online.search import OnlineSearch, Speed
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown

@@ -1,0 +1,86 @@
+"""What an engine that was started does: read from its `VllmConfig`, in any process.
+
+One rule: it is asked in plain engines too, of which selfspec must cost nothing. So
+loading this imports nothing, and what needs more is imported where it is.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_selfspec.config import DraftPlan, Online
+    from vllm_selfspec.plan.profile import Keys
+
+# Whether an engine of this process drafts with selfspec.
+_is_in_use = False
+
+
+def uses_selfspec(vllm_config: Any) -> bool:
+    """Whether this `VllmConfig` was made by `vllm_args.translate`."""
+    config = vllm_config.additional_config
+    return isinstance(config, dict) and "selfspec" in config
+
+
+def plans_draft_lengths(vllm_config: Any) -> bool:
+    """Whether the draft lengths are chosen step by step, for the whole batch."""
+    return _policy(vllm_config) == "goodput"
+
+
+def needs_v1_runner(vllm_config: Any) -> str | None:
+    """What the V2 runner's CUDA graphs of drafts would hold, and must not; or None."""
+    if tunes_online(vllm_config):
+        return "skip_layers 'online' exchanges skip sets"
+    return None
+
+
+def tunes_online(vllm_config: Any) -> bool:
+    """Whether a better skip set is looked for while serving."""
+    if not uses_selfspec(vllm_config):
+        return False
+    return vllm_config.additional_config["selfspec"].get("online") is not None
+
+
+def stops_rows(vllm_config: Any) -> bool:
+    """Whether single rows stop drafting; lengths are then known on the host alone."""
+    return _policy(vllm_config) not in (None, "goodput", "fixed")
+
+
+def _policy(vllm_config: Any) -> str | None:
+    """The name of the draft-length policy; None where selfspec is not used."""
+    if not uses_selfspec(vllm_config):
+        return None
+    options = vllm_config.additional_config["selfspec"].get("draft_length", {})
+    return str(options.get("policy", "fixed"))
+
+
+def is_in_use() -> bool:
+    """Whether an engine of this process drafts with selfspec."""
+    return _is_in_use
+
+
+def mark_in_use() -> None:
+    """Tells the seams without access to a config that an engine here uses selfspec."""
+    global _is_in_use
+    _is_in_use = True
+
+
+def draft_length_of(vllm_config: Any) -> "Keys":
+    """The policy that `translate` put into this `VllmConfig`."""
+    from vllm_selfspec.draft_length.options import POLICIES
+
+    options = vllm_config.additional_config["selfspec"]["draft_length"]
+    return POLICIES[options["policy"]].model_validate(options)
+
+
+def online_of(vllm_config: Any) -> "Online | None":
+    """How to look for a better skip set while serving; None where that is not asked."""
+    from vllm_selfspec.config import Online
+
+    options = vllm_config.additional_config["selfspec"].get("online")
+    return None if options is None else Online.model_validate(options)
+
+
+def plan_of(vllm_config: Any) -> "DraftPlan":
+    """The draft plan that `translate` put into this `VllmConfig`."""
+    from vllm_selfspec.config import DraftPlan
+
+    return DraftPlan.from_dict(vllm_config.additional_config["selfspec"])
