@@ -776,7 +776,7 @@ def test_sublayers_that_are_not_before_the_exit_layer_are_refused(
 
 
 def test_wrong_words_are_refused_in_one_line(target: Path, tmp_path: Path) -> None:
-    from vllm_selfspec.cli.main import parse_exit_layer
+    from vllm_selfspec.cli.options import parse_exit_layer
 
     assert (parse_exit_layer("auto"), parse_exit_layer("3")) == (None, 3)
     for words in ("-1", "x", "1.5", ""):

@@ -18,6 +18,7 @@ from vllm_selfspec.cli import preview
 from vllm_selfspec.config import SelfSpecConfig, resolve_plan
 from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import ModelWeights, bound, expected_tokens
+from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -311,7 +312,7 @@ def test_demo_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_demo_reports_a_refusal_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = cli.UnsupportedModelError("selfspec:\n  not this one")
+    error = UnsupportedModelError("selfspec:\n  not this one")
     monkeypatch.setitem(sys.modules, "vllm_selfspec.bench.demo", FakeDemo(error))
     result = invoke("demo", "a/model")
     assert (result.exit_code, result.stderr) == (1, "Error: selfspec: not this one\n")
