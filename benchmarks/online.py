@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from two_tasks_model import OUTPUT as TWO_TASKS
 from two_tasks_model import two_tasks_model
 
-from vllm_selfspec.bench.demo import cpu_name
+from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.bench.page import markdown_table, new_plot
 from vllm_selfspec.bench.run import BENCHMARKS, prepare
 from vllm_selfspec.bench.tasks import load, token_ids

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_selfspec.bench.demo import cpu_name, prepare_environment
+from vllm_selfspec.bench.machine import cpu_name, prepare_environment
 from vllm_selfspec.bench.run import OWN_MODELS
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters

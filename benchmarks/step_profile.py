@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_selfspec.bench.demo import prepare_environment
+from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.run import OWN_MODELS, find_model
 from vllm_selfspec.bench.tasks import load
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from vllm_selfspec.bench.demo import cpu_name
+from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.engine import versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]

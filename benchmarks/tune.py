@@ -29,7 +29,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draft_and_verify
 
-from vllm_selfspec.bench.demo import cpu_name
+from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids

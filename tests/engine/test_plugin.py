@@ -33,6 +33,7 @@ DRAFTING = {
     "draft.seeded",
     "draft.v1_proposer",
     "draft.v2_row_stops",
+    "draft.v2_graphs",
     "draft.v2_speculator",
     "draft.exit_layer",
 }
@@ -42,6 +43,7 @@ OF_THE_PLUGIN = (
     "engine",
     "engine.patcher",
     "engine.registry",
+    "engine.replacements",
     "engine.seams",
     "engine.versions",
 )

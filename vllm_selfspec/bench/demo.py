@@ -10,9 +10,8 @@ import platform
 import runpy
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -20,9 +19,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from vllm_selfspec import __version__, whole_file
+from vllm_selfspec.bench.demo_result import Result, print_results
+from vllm_selfspec.bench.machine import cpu_name, prepare_environment
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
@@ -73,29 +73,6 @@ class Sample:
     counts: Counts = Counts(0, 0, 0)
 
 
-@dataclass
-class Result:
-    """What was measured of one plan at one number of streams."""
-
-    plan: str
-    num_streams: int
-    draft_share: float
-    k: int
-    tokens_per_second: float = 0.0
-    speed_up: float = 0.0
-    speed_up_spread: tuple[float, float] = (0.0, 0.0)
-    acceptance: float = 0.0
-    tokens_per_verification: float = 0.0
-    bound: float = 0.0
-    num_same: int = 0
-    num_texts: int = 0
-    ratios: list[float] = field(default_factory=list)
-
-    @property
-    def share_of_bound(self) -> float:
-        return self.speed_up / self.bound if self.bound else 0.0
-
-
 def run_demo(
     model: str | None,
     max_tokens: int,
@@ -119,16 +96,6 @@ def run_demo(
     if output:
         save(results, output, arms)
         console.print(f"Saved to {output}")
-
-
-def prepare_environment() -> None:
-    """All cores for everyone, one process, and no log lines; the user's word wins."""
-    last = (os.cpu_count() or 1) - 1
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}" if last else "0")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM's, of torch names
 
 
 def widened_demo_model(console: Console) -> Path:
@@ -331,69 +298,6 @@ def _result(
     )
 
 
-COLUMNS = (
-    "streams",
-    "plan",
-    "c",
-    "accepted",
-    "E",
-    "tokens/s",
-    "speed-up",
-    "bound",
-    "of it",
-    "same text",
-)
-LEGEND = (
-    "c: share of the model's weights that a draft step reads.",
-    "E: tokens per verification; accepted: share of the drafted tokens.",
-    "bound: E / (1 + k c). It takes verifying k + 1 tokens to cost one step, as it",
-    "does while reading the weights is what takes the time: about so for one stream",
-    "here, not for eight.",
-    "speed-up: median of ratios to plain vLLM on the same prompt, run in turns.",
-    "same text: as plain vLLM's; in its own row, as its texts at one stream. In bf16",
-    "near-ties flip when a step has other rows; in float32 all are the same.",
-)
-
-
-def cells(result: Result) -> tuple[str, ...]:
-    """One row of the table, as printed here and in the README."""
-    head = (str(result.num_streams), result.plan)
-    rate = f"{result.tokens_per_second:.1f}"
-    same = f"{result.num_same}/{result.num_texts}"
-    if not result.k:
-        return (*head, "", "", "1.00", rate, "1.00x", "", "", same)
-    return (
-        *head,
-        f"{result.draft_share:.2f}",
-        f"{result.acceptance:.0%}",
-        f"{result.tokens_per_verification:.2f}",
-        rate,
-        f"{result.speed_up:.2f}x",
-        f"{result.bound:.2f}x",
-        f"{result.share_of_bound:.2f}",
-        same,
-    )
-
-
-def print_results(results: list[Result], console: Console) -> None:
-    """The table, and what its columns mean."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in COLUMNS:
-        table.add_column(
-            name, justify="left" if name == "plan" else "right", no_wrap=True
-        )
-    for result in results:
-        is_start = result.k == 0 and result is not results[0]
-        if is_start:
-            table.add_section()
-        style = "green" if result.speed_up > 1 else ""
-        table.add_row(*cells(result), style=style)
-    console.print(table)
-    console.print()
-    for line in LEGEND:
-        console.print(line, style="dim")
-
-
 def save(results: list[Result], output: Path, arms: Arms) -> None:
     """Writes the results as JSON, with what is needed to measure them again."""
     report = {
@@ -415,13 +319,3 @@ def save(results: list[Result], output: Path, arms: Arms) -> None:
         ],
     }
     whole_file.write_json(report, output, indent=1)
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor()).strip()

@@ -27,13 +27,13 @@ from vllm_selfspec.bench.comparison import (
     num_turns,
     to_dict,
 )
-from vllm_selfspec.bench.demo import cpu_name, prepare_environment
 from vllm_selfspec.bench.engines import (
     Engine,
     HuggingFaceEngine,
     Sampling,
     VllmEngine,
 )
+from vllm_selfspec.bench.machine import cpu_name, prepare_environment
 from vllm_selfspec.bench.tasks import Task, load
 from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, locate

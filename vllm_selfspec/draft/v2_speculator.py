@@ -22,19 +22,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.states import SamplingStates
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
-    SpeculatorBatchDescriptor,
-    SpeculatorCudaGraphManager,
-)
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     TargetDependentARSpeculator,
     prepare_decode_inputs,
@@ -46,6 +40,7 @@ from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
 from vllm_selfspec.draft.exit_layer import ServedExitLayer
 from vllm_selfspec.draft.truncation import truncated
+from vllm_selfspec.draft.v2_graphs import DraftGraphManager
 from vllm_selfspec.draft.view import DraftView
 from vllm_selfspec.plan.families import family_of
 from vllm_selfspec.served_config import plan_of
@@ -458,35 +453,3 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
             )
         self._logits = logits
         return logits
-
-
-class DraftGraphManager(SpeculatorCudaGraphManager):
-    """vLLM's graphs for draft steps, with one for each number of drafts from 1."""
-
-    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
-
-    def capture(
-        self, *args: Any, specialize_spec_tokens: bool = False, **kwargs: Any
-    ) -> None:
-        # vLLM leaves out 1, for which its loop has nothing to capture.
-        if specialize_spec_tokens:
-            self._capture_descs = {
-                mode: [
-                    SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
-                    for desc in descs
-                    for k in self._draft_lengths()
-                ]
-                for mode, descs in self._capture_descs.items()
-            }
-        super().capture(*args, **kwargs)
-
-    def _draft_lengths(self) -> list[int]:
-        """Every number of drafts the schedule may ask for, the longest first."""
-        config = self.vllm_config.speculative_config
-        assert config is not None
-        schedule = build_dynamic_sd_schedule_lookup(
-            config.num_speculative_tokens_per_batch_size,
-            vllm_max_batch_size=self.max_num_reqs,
-            vllm_num_speculative_tokens=self.vllm_config.num_speculative_tokens,
-        )
-        return sorted({k for k in schedule if k > 0}, reverse=True)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from vllm_selfspec import __version__
-from vllm_selfspec.bench.demo import cpu_name
+from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.bench.run import prepare, progress_bar
 from vllm_selfspec.bench.tasks import Prompt, load, token_ids
 from vllm_selfspec.config import ConfigError

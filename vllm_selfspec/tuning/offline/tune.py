@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_selfspec import __version__, whole_file
-from vllm_selfspec.bench.demo import cpu_name
+from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.bench.run import find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.config import ConfigError

@@ -1,0 +1,43 @@
+"""`DraftGraphManager`: vLLM's CUDA graphs for the draft steps of the V2 runner."""
+
+from typing import Any
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
+    SpeculatorCudaGraphManager,
+)
+
+
+class DraftGraphManager(SpeculatorCudaGraphManager):
+    """vLLM's graphs for draft steps, with one for each number of drafts from 1."""
+
+    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
+
+    def capture(
+        self, *args: Any, specialize_spec_tokens: bool = False, **kwargs: Any
+    ) -> None:
+        # vLLM leaves out 1, for which its loop has nothing to capture.
+        if specialize_spec_tokens:
+            self._capture_descs = {
+                mode: [
+                    SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
+                    for desc in descs
+                    for k in self._draft_lengths()
+                ]
+                for mode, descs in self._capture_descs.items()
+            }
+        super().capture(*args, **kwargs)
+
+    def _draft_lengths(self) -> list[int]:
+        """Every number of drafts the schedule may ask for, the longest first."""
+        config = self.vllm_config.speculative_config
+        assert config is not None
+        schedule = build_dynamic_sd_schedule_lookup(
+            config.num_speculative_tokens_per_batch_size,
+            vllm_max_batch_size=self.max_num_reqs,
+            vllm_num_speculative_tokens=self.vllm_config.num_speculative_tokens,
+        )
+        return sorted({k for k in schedule if k > 0}, reverse=True)
