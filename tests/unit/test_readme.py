@@ -15,31 +15,26 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text()
 
 
-def tree() -> set[str]:
-    """Paths named in the README's file tree."""
+def test_the_list_of_files_is_what_their_docstrings_say() -> None:
+    script = runpy.run_path(str(REPOSITORY / "docs" / "update_file_list.py"))
+    page = script["PAGE"].read_text()
+    assert script["updated"](page) == page, "run python docs/update_file_list.py"
+
+
+def test_the_map_names_every_folder_and_nothing_else() -> None:
     block = README.split("## Files", 1)[1].split("```")[1]
-    paths, folder = set(), ""
-    for line in block.strip().splitlines():
-        name = line.split()[0]
-        indented = line.startswith(" ")
-        folder = folder if indented else (name if name.endswith("/") else "")
-        paths.add(folder + name if indented else name)
-    return paths
-
-
-def test_tree_names_every_module_and_nothing_else() -> None:
-    folders = ("vllm_selfspec", "benchmarks", "tests")
-    modules = {
-        path.relative_to(REPOSITORY).as_posix()
-        for folder in folders
-        for path in (REPOSITORY / folder).rglob("*.py")
-    }
-    # A folder within them that is named stands for what is in it.
-    within = tuple(name for name in tree() if name.endswith("/") and "/" in name[:-1])
-    missing = {m for m in modules - tree() if not m.startswith(within)}
-    assert not missing, f"missing in the README: {sorted(missing)}"
-    gone = {name for name in tree() if not (REPOSITORY / name).exists()}
+    named = {line.split()[0] for line in block.strip().splitlines()}
+    gone = {name for name in named if not (REPOSITORY / name).exists()}
     assert not gone, f"in the README, but not in the repository: {sorted(gone)}"
+    folders = {f"{p.name}/" for p in REPOSITORY.iterdir() if p.is_dir()}
+    folders |= {f"vllm_selfspec/{p.parent.name}/" for p in PACKAGES}
+    missing = {f for f in folders if not f.startswith((".", "_"))} - named - MADE
+    assert not missing, f"missing in the README: {sorted(missing)}"
+
+
+PACKAGES = [*(REPOSITORY / "vllm_selfspec").glob("*/__init__.py")]
+# By setuptools.
+MADE = {"build/", "vllm_selfspec.egg-info/"}
 
 
 def test_keys_are_those_of_the_configuration() -> None:
