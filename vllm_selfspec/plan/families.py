@@ -21,11 +21,15 @@ class Family:
         mlp: Name of the MLP sublayer.
         pairs: Sublayers that return a pair: their output, and a bias to add or the
             attention weights, which may be None.
+        has_exit_layer: Whether a trained exit layer is served: its decoder layers can
+            be run one by one for their K and V, and vLLM hands out the states between
+            them (its SupportsEagle3).
     """
 
     attention: str = "self_attn"
     mlp: str = "mlp"
     pairs: frozenset[str] = frozenset()
+    has_exit_layer: bool = False
 
 
 # Layers of Hugging Face's own, which vLLM runs through its Transformers backend.
@@ -35,16 +39,16 @@ TRANSFORMERS = Family(pairs=frozenset({"attention"}))
 # By vLLM's architecture name. To add one: check that its layers fit `Family`, add it to
 # the models of `tests/engine/test_families.py`, and run the identity tests.
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(),
-    "Qwen2ForCausalLM": Family(),
-    "Qwen3ForCausalLM": Family(),
-    "Phi3ForCausalLM": Family(),
+    "LlamaForCausalLM": Family(has_exit_layer=True),
+    "MistralForCausalLM": Family(has_exit_layer=True),
+    "Qwen2ForCausalLM": Family(has_exit_layer=True),
+    "Qwen3ForCausalLM": Family(has_exit_layer=True),
+    "Phi3ForCausalLM": Family(has_exit_layer=True),
     "GemmaForCausalLM": Family(),
     # A norm after the sublayer, too; of zeros it makes zeros.
     "Gemma2ForCausalLM": Family(),
     "Gemma3ForCausalLM": Family(),
-    "GraniteForCausalLM": Family(),
+    "GraniteForCausalLM": Family(has_exit_layer=True),
     "Exaone4ForCausalLM": Family(),
     "Glm4ForCausalLM": Family(),
     "NemotronForCausalLM": Family(),
@@ -83,15 +87,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Whose decoder layers are run one by one for their K and V, and whose layers' states
-# vLLM hands out (its SupportsEagle3).
-WITH_EXIT_LAYER = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GraniteForCausalLM",
+WITH_EXIT_LAYER = tuple(
+    name for name, family in FAMILIES.items() if family.has_exit_layer
 )
 
 
