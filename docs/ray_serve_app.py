@@ -20,6 +20,8 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+CPU_KV_CACHE_BYTES = 1 << 30
+
 
 class Args(BaseModel):
     """What `serve run` may be given as key=value.
@@ -49,6 +51,8 @@ def build(args: Args) -> Application:
         model_loading_config={"model_id": "default", "model_source": source},
         engine_kwargs={
             "speculative_config": args.speculative_config,
+            # Or each replica on a machine would claim nearly all of its memory.
+            **({"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if args.cpus else {}),
             **args.engine_kwargs,
         },
         deployment_config={

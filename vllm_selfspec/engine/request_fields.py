@@ -121,9 +121,9 @@ SAMPLING_FIELDS: dict[str, Field] = {
     "skip_reading_prefix_cache": _KV,
     "thinking_token_budget": Field(
         Fate.PLAIN_STEPS,
-        "V1 forces the end of thinking on the row after the request's own, if it must "
-        "come with the bonus token: on a neighbour's draft. V2 has rows of each "
-        "request's own. Without --reasoning-config vLLM refuses it.",
+        "V1 marks an end that it forced on a bonus token, and where thinking starts "
+        "again it forces none. V2 counts anew. Without --reasoning-config vLLM "
+        "refuses it.",
         in_v2=Fate.CARRIED,
     ),
     "repetition_detection": _STOPS,
