@@ -33,6 +33,7 @@ DRAFTING = {
     "draft.seeded",
     "draft.v1_proposer",
     "draft.v2_row_stops",
+    "draft.v2_drawing",
     "draft.v2_graphs",
     "draft.v2_speculator",
     "draft.exit_layer",

@@ -140,6 +140,7 @@ BASES = {
         ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
         SCHEDULER,
     ),
+    "DrawingSpeculator": SPECULATOR,
     "SelfSpecSpeculator": SPECULATOR,
     "RowStoppingSpeculator": SPECULATOR,
     "DraftGraphManager": (
@@ -163,6 +164,7 @@ def test_every_class_fits_those_it_extends_in_each_release(
         return next((names for names in found if names is not None), None)
 
     files = (
+        "draft/v2_drawing.py",
         "draft/v2_speculator.py",
         "draft/v2_graphs.py",
         "draft/v2_row_stops.py",

@@ -27,8 +27,6 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
-from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     TargetDependentARSpeculator,
     prepare_decode_inputs,
@@ -39,7 +37,7 @@ from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
 from vllm_selfspec.draft.exit_layer import ServedExitLayer
-from vllm_selfspec.draft.truncation import truncated
+from vllm_selfspec.draft.v2_drawing import DrawingSpeculator
 from vllm_selfspec.draft.v2_graphs import DraftGraphManager
 from vllm_selfspec.draft.view import DraftView
 from vllm_selfspec.plan.families import family_of
@@ -48,7 +46,7 @@ from vllm_selfspec.served_config import plan_of
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
 
-class SelfSpecSpeculator(TargetDependentARSpeculator):
+class SelfSpecSpeculator(DrawingSpeculator):
     """vLLM's autoregressive speculator, drafting with the target model itself.
 
     Attributes:
@@ -70,14 +68,6 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         self._num_dummy_drafts = (
             self.num_speculative_steps if self._ranks.is_alone else 0
         )
-        self._sampling_states: SamplingStates | None = None
-        self._lora_runner: Any = None
-        self._truncates = False
-        self._has_seeds = False
-        self._is_seeded = self.seeds.new_zeros(self.max_num_reqs, dtype=torch.bool)
-        self._logits: torch.Tensor  # of the step that is drawn from
-        self._top_k = self.seeds.new_zeros(self.max_num_reqs, dtype=torch.int32)
-        self._top_p = self.temperature.new_ones(self.max_num_reqs)
         self._view: DraftView
 
     def load_draft_model(
@@ -150,9 +140,7 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
         between steps, for every batch size and every number of drafts."""
         assert self.decode_cudagraph_manager is not None
         self.idx_mapping.zero_()  # what dummy runs left may be out of bounds
-        # A graph truncates, whether or not a request of its batch asks for that, and
-        # draws with the target's noise, whether or not one has a seed.
-        self._truncates = self._has_seeds = self.draft_logits is not None
+        self.prepare_to_capture()
         self.decode_cudagraph_manager.capture(
             self._captured,
             self.model_state,
@@ -236,46 +224,6 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
     ) -> int:
         """Called before drafting; returns how many tokens at most."""
         return num_drafts
-
-    def use_sampling_states(self, states: SamplingStates) -> None:
-        """The sampler's, for top-k, top-p and which requests have a seed; vLLM hands
-        over temperatures and seeds alone."""
-        self._sampling_states = states
-
-    def use_loras_of(self, runner: Any) -> None:
-        """The runner's adapters, if it serves any; vLLM tells speculators nothing."""
-        self._lora_runner = runner if runner.lora_config is not None else None
-
-    def set_loras(self, input_batch: InputBatch, num_rows: np.ndarray) -> None:
-        """Tells vLLM's LoRA layers whose the rows are that come next. Before its own
-        next forward the target tells them again.
-
-        Args:
-            input_batch: Of this step.
-            num_rows: Of each of its requests.
-        """
-        if self._lora_runner is None:
-            return
-        state = self._lora_runner.lora_state
-        of_rows = tuple(state.lora_ids[input_batch.idx_mapping_np].repeat(num_rows))
-        active = state.get_activate_loras(input_batch.req_ids)
-        self._lora_runner._set_active_loras(of_rows, of_rows, active)
-
-    def _copy_sampling_states(self, input_batch: InputBatch, dummy_run: bool) -> None:
-        """Top-k, top-p and who has a seed, to where CUDA graphs read them."""
-        states = self._sampling_states
-        if states is None or self.draft_logits is None:
-            return  # nothing is drawn, neither truncated nor with noise
-        slots = input_batch.idx_mapping_np
-        self._has_seeds = dummy_run or states.any_explicit_seed(slots)
-        self._truncates = dummy_run or bool(
-            (states.top_k.np[slots] != states.vocab_size).any()
-            or (states.top_p.np[slots] != 1.0).any()
-        )
-        self._top_k.copy_(states.top_k.gpu)
-        self._top_p.copy_(states.top_p.gpu)
-        if self._has_seeds:
-            self._is_seeded.copy_(torch.from_numpy(states.seeds_set))
 
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
         """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
@@ -400,56 +348,3 @@ class SelfSpecSpeculator(TargetDependentARSpeculator):
                 self.input_buffers.positions[:num_tokens],
             )
         return hidden_states, hidden_states[:, :0]
-
-    def sample_draft(
-        self,
-        hidden_states: torch.Tensor,
-        sample_src_positions: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        draft_step: torch.Tensor,
-        draft_logits: torch.Tensor | None,
-        spec_step_idx: int = 0,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Samples as vLLM does; `draft_logits` has no column for the newest token. For
-        a request with a seed it draws with the noise that verification will."""
-        sampled = super().sample_draft(
-            hidden_states,
-            sample_src_positions,
-            idx_mapping,
-            temperature,
-            seeds,
-            draft_step - 1,
-            draft_logits,
-            spec_step_idx,
-            **kwargs,
-        )
-        if draft_logits is None or not self._has_seeds:
-            return sampled
-        drawn = gumbel_sample(
-            self._logits,
-            idx_mapping,
-            temperature,
-            seeds,
-            sample_src_positions,
-            apply_temperature=True,
-            is_drafting=False,
-            use_fp64=self.use_fp64_gumbel,
-        )
-        return torch.where(self._is_seeded[idx_mapping], drawn, sampled)
-
-    def compute_draft_logits(
-        self, hidden_states: torch.Tensor, spec_step_idx: int
-    ) -> torch.Tensor:
-        """Logits `[num_reqs, vocab_size]` before the temperature, truncated where they
-        are drawn from; verification reads them, so they are what is drawn from."""
-        logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        if self._truncates:
-            rows = self.idx_mapping[: len(logits)]
-            logits = truncated(
-                logits, self.temperature[rows], self._top_k[rows], self._top_p[rows]
-            )
-        self._logits = logits
-        return logits
