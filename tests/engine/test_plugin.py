@@ -26,6 +26,7 @@ DRAFTING = {
     "draft.sampler",
     "draft.truncation",
     "draft.view",
+    "draft.dp_ranks",
     "draft.kv_heads",
     "engine.measure",
     "engine.plain_steps",
