@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
-from test_config import (
+
+from helpers.configurations import (
     CANARY,
     FUZZ,
     NUM_FUZZED,
@@ -21,7 +22,6 @@ from test_config import (
     wanted_skip_set,
     written,
 )
-
 from helpers.engines import Engines, greedy, prompts_of, run, token_ids
 from vllm_selfspec.config import METHOD
 from vllm_selfspec.plan.skip_set import SkipSet
