@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.engine.workers import use_skip_set
+from vllm_selfspec.engine.workers import use_plan
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet, SkipSetError
-from vllm_selfspec.tuning.candidates import Sublayer, skipping
 
 SEED = 1
 MAX_TOKENS = 32
@@ -60,7 +60,7 @@ class Generation:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-        self._llm.collective_rpc(use_skip_set, args=(skip_set,))
+        self._llm.collective_rpc(use_plan, args=(DraftPlan.skipping(skip_set),))
         started = time.perf_counter()
         outs = self._llm.generate(self._prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
@@ -94,7 +94,7 @@ def search(
         storage=f"sqlite:///{study_file}",
         load_if_exists=True,
     )
-    names: dict[str, Sublayer] = {
+    names: dict[str, tuple[int, str]] = {
         f"{s}.{i}": (i, s) for s in SUBLAYERS for i in range(num_layers)
     }
     if not study.trials:
@@ -108,7 +108,8 @@ def search(
 
     def plan_of(trial: Any) -> SkipSet:
         skipped = [names[name] for name, x in trial.params.items() if x > 0.5]
-        return skipping(num_layers, skipped)
+        lists = {s: [i for i, which in skipped if which == s] for s in SUBLAYERS}
+        return SkipSet.of(num_layers, **lists)
 
     while (done := len(study.get_trials(False, complete))) < iterations:
         trial = study.ask()

@@ -36,6 +36,7 @@ from vllm_selfspec.bench.run import (
     provenance,
 )
 from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 
 LENGTHS = (1, 2, 4, 8)
@@ -51,7 +52,7 @@ SWING = (1, 16, 1)
 
 def arms() -> list[Arm]:
     """Plain vLLM first."""
-    good = SkipSet.early_exit(NUM_LAYERS, EXIT_LAYER)
+    good = DraftPlan.skipping(SkipSet.early_exit(NUM_LAYERS, EXIT_LAYER))
     exits = {"method": "selfspec", "exit_layer": EXIT_LAYER}
     most = {"draft_length": "goodput", "num_speculative_tokens": LENGTHS[-1]}
     found = [Arm(PLAIN, "plain")]
@@ -60,8 +61,8 @@ def arms() -> list[Arm]:
         found.append(Arm(f"selfspec, k {k}", "selfspec", config, good))
     found.append(Arm("selfspec, goodput", "selfspec", {**exits, **most}, good))
     wrong = {"method": "selfspec", "skip_layers": WRONG, **most}
-    skip_set = SkipSet.from_dict(NUM_LAYERS, WRONG)
-    found.append(Arm("selfspec, goodput, wrong draft", "selfspec", wrong, skip_set))
+    plan = DraftPlan.skipping(SkipSet.from_dict(NUM_LAYERS, WRONG))
+    found.append(Arm("selfspec, goodput, wrong draft", "selfspec", wrong, plan))
     return found
 
 

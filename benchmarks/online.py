@@ -39,6 +39,7 @@ from vllm_selfspec.bench.run import BENCHMARKS, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.spec_counters import SpecCounters
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.offline.search import Search
 from vllm_selfspec.tuning.offline.tuning_engine import TuningEngine
@@ -115,21 +116,23 @@ SETTINGS: dict[str, Any] = {
 
 def tuned(
     model: Path, prompts: Sequence[Any], max_tokens: int, streams: int, budget_s: float
-) -> tuple[SkipSet, Any]:
+) -> tuple[DraftPlan, Any]:
     """What `tune`'s search finds for some prompts, and the costs that it went by."""
     engine = TuningEngine(
         str(model), prompts, max_tokens, NUM_DRAFTS, streams, **TUNING
     )
     KEPT.append(engine)
 
-    def evaluate(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Any]:
+    def evaluate(plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Any]:
         return [engine.score(plan, numbers) for plan in plans]
 
     with TemporaryDirectory() as directory:
         file = Path(directory) / "study.db"
-        search = Search(engine.known.num_layers, evaluate, len(prompts), file, "one")
+        search = Search(
+            DraftPlan(engine.known.num_layers), evaluate, len(prompts), file, "one"
+        )
         search.run(budget_s, lambda *_: None)
-        return search.found()[0].skip_set, engine.known
+        return search.found()[0].plan, engine.known
 
 
 TUNING = {key: SETTINGS[key] for key in SETTINGS if key != "enable_prefix_caching"}
@@ -141,12 +144,12 @@ def tuner_of(llm: Any) -> Any:
     return core.model_executor.driver_worker.model_runner.drafter.tuner
 
 
-def speed_of(known: Any, plan: SkipSet, acceptance: Sequence[float]) -> float:
+def speed_of(known: Any, plan: DraftPlan, acceptance: Sequence[float]) -> float:
     """E / (v + k c) at the best draft length, which is what both searches go by.
 
     Args:
         known: Costs.
-        plan: The skip set.
+        plan: The draft plan.
         acceptance: Share of the steps that accept the first i draft tokens, i from 1.
     """
     emitted = 1 + np.cumsum(acceptance)
@@ -291,10 +294,10 @@ def main(
         plan, known = tuned(path, texts[task][:NUM_TUNED], max_tokens, streams, budget)
         plans[task] = plan
         console.print(f"tuned for {task}: {plan}")
-    auto = SkipSet.evenly_spread(known.num_layers)
+    auto = DraftPlan.skipping(SkipSet.evenly_spread(known.num_layers))
     fixed = {"auto": auto} | {f"tuned for {task}": plans[task] for task in names}
     arms = [
-        Arm.start(name, path, {"skip_layers": plan.to_dict()})
+        Arm.start(name, path, {"skip_layers": plan.skip_set.to_dict()})
         for name, plan in fixed.items()
     ]
     spec = {"skip_layers": "online", "online": {"share": share}}
@@ -329,7 +332,7 @@ def main(
         "share": share,
         "phases": phases,
         "plans": {name: plan.to_dict() for name, plan in fixed.items()},
-        "costs": {"verify": known.verify_costs, "draft": known.draft_costs},
+        "costs": {"verify": known.verify_costs, "draft": known.draft_costs.parts},
         "candidates": tuner.search.num_duels,
         "adopted": tuner.search.num_adopted,
         "changes": tuner.search.num_changes,

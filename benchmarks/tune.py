@@ -34,8 +34,8 @@ from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.engine import versions
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
-from vllm_selfspec.tuning.candidates import simple_plans
 from vllm_selfspec.tuning.offline.score import Score, best_score, walk
 from vllm_selfspec.tuning.offline.search import Search
 from vllm_selfspec.tuning.offline.tuning_engine import Known, TuningEngine
@@ -88,7 +88,8 @@ def agreement(num_texts: int, max_tokens: int, console: Console) -> list[Any]:
                 "evenly spread": SkipSet.evenly_spread(n),
                 f"exit_layer {max(1, n // 4)}": SkipSet.early_exit(n, max(1, n // 4)),
             }
-            for what, plan in plans.items():
+            for what, skip_set in plans.items():
+                plan = DraftPlan.skipping(skip_set)
                 numbers = range(num_texts)
                 predicted = walk(tuner.right(plan, numbers), 4).acceptance
                 (counted,) = tuner.measure([(plan, 4)], numbers)
@@ -145,7 +146,7 @@ def searches(
     studies = [output / "draft_and_verify.study.db", output / "by_score.study.db"]
     known = known_costs(costly, kept)
 
-    def evaluate(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+    def evaluate(plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
         return [
             best_score(
                 scorer.right(plan, numbers),
@@ -155,7 +156,7 @@ def searches(
             for plan in plans
         ]
 
-    def timed(what: str, search: Any) -> tuple[SkipSet, float]:
+    def timed(what: str, search: Any) -> tuple[DraftPlan, float]:
         started = time.monotonic()
         plan = search()
         seconds = time.monotonic() - started
@@ -163,33 +164,40 @@ def searches(
         return plan, seconds
 
     with TemporaryDirectory() as directory:
-        search = Search(n, evaluate, num_texts, Path(directory) / "study.db", "tune")
+        start = DraftPlan(n)
+        search = Search(
+            start, evaluate, num_texts, Path(directory) / "study.db", "tune"
+        )
 
-        def tuner() -> SkipSet:
+        def tuner() -> DraftPlan:
             # The sublayers one by one on two texts are evaluations, too.
             max_plans = iterations // 10 - 2 * n
             search.run(3600, lambda *_: None, max_plans)
-            return search.found()[0].skip_set
+            return search.found()[0].plan
 
         found = {f"tune, {iterations // 10} evaluations": timed("tune", tuner)}
     searched = find_model("demo", widen_search, console)
     objective = generation(searched, slice(num_texts))
     name = f"Draft & Verify's search, {iterations} evaluations"
-    found[name] = draft_and_verify.search(
+    best, seconds = draft_and_verify.search(
         n, objective, iterations, studies[0], console.print
     )
+    found[name] = DraftPlan.skipping(best), seconds
+
+    @cache
+    def score(skip_set: SkipSet) -> float:
+        return evaluate([DraftPlan.skipping(skip_set)], numbers)[0].speed_up
+
     if by_score:
-        found[f"{name} by tune's score"] = draft_and_verify.search(
-            n,
-            cache(lambda plan: evaluate([plan], numbers)[0].speed_up),
-            iterations,
-            studies[1],
-            console.print,
+        best, seconds = draft_and_verify.search(
+            n, score, iterations, studies[1], console.print
         )
-    exits = [plan for plan in simple_plans(n) if plan.exit_layer]
+        found[f"{name} by tune's score"] = DraftPlan.skipping(best), seconds
+    exits = [plan for plan in start.candidates() if plan.skip_set.exit_layer]
     best_exit = max(exits, key=lambda plan: evaluate([plan], numbers)[0].speed_up)
     found["best exit layer"] = best_exit, 0.0
-    found["evenly spread, 0.45"] = SkipSet.evenly_spread(n), 0.0
+    spread = DraftPlan.skipping(SkipSet.evenly_spread(n))
+    found["evenly spread, 0.45"] = spread, 0.0
     expected = evaluate([plan for plan, _ in found.values()], numbers)
     plans = [
         (plan, score.k)

@@ -7,8 +7,9 @@ loading this imports nothing, and what needs more is imported where it is.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_selfspec.config import DraftPlan, Online
-    from vllm_selfspec.plan.profile import Keys
+    from vllm_selfspec.config import Online
+    from vllm_selfspec.plan.draft_plan import DraftPlan
+    from vllm_selfspec.plan.keys import Keys
 
 # Whether an engine of this process drafts with selfspec.
 _is_in_use = False
@@ -81,6 +82,6 @@ def online_of(vllm_config: Any) -> "Online | None":
 
 def plan_of(vllm_config: Any) -> "DraftPlan":
     """The draft plan that `translate` put into this `VllmConfig`."""
-    from vllm_selfspec.config import DraftPlan
+    from vllm_selfspec.plan.draft_plan import DraftPlan
 
-    return DraftPlan.from_dict(vllm_config.additional_config["selfspec"])
+    return DraftPlan.from_dict(vllm_config.additional_config["selfspec"]["plan"])

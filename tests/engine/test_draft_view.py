@@ -160,14 +160,13 @@ def test_reading_the_kv_of_rejected_tokens_is_noticed(
 
 
 def test_a_model_without_one_list_of_layers_is_refused() -> None:
-    from vllm_selfspec.draft.view import DraftView
+    from vllm_selfspec.draft.view import ViewBuilder
     from vllm_selfspec.plan.families import Family, UnsupportedModelError
-    from vllm_selfspec.plan.skip_set import SkipSet
 
     target = torch.nn.Module()
     target.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     with pytest.raises(UnsupportedModelError, match="one list of 4 decoder layers"):
-        DraftView(target, SkipSet.of(4), Family())
+        ViewBuilder(target, 4, Family())
 
 
 def test_a_forward_that_is_bound_to_a_module_is_bound_to_its_copy() -> None:

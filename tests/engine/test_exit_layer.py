@@ -24,7 +24,7 @@ from helpers.engines import (
 )
 from helpers.environment import IS_PART, IS_V2
 from helpers.exit_heads import build_exit_head
-from helpers.models import NUM_LAYERS, VOCAB_SIZE, build_tiny_model
+from helpers.models import NUM_LAYERS, build_tiny_model
 from helpers.reference import (
     recorded_drafts,
     reference_draft,
@@ -34,7 +34,10 @@ from vllm_selfspec.bench.arms import arms_of
 from vllm_selfspec.bench.run import describe
 from vllm_selfspec.cli.preview import Preview
 from vllm_selfspec.config import ConfigError
-from vllm_selfspec.engine.support import raise_if_no_exit_layer
+from vllm_selfspec.engine.support import raise_if_refused
+from vllm_selfspec.plan.axis import Deployment
+from vllm_selfspec.plan.axis_exit_layer import TrainedExitLayer
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import ExitHeadError
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
@@ -338,10 +341,9 @@ def test_a_preview_counts_its_bytes(
     found = Preview.of(path, {"exit_head": str(heads["llama", 2])})
     longer = Preview.of(path, {"exit_layer": 3})
     assert found.draft_share == longer.draft_share, "its layer is like any other"
-    head = build_exit_head(path, 2, tmp_path / "head", 16)
-    own = Preview.of(path, {"exit_head": str(head)}).streamed()
-    assert own["head"] == (own["head"][0], 4 * 16 * (64 + VOCAB_SIZE))
-    assert own["exit layer"] == (0, found.exit_head["layer"])
+    layer = found.weights.attention[-1] + found.weights.mlp[-1]
+    assert found.streamed()["exit layer"] == (0, layer)
+    assert found.to_dict()["extra_bytes"] == layer
 
 
 def test_a_benchmark_takes_it_beside_other_configurations(
@@ -354,8 +356,8 @@ def test_a_benchmark_takes_it_beside_other_configurations(
     ]
     plain, *arms = arms_of(Path(models["llama"]), None, ["selfspec"], [4], configs)
     assert [arm.name for arm in arms] == [
-        "selfspec exit head 2, thompson",
-        "selfspec exit_layer 2, k 3",
+        "selfspec exit after layer 1 of 4, trained exit layer after layer 1, thompson",
+        "selfspec exit after layer 1 of 4, k 3",
         "selfspec skips attention none; mlp 1 (of 4 layers), goodput",
     ]
     assert [arm.has_one_length for arm in arms] == [False, True, False]
@@ -404,9 +406,10 @@ def test_what_an_exit_layer_is_not_part_of_is_refused(
 
 @pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "MixtralForCausalLM"])
 def test_a_family_without_exit_layers_is_refused(architecture: str) -> None:
-    model_config = SimpleNamespace(architecture=architecture)
-    with pytest.raises(UnsupportedModelError, match="exit_layer without exit_head"):
-        raise_if_no_exit_layer(model_config, False, False)
+    plan = DraftPlan.of(4, trained_exit_layer=TrainedExitLayer("somewhere", 2))
+    model_config: Any = SimpleNamespace(architecture=architecture)
+    with pytest.raises(UnsupportedModelError, match="without trained_exit_layer"):
+        raise_if_refused(plan, Deployment(model_config, parallel_config=None))
 
 
 def test_a_corrupt_or_foreign_head_is_refused(

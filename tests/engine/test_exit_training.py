@@ -23,6 +23,7 @@ from helpers.full_disk import full_disk
 from helpers.models import DEMO_MODEL, NUM_LAYERS, VOCAB_SIZE, build_tiny_model
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.plan.cost import ModelWeights
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import (
     CARD_FILE,
     TENSORS_FILE,
@@ -678,7 +679,7 @@ def test_agreement_is_by_the_targets_likeliest_token() -> None:
 
 def test_a_draft_costs_what_it_reads() -> None:
     weights = ModelWeights((10,) * 4, (20,) * 4, 30)
-    plain = weights.draft_share(SkipSet.early_exit(4, 3))
+    plain = DraftPlan.skipping(SkipSet.early_exit(4, 3)).share(weights.step)
     assert draft_cost(weights, 2, None) == plain, "two layers and one"
     assert draft_cost(weights, 2, 12) == pytest.approx((3 * 30 + 12) / 150)
 

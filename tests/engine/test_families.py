@@ -15,6 +15,7 @@ from helpers.environment import IS_SHORT, IS_V2
 from helpers.models import NUM_LAYERS, TINY, VOCAB_SIZE, build_tiny_model
 from helpers.reference import recorded_drafts, reference_draft
 from vllm_selfspec.plan.cost import ModelWeights, tensor_bytes, weight_files
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import FAMILIES
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
@@ -323,7 +324,7 @@ def drafting(path: str, plan: SkipSet, engines: Engines) -> Any:
     if not IS_V2:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.model_runner
-        drafter_of(runner).use_skip_set(plan)
+        drafter_of(runner).use_plan(DraftPlan.skipping(plan))
     return llm
 
 

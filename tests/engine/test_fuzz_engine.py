@@ -24,6 +24,7 @@ from helpers.configurations import (
 )
 from helpers.engines import Engines, greedy, prompts_of, run, token_ids
 from vllm_selfspec.config import METHOD
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 
 NUM_GENERATING = 12
@@ -87,7 +88,7 @@ def test_500_configurations_are_accepted_or_refused_before_an_engine_starts(
         else:
             assert not case.faults, f"vLLM would start with {case}"
             plan = config.additional_config[METHOD]
-            assert SkipSet.from_dict(plan["num_layers"], plan) == case.skip_set
+            assert DraftPlan.from_dict(plan["plan"]).skip_set == case.skip_set
             k = case.spec.get("num_speculative_tokens", 4)
             assert config.num_lookahead_tokens == k
         assert not CANARY.exists(), f"executed something in {case}"

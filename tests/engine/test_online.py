@@ -16,15 +16,19 @@ from helpers.full_disk import full_disk
 from helpers.models import DEMO_MODEL, NUM_LAYERS
 from vllm_selfspec.config import ConfigError, Online, SelfSpecConfig, resolve_plan
 from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.profile import ProfileError, read_profile
 from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.plan.target_model import TargetModel
 from vllm_selfspec.tuning.online.search import OnlineSearch
 from vllm_selfspec.tuning.online.tuner import OnlineCosts, OnlineTuner, Saving
 
 SEARCHED = 8  # layers of a model that is not there
 COSTS = OnlineCosts(
-    StepCosts((1, 64), (1.0, 1.6), (0.9, 1.0)), SkipSet.of(SEARCHED), (0.1, 0.04, 0.06)
+    StepCosts((1, 64), (1.0, 1.6), (0.9, 1.0)),
+    DraftPlan(SEARCHED),
+    StepCost.uniform(SEARCHED, head=0.1, attention=0.04, mlp=0.06),
 )
 SPEED = COSTS.speed(num_reqs=1, max_drafts=4)
 # Sublayers without which a draft is wrong, by task: the others are not missed.
@@ -32,8 +36,9 @@ CODE = SkipSet.of(SEARCHED, attention=[0, 3], mlp=[1])
 CHAT = SkipSet.of(SEARCHED, attention=[0, 6], mlp=[4, 7])
 
 
-def agreement(plan: SkipSet, needed: SkipSet) -> float:
-    missed = len(plan.attention & needed.attention) + len(plan.mlp & needed.mlp)
+def agreement(plan: DraftPlan, needed: SkipSet) -> float:
+    skipped = plan.skip_set
+    missed = len(skipped.attention & needed.attention) + len(skipped.mlp & needed.mlp)
     return float(0.93 * 0.6**missed)
 
 
@@ -50,19 +55,23 @@ def serve(search: OnlineSearch, needed: SkipSet, num_batches: int, seed: int) ->
         search.observe(*right, SPEED)
 
 
-def worth(plan: SkipSet, needed: SkipSet) -> float:
+def worth(plan: DraftPlan, needed: SkipSet) -> float:
     return SPEED(plan, agreement(plan, needed))
 
 
 def best(needed: SkipSet) -> float:
     """Of the plan that runs what is needed and nothing else."""
     whole = frozenset(range(SEARCHED))
-    plan = SkipSet.of(SEARCHED, whole - needed.attention, whole - needed.mlp)
-    return worth(plan, needed)
+    skipped = SkipSet.of(SEARCHED, whole - needed.attention, whole - needed.mlp)
+    return worth(DraftPlan.skipping(skipped), needed)
+
+
+def spread() -> DraftPlan:
+    return DraftPlan.skipping(SkipSet.evenly_spread(SEARCHED))
 
 
 def test_a_better_plan_is_found_and_another_task_finds_its_own() -> None:
-    search = OnlineSearch(SkipSet.evenly_spread(SEARCHED))
+    search = OnlineSearch(spread())
     serve(search, CODE, 800, seed=1)
     assert worth(search.incumbent, CODE) > 0.97 * best(CODE)
     on_chat = worth(search.incumbent, CHAT)
@@ -75,7 +84,8 @@ def test_a_plan_far_from_the_first_is_found_within_few_rows() -> None:
     """By single sublayers it would take ten times as many."""
     whole = frozenset(range(SEARCHED))
     needed = SkipSet.of(SEARCHED, attention=[0, 1], mlp=[0, 1])  # an exit after two
-    search = OnlineSearch(SkipSet.of(SEARCHED, attention=whole, mlp=whole - {7}))
+    start = SkipSet.of(SEARCHED, attention=whole, mlp=whole - {7})
+    search = OnlineSearch(DraftPlan.skipping(start))
     serve(search, needed, 40, seed=4)
     assert worth(search.incumbent, needed) > 0.97 * best(needed)
 
@@ -83,7 +93,7 @@ def test_a_plan_far_from_the_first_is_found_within_few_rows() -> None:
 def test_a_task_that_comes_back_finds_its_plan_within_few_rows() -> None:
     """What served longest is tried first once the texts have changed."""
     for seed in range(5):
-        search = OnlineSearch(SkipSet.evenly_spread(SEARCHED))
+        search = OnlineSearch(spread())
         for turn, needed in enumerate((CODE, CHAT) * 3):
             num_batches = 800 if turn < 2 else 40
             serve(search, needed, num_batches, seed=10 * seed + turn)
@@ -96,7 +106,7 @@ def test_texts_that_do_not_change_seldom_look_as_if() -> None:
     """Three deviations, estimated from few batches; an alarm costs a few duels."""
     num = 0
     for seed in range(5):
-        search = OnlineSearch(SkipSet.evenly_spread(SEARCHED))
+        search = OnlineSearch(spread())
         serve(search, CODE, 400, seed)
         num += search.num_changes
     assert num <= 20
@@ -106,13 +116,13 @@ def test_a_plan_that_cannot_be_bettered_stays() -> None:
     whole = frozenset(range(SEARCHED))
     start = SkipSet.of(SEARCHED, whole - CODE.attention, whole - CODE.mlp)
     for seed in range(5):
-        search = OnlineSearch(start)
+        search = OnlineSearch(DraftPlan.skipping(start))
         serve(search, CODE, 400, seed)
         assert worth(search.incumbent, CODE) > 0.97 * best(CODE)
 
 
 def test_workers_that_see_the_same_rows_decide_the_same() -> None:
-    found = [OnlineSearch(SkipSet.evenly_spread(SEARCHED)) for _ in range(2)]
+    found = [OnlineSearch(spread()) for _ in range(2)]
     for search in found:
         serve(search, CODE, 200, seed=3)
     assert found[0].incumbent == found[1].incumbent
@@ -129,7 +139,7 @@ def input_batch(num_reqs: int, num_prompt: int, num_computed: int) -> Any:
     )
 
 
-Asked = tuple[SkipSet, np.ndarray, np.ndarray]
+Asked = tuple[DraftPlan, np.ndarray, np.ndarray]
 
 
 def asked_of(tuner: OnlineTuner, steps: Any) -> list[Asked]:
@@ -137,7 +147,7 @@ def asked_of(tuner: OnlineTuner, steps: Any) -> list[Asked]:
     found: list[Asked] = []
 
     def next_tokens(
-        plan: SkipSet, rows: np.ndarray, positions: np.ndarray
+        plan: DraftPlan, rows: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         found.append((plan, rows, positions))
         return positions + 1
@@ -147,8 +157,8 @@ def asked_of(tuner: OnlineTuner, steps: Any) -> list[Asked]:
     return found
 
 
-def tuner_of(share: float, start: SkipSet | None = None) -> OnlineTuner:
-    start = start or SkipSet.evenly_spread(SEARCHED)
+def tuner_of(share: float, start: DraftPlan | None = None) -> OnlineTuner:
+    start = start or spread()
     found = OnlineTuner(start, Online(share=share), 4, max_num_reqs=64)
     found.use_costs(COSTS)
     return found
@@ -179,7 +189,7 @@ def test_only_what_the_target_has_computed_and_said_is_scored() -> None:
 
 
 def test_nothing_is_scored_before_costs_are_known() -> None:
-    tuner = OnlineTuner(SkipSet.of(SEARCHED), Online(), 4, max_num_reqs=64)
+    tuner = OnlineTuner(DraftPlan(SEARCHED), Online(), 4, max_num_reqs=64)
     assert not asked_of(tuner, (input_batch(4, 8, 100) for _ in range(100)))
 
 
@@ -201,23 +211,28 @@ def test_online_keys_want_the_word(tmp_path: Path) -> None:
 def test_what_was_found_costs_no_engine_where_the_disk_is_full(tmp_path: Path) -> None:
     file, failed = tmp_path / "found.json", Counter[str]()
     save = Saving(file, TargetModel(SEARCHED), failed)
-    save(CODE)
+    save(DraftPlan.skipping(CODE))
     with full_disk():
-        save(CHAT)
-    assert read_profile(file).skip_layers.mlp == (1,), "the plan before is kept"
+        save(DraftPlan.skipping(CHAT))
+    assert kept_in(file).mlp == {1}, "the plan before is kept"
     assert failed == {"profile": 1}
-    save(CHAT)
-    assert read_profile(file).skip_layers.mlp == (4, 7)
+    save(DraftPlan.skipping(CHAT))
+    assert kept_in(file).mlp == {4, 7}
+
+
+def kept_in(file: Path) -> SkipSet:
+    skip_set: SkipSet = read_profile(file).plan(SEARCHED).skip_set
+    return skip_set
 
 
 def test_it_starts_from_the_profile_that_it_kept(tmp_path: Path) -> None:
     file = tmp_path / "kept.json"
     config = config_of(skip_layers="online", online={"profile": str(file)})
     target = TargetModel(SEARCHED, "m", {})
-    assert resolve_plan(config, target).skip_set == SkipSet.evenly_spread(SEARCHED)
+    assert resolve_plan(config, target).plan == spread()
     file.write_text('{"skip_layers": {"mlp": [2]}, "num_layers": 8}')
     found = resolve_plan(config, target)
-    assert found.skip_set == SkipSet.of(SEARCHED, mlp=[2])
+    assert found.plan.skip_set == SkipSet.of(SEARCHED, mlp=[2])
     assert str(file) in found.source
     with pytest.raises(ProfileError, match="9 layers in place of 8"):
         resolve_plan(config, TargetModel(9, "other", {}))
@@ -300,7 +315,7 @@ def test_a_plan_that_skips_nothing_is_always_right(
     file.write_text(f'{{"skip_layers": {{}}, "num_layers": {NUM_LAYERS}}}')
     llm = online(engines, tiny_models["qwen3"], profile=str(file))
     search, seen = tuner_in(llm).search, []
-    assert search.incumbent == SkipSet.of(NUM_LAYERS)
+    assert search.incumbent == DraftPlan(NUM_LAYERS)
     monkeypatch.setattr(search, "observe", lambda *args: seen.append(args[:2]))
     run(llm, prompts_of(8), greedy(GREEDY_TOKENS))
     right, right_candidate = map(np.concatenate, zip(*seen, strict=True))
@@ -326,9 +341,7 @@ def test_what_is_better_is_adopted_and_kept(
     assert tuner.search.incumbent != first
     kept = read_profile(file)
     assert kept.num_layers == 12 and kept.architecture is not None
-    assert (
-        SkipSet.from_dict(12, kept.skip_layers.model_dump()) == tuner.search.incumbent
-    )
+    assert kept.plan(12) == tuner.search.incumbent
 
 
 def texts() -> list[str]:

@@ -16,6 +16,7 @@ from helpers.engines import KV_CACHE_BYTES, Engines, prompts_of, token_ids
 from vllm_selfspec import plugin
 from vllm_selfspec.config import METHOD
 from vllm_selfspec.engine.patcher import ATTACHED
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 
 PACKAGE = Path(vllm_selfspec.__file__).parent
@@ -227,8 +228,8 @@ def test_every_way_to_write_it_gives_the_plan_that_was_meant(
 ) -> None:
     config = args_of(model, *flags).create_engine_config()
     plan = config.additional_config[METHOD]
-    assert SkipSet.from_dict(plan["num_layers"], plan) == skip_set
-    assert plan["num_layers"] == 4
+    assert DraftPlan.from_dict(plan["plan"]).skip_set == skip_set
+    assert plan["plan"]["num_layers"] == 4
     assert config.speculative_config.num_speculative_tokens == k
     assert config.num_lookahead_tokens == k, "draft KV needs slots of its own"
 

@@ -10,6 +10,7 @@ from helpers.engines import KV_CACHE_BYTES, Engines, greedy, prompts_of, run, to
 from helpers.environment import CORES, IS_PART, IS_SHORT, IS_V2
 from helpers.exit_heads import build_exit_head
 from helpers.models import NUM_LAYERS
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.offline.tuning_engine import TuningEngine
 
@@ -115,7 +116,7 @@ def test_plans_are_scored_over_two_workers(
         **TWO,
     )
     engines.others.append(found._llm)
-    everything = found.score(SkipSet.of(NUM_LAYERS), range(3))
+    everything = found.score(DraftPlan(NUM_LAYERS), range(3))
     assert everything.walk.acceptance == (1,) * everything.k
-    less = found.score(SkipSet.of(NUM_LAYERS, mlp=[1, 2]), range(3))
+    less = found.score(DraftPlan.skipping(SkipSet.of(NUM_LAYERS, mlp=[1, 2])), range(3))
     assert less.walk.acceptance[0] < 1

@@ -18,14 +18,10 @@ from helpers.full_disk import full_disk
 from helpers.models import DEMO_MODEL, NUM_LAYERS
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.profile import read_profile
 from vllm_selfspec.plan.skip_set import SkipSet
-from vllm_selfspec.tuning.candidates import (
-    greedy_path,
-    neighbours,
-    simple_plans,
-    single_plans,
-)
+from vllm_selfspec.tuning.candidates import greedy_path, neighbours, single_changes
 from vllm_selfspec.tuning.offline.engines import RayEngines
 from vllm_selfspec.tuning.offline.score import Score, best_score, walk
 from vllm_selfspec.tuning.offline.search import Search
@@ -82,21 +78,22 @@ def test_of_lengths_that_gain_nearly_the_same_the_shortest_is_taken() -> None:
 
 
 def test_candidates_are_distinct_and_the_path_leaves_out_what_is_missed_least() -> None:
-    plans = [*simple_plans(6)]
+    plans = [*DraftPlan(6).candidates()]
     assert len({*plans}) >= len(plans) - 1
-    missed = {0: 9.0, 1: 1.0, 2: 0.5, 3: 3.0}
+    missed = {"0": 9.0, "1": 1.0, "2": 0.5, "3": 3.0}
 
-    losses = {sublayer: missed[sublayer[0]] for sublayer in single_plans(4)}
-    path = greedy_path(4, losses)
+    losses = {choice: missed[choice[0][-1]] for choice in single_changes(DraftPlan(4))}
+    path = [plan.skip_set for plan in greedy_path(DraftPlan(4), losses)]
     assert path[0] == SkipSet.of(4, attention=[2])
     assert path[1] == SkipSet.of(4, attention=[2], mlp=[2])
     assert path[3] == SkipSet.of(4, attention=[1, 2], mlp=[1, 2])
     assert path[-1].num_skipped == 7
-    plan = SkipSet.of(3, attention=[0, 1], mlp=[0, 1, 2])
-    near = [*neighbours(plan)]
+    skip_set = SkipSet.of(3, attention=[0, 1], mlp=[0, 1, 2])
+    near = [one.skip_set for one in neighbours(DraftPlan.skipping(skip_set))]
     assert len({*near}) == len(near) == 5, "one would leave nothing"
     differing = [
-        len(one.attention ^ plan.attention) + len(one.mlp ^ plan.mlp) for one in near
+        len(one.attention ^ skip_set.attention) + len(one.mlp ^ skip_set.mlp)
+        for one in near
     ]
     assert differing == [1] * 5
 
@@ -124,14 +121,15 @@ def engine(path: str, task: str, num_prompts: int) -> TuningEngine:
 
 
 def test_with_nothing_skipped_every_draft_is_right(tuner: TuningEngine) -> None:
-    found = tuner.right(SkipSet.of(NUM_LAYERS), range(3))
+    found = tuner.right(DraftPlan(NUM_LAYERS), range(3))
     for text, right in zip(tuner.known.texts, found, strict=True):
         remaining = np.arange(len(text.token_ids) - 1 - text.first, 0, -1)
         assert right.tolist() == np.minimum(remaining, NUM_DRAFTS).tolist()
 
 
 def test_costs_grow_with_what_runs(tuner: TuningEngine) -> None:
-    full, half = SkipSet.of(NUM_LAYERS), SkipSet.early_exit(NUM_LAYERS, 2)
+    full = DraftPlan(NUM_LAYERS)
+    half = DraftPlan.skipping(SkipSet.early_exit(NUM_LAYERS, 2))
     assert 0 < tuner.known.draft_cost(half) < tuner.known.draft_cost(full)
     assert len(tuner.known.verify_costs) == NUM_DRAFTS
 
@@ -141,7 +139,7 @@ def test_predicted_acceptance_is_the_engines(task: str, engines: Engines) -> Non
     from vllm import SamplingParams
 
     found = engine(str(DEMO_MODEL), task, 6)
-    plan = SkipSet.early_exit(12, 4)
+    plan = DraftPlan.skipping(SkipSet.early_exit(12, 4))
     predicted = walk(found.right(plan, range(6)), NUM_DRAFTS).acceptance
     llm = engines.get(
         str(DEMO_MODEL),
@@ -159,19 +157,20 @@ def test_predicted_acceptance_is_the_engines(task: str, engines: Engines) -> Non
 SEARCHED = 6  # layers of a model that is not there
 
 
-def evaluate(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+def evaluate(plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
     """As if only the attention of layers 0 and 3 and the MLP of layer 5 were missed."""
     found = []
     for plan in plans:
-        missed = len(plan.attention & {0, 3}) + len(plan.mlp & {5})
+        skipped = plan.skip_set
+        missed = len(skipped.attention & {0, 3}) + len(skipped.mlp & {5})
         right = np.full(60, max(0, 4 - 2 * missed))
-        cost = 0.05 + 0.9 * (1 - plan.num_skipped / (2 * SEARCHED))
+        cost = 0.05 + 0.9 * (1 - skipped.num_skipped / (2 * SEARCHED))
         found.append(best_score([right for _ in numbers], cost, [1.0] * 4))
     return found
 
 
 def searching(file: Path, evaluate: Any = evaluate, **kwargs: Any) -> Search:
-    return Search(SEARCHED, evaluate, 4, file, "study", **kwargs)
+    return Search(DraftPlan(SEARCHED), evaluate, 4, file, "study", **kwargs)
 
 
 def ignore(search: Search, line: str) -> None:
@@ -182,11 +181,11 @@ def test_a_search_finds_what_is_not_missed(tmp_path: Path) -> None:
     search = searching(tmp_path / "study.db", num_at_once=2)
     search.run(15, ignore)
     best, *_ = search.found()
-    assert best.skip_set.attention == {1, 2, 4, 5}
-    assert best.skip_set.mlp == {0, 1, 2, 3, 4}
+    assert best.plan.skip_set.attention == {1, 2, 4, 5}
+    assert best.plan.skip_set.mlp == {0, 1, 2, 3, 4}
     assert best.k == 4
-    assert best.speed_up == evaluate([best.skip_set], range(4))[0].speed_up
-    spread = SkipSet.evenly_spread(SEARCHED)
+    assert best.speed_up == evaluate([best.plan], range(4))[0].speed_up
+    spread = DraftPlan.skipping(SkipSet.evenly_spread(SEARCHED))
     assert best.speed_up > evaluate([spread], range(4))[0].speed_up
 
 
@@ -195,17 +194,19 @@ def test_a_search_goes_on_from_the_best_by_single_sublayers(tmp_path: Path) -> N
     layers = range(12)
     wanted = SkipSet.of(12, attention={*layers} - {5}, mlp={*layers} - {2, 7})
 
-    def near(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+    def near(plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
         found = []
         for plan in plans:
-            off = len(plan.attention ^ wanted.attention) + len(plan.mlp ^ wanted.mlp)
+            skipped = plan.skip_set
+            off = len(skipped.attention ^ wanted.attention)
+            off += len(skipped.mlp ^ wanted.mlp)
             right = [np.full(60, 4)] * len(numbers)
             found.append(best_score(right, 0.1, [1 + 0.2 * off] * 4))
         return found
 
-    search = Search(12, near, 4, tmp_path / "study.db", "study")
+    search = Search(DraftPlan(12), near, 4, tmp_path / "study.db", "study")
     search.run(600, ignore, max_plans=120)
-    assert search.found()[0].skip_set == wanted
+    assert search.found()[0].plan.skip_set == wanted
 
 
 def test_what_was_scored_is_kept_when_the_disk_is_full(tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_what_was_scored_is_kept_when_the_disk_is_full(tmp_path: Path) -> None:
 def test_what_was_scored_is_kept_when_a_search_is_stopped(tmp_path: Path) -> None:
     calls = 0
 
-    def stopping(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+    def stopping(plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
         nonlocal calls
         calls += 1
         if calls == 30:
@@ -289,8 +290,8 @@ def test_tune_survives_a_kill_and_writes_a_profile_that_vllm_takes(
     config = EngineArgs(
         tiny_models["qwen3"], speculative_config=spec
     ).create_engine_config()
-    plan = config.additional_config["selfspec"]
-    assert tuple(plan["mlp"]) == found.skip_layers.mlp
+    plan = DraftPlan.from_dict(config.additional_config["selfspec"]["plan"])
+    assert plan == found.plan(NUM_LAYERS)
     k = found.figures.num_speculative_tokens
     assert config.speculative_config.num_speculative_tokens == k
     config = EngineArgs(
@@ -322,12 +323,12 @@ def test_ray_workers_score_on_the_same_texts_by_the_same_costs(
         "kv_cache_memory_bytes": 16 * KV_CACHE_BYTES,
     }
     engines = RayEngines(2, tiny_models["llama"], prompts, 24, 2, **settings)
-    plans = [SkipSet.early_exit(NUM_LAYERS, n) for n in (1, 2, 3)]
+    plans = [DraftPlan.skipping(SkipSet.early_exit(NUM_LAYERS, n)) for n in (1, 2, 3)]
     together = engines.score(plans, range(2))
     again = [engines.score([plan], range(2))[0] for plan in plans]
     assert together == again, "whichever engine it is"
     assert [score.draft_cost for score in together] == pytest.approx(
         [engines.known.draft_cost(plan) for plan in plans]
     )
-    (measured,) = engines.measure([(SkipSet.of(NUM_LAYERS), 2)], range(2))
+    (measured,) = engines.measure([(DraftPlan(NUM_LAYERS), 2)], range(2))
     assert measured.walk.acceptance[0] > 0.9, "nothing is skipped"

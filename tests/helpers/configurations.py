@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from vllm_selfspec.config import (
     MAX_NUM_SPECULATIVE_TOKENS,
     ConfigError,
-    SelfSpecConfig,
+    config_type,
 )
+from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.profile import ProfileError
-from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
+from vllm_selfspec.plan.skip_set import SkipSet
 
 NUM_LAYERS = 4
-REFUSALS = (ConfigError, SkipSetError, ProfileError)
+REFUSALS = (ConfigError, PlanError, ProfileError)
 NUM_FUZZED = 500
 # The same ones on every run; and no clock decides, for the machine may be busy.
 FUZZ = settings(
@@ -307,7 +308,7 @@ def written(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def names_one_of(message: str, faults: set[str]) -> bool:
     """Whether `message` names one of these keys; of a long one the start is enough."""
-    known = faults & SelfSpecConfig.model_fields.keys()
+    known = faults & config_type().model_fields.keys()
     return any(key in message for key in known) or any(
         f"no key {key!r:.30}" in message for key in faults - known
     )

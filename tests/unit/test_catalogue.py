@@ -14,7 +14,6 @@ from vllm_selfspec.config import SelfSpecConfig, resolve_plan
 from vllm_selfspec.plan import catalogue
 from vllm_selfspec.plan.catalogue import entries, find
 from vllm_selfspec.plan.cost import ModelWeights
-from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
 
 LLAMA_2_13B = {
@@ -54,8 +53,7 @@ def test_the_published_plans_read_what_was_published_of_them(name: str) -> None:
         mlp=(3 * hidden * a["intermediate_size"],) * entry.num_layers,
         head=hidden * a["vocab_size"],
     )
-    lists = entry.skip_layers.model_dump()
-    share = weights.draft_share(SkipSet.from_dict(entry.num_layers, lists))
+    share = entry.plan(entry.num_layers).share(weights.step)
     assert share == pytest.approx(SHARES[name], abs=5e-4)
     assert "arXiv 2309.08168" in str(entry.note), "its source"
 
@@ -69,8 +67,8 @@ def test_the_published_plans_read_what_was_published_of_them(name: str) -> None:
     ],
 )
 def test_auto_takes_the_plan_of_the_model_and_says_so(name: str) -> None:
-    plan = resolve_plan(SelfSpecConfig(), target(name))
-    assert plan.skip_set.attention >= {3, 5, 6, 8}
+    plan = resolve_plan(SelfSpecConfig.parse({}), target(name))
+    assert plan.plan.skip_set.attention >= {3, 5, 6, 8}
     assert plan.source == "auto: the catalogue's plan for meta-llama/Llama-2-13b-hf"
 
 
@@ -84,7 +82,7 @@ def test_auto_takes_the_plan_of_the_model_and_says_so(name: str) -> None:
 )
 def test_another_model_gets_none(other: TargetModel) -> None:
     assert find(other) is None
-    assert "no catalogue entry" in resolve_plan(SelfSpecConfig(), other).source
+    assert "no catalogue entry" in resolve_plan(SelfSpecConfig.parse({}), other).source
 
 
 def test_a_model_on_disk_is_found_by_directory_and_config(

@@ -28,15 +28,17 @@ from helpers.configurations import (
     written,
 )
 from vllm_selfspec.config import (
-    DraftPlan,
+    ChosenPlan,
     SelfSpecConfig,
+    config_type,
     resolve_plan,
 )
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
 
 
-def plan(**keys: Any) -> DraftPlan:
+def plan(**keys: Any) -> ChosenPlan:
     """The plan of these keys for a model of `NUM_LAYERS` layers."""
     return resolve_plan(SelfSpecConfig.parse(keys), TargetModel(NUM_LAYERS))
 
@@ -53,33 +55,37 @@ def test_nothing_written_means_the_published_default_and_says_so() -> None:
     assert SelfSpecConfig.parse({}).num_speculative_tokens == 4
     auto = plan()
     assert auto == plan(skip_layers="auto")
-    assert auto.skip_set == SkipSet.of(4, [1, 2], [1, 2]), "0.45 of 8, inner layers"
+    assert auto.plan.skip_set == SkipSet.of(4, [1, 2], [1, 2]), (
+        "0.45 of 8, inner layers"
+    )
     for words in ("no catalogue entry", "45%", "evenly spread", "first and last"):
         assert words in auto.source, "the log line must say what 'auto' came to"
 
 
 def test_a_skip_set_is_taken_as_written() -> None:
     written = plan(skip_layers={"attention": [3, 1, 1], "mlp": []})
-    assert written.skip_set == SkipSet.of(4, [1, 3])
-    assert plan(skip_layers={}).skip_set == SkipSet.of(4)
+    assert written.plan.skip_set == SkipSet.of(4, [1, 3])
+    assert plan(skip_layers={}).plan.skip_set == SkipSet.of(4)
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3, 4])
 def test_an_exit_layer_runs_the_layers_before_it(exit_layer: int) -> None:
-    assert plan(exit_layer=exit_layer).skip_set == SkipSet.early_exit(4, exit_layer)
+    assert plan(exit_layer=exit_layer).plan.skip_set == SkipSet.early_exit(
+        4, exit_layer
+    )
 
 
 def test_a_profile_is_read_from_its_path(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"skip_layers": {"mlp": [2]}, "num_layers": 4}')
     found = plan(skip_layers=str(path))
-    assert found.skip_set == SkipSet.of(4, mlp=[2])
+    assert found.plan.skip_set == SkipSet.of(4, mlp=[2])
     assert str(path) in found.source, "the log line must say where it came from"
 
 
 def test_a_plan_survives_the_trip_to_the_workers() -> None:
     for keys in ({}, {"exit_layer": 2}, {"skip_layers": {"mlp": [0, 3]}}):
-        sent = plan(**keys)
+        sent = plan(**keys).plan
         assert DraftPlan.from_dict(json.loads(json.dumps(sent.to_dict()))) == sent
 
 
@@ -92,7 +98,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
     message = refusal(**{key: 1})
     assert f"there is no key {key!r}: remove it" in message
-    for known in SelfSpecConfig.model_fields:
+    for known in config_type().model_fields:
         assert known in message
 
 
@@ -227,9 +233,9 @@ def test_any_configuration_works_or_is_refused_by_the_name_of_a_key(
         assert len(str(error)) < 1000, "a message is for reading"
     else:
         assert not faults, f"accepted in spite of {faults}: {config!r:.300}"
-        assert found.skip_set == wanted_skip_set(config)
-        sent = json.loads(json.dumps(found.to_dict()))
-        assert DraftPlan.from_dict(sent) == found
+        assert found.plan.skip_set == wanted_skip_set(config)
+        sent = json.loads(json.dumps(found.plan.to_dict()))
+        assert DraftPlan.from_dict(sent) == found.plan
     assert not CANARY.exists(), f"executed something in {config!r:.300}"
 
 

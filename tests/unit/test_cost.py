@@ -15,6 +15,8 @@ from vllm_selfspec.plan.cost import (
     bound,
     expected_tokens,
 )
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.skip_set import SkipSet
 
 LAYER = {"self_attn.q_proj": 60, "input_layernorm": 4, "mlp.up_proj": 90}
@@ -93,15 +95,18 @@ def test_scales_of_quantised_weights_count(tmp_path: Path) -> None:
 
 def test_draft_share_is_what_is_left_over_the_whole() -> None:
     weights = ModelWeights(attention=(10, 20, 30), mlp=(1, 2, 3), head=34)
-    assert weights.draft_share(SkipSet.of(3)) == 1
-    assert weights.draft_share(SkipSet.of(3, attention=[1], mlp=[2])) == 0.77
-    assert weights.draft_share(SkipSet.early_exit(3, 1)) == 0.45
+    for skip_set, share in (
+        (SkipSet.of(3), 1),
+        (SkipSet.of(3, attention=[1], mlp=[2]), 0.77),
+        (SkipSet.early_exit(3, 1), 0.45),
+    ):
+        assert DraftPlan.of(3, skip_layers=skip_set).share(weights.step) == share
 
 
-def test_skip_set_of_another_depth_is_refused() -> None:
+def test_a_plan_of_another_depth_is_refused() -> None:
     weights = ModelWeights(attention=(1, 1), mlp=(1, 1), head=1)
-    with pytest.raises(CheckpointError, match="of 3 layers and the checkpoint has 2"):
-        weights.draft_share(SkipSet.of(3))
+    with pytest.raises(PlanError, match="of 3 layers and the model has 2"):
+        DraftPlan(3).share(weights.step)
 
 
 @pytest.mark.parametrize(

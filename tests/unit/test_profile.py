@@ -12,13 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_selfspec.plan.profile import (
-    MAX_PROFILE_BYTES,
-    Profile,
-    ProfileError,
-    read_profile,
-    shown,
-)
+from vllm_selfspec.plan.keys import MAX_FILE_BYTES, shown
+from vllm_selfspec.plan.profile import ProfileError, profile_type, read_profile
 from vllm_selfspec.plan.target_model import TargetModel
 
 
@@ -58,7 +53,7 @@ def test_a_profile_says_what_to_skip_and_for_which_model(tmp_path: Path) -> None
 
 
 def test_a_profile_of_another_depth_is_refused() -> None:
-    profile = Profile.model_validate(
+    profile = profile_type().model_validate(
         {"skip_layers": {}, "num_layers": 12, "model": "other/model"}
     )
     with pytest.raises(ProfileError) as error:
@@ -70,11 +65,13 @@ def test_a_profile_of_another_depth_is_refused() -> None:
 
 
 def test_a_profile_without_a_depth_fits_any() -> None:
-    Profile.model_validate({"skip_layers": {"mlp": [1]}}).check_fits(TargetModel(4))
+    profile_type().model_validate({"skip_layers": {"mlp": [1]}}).check_fits(
+        TargetModel(4)
+    )
 
 
 def test_a_profile_of_another_architecture_is_refused_with_what_differs() -> None:
-    profile = Profile.model_validate(
+    profile = profile_type().model_validate(
         {
             "skip_layers": {"mlp": [1]},
             "architecture": {
@@ -116,7 +113,7 @@ def test_a_profile_too_large_is_refused_unread(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 30)  # sparse: a gigabyte that takes no room
     message = refusal(path)
-    assert f"at most {MAX_PROFILE_BYTES} bytes" in message
+    assert f"at most {MAX_FILE_BYTES} bytes" in message
     assert message.endswith("check the path")
 
 
@@ -163,8 +160,9 @@ def test_a_profile_too_large_is_refused_unread(tmp_path: Path) -> None:
         ),
         (
             '{"skip_layers": {}, "layers": 4}',
-            "there is no key 'layers': remove it, or use one of skip_layers, "
-            "num_layers, model, architecture, note, figures, provenance",
+            "there is no key 'layers': remove it, or use one of num_layers, "
+            "model, architecture, note, figures, provenance, skip_layers, "
+            "trained_exit_layer",
         ),
         (
             '{"skip_layers": {}, "num_layers": "4"}',

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.plan.cost import ModelWeights
-from vllm_selfspec.plan.exit_card import read_exit_card
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -38,7 +38,7 @@ class Arm:
         group: The name to choose it by: `plain`, `selfspec`, `ngram`, `suffix`,
             `draft_model`, `hf`.
         speculative_config: vLLM's; None for plain vLLM.
-        skip_set: What ours leaves out; None for the others.
+        plan: How ours drafts; None for the others.
         extra_bytes: Weights that are read beside the target's.
         generate: Keyword arguments of Hugging Face's `generate`.
     """
@@ -46,7 +46,7 @@ class Arm:
     name: str
     group: str
     speculative_config: dict[str, Any] | None = None
-    skip_set: SkipSet | None = None
+    plan: DraftPlan | None = None
     extra_bytes: int = 0
     generate: dict[str, Any] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ def arms_of(
         configs: Configurations of ours, in place of the usual ones.
 
     Raises:
-        ConfigError, SkipSetError, ProfileError, ExitHeadError: If one of `configs` is
+        ConfigError, PlanError, ProfileError: If one of `configs` is
             not allowed, or does not fit the model.
     """
     weights = ModelWeights.from_checkpoint(model)
@@ -123,52 +123,45 @@ def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
     """`auto`, and early exits after a quarter and a sixth of the layers, at fixed
     lengths, the second at all of them; the first two with goodput lengths, too."""
     num_layers = target.num_layers
-    auto = resolve_plan(SelfSpecConfig(), target).skip_set
+    auto = resolve_plan(SelfSpecConfig.parse({}), target).plan
     found = [_own("auto", {}, auto, lengths[0]), _own("auto", {}, auto)]
     for part, ks in ((4, lengths), (6, lengths[:1])):
         exit_layer = num_layers // part
         if not exit_layer:
             continue
-        plan = f"exit_layer {exit_layer}", {"exit_layer": exit_layer}
+        named = f"exit_layer {exit_layer}", {"exit_layer": exit_layer}
         skip_set = SkipSet.early_exit(num_layers, exit_layer)
-        found += [_own(*plan, skip_set, k) for k in ks]
-        found += [_own(*plan, skip_set)] if part == 4 else []
+        plan = DraftPlan.skipping(skip_set)
+        found += [_own(*named, plan, k) for k in ks]
+        found += [_own(*named, plan)] if part == 4 else []
     return found
 
 
-def _own(
-    name: str, keys: dict[str, Any], skip_set: SkipSet, k: int | None = None
-) -> Arm:
+def _own(name: str, keys: dict[str, Any], plan: DraftPlan, k: int | None = None) -> Arm:
     """One plan of ours at a fixed length, or with goodput lengths."""
     config = {"method": METHOD, **keys, **DRAWN}
     if k is None:
         config |= {"draft_length": "goodput", "num_speculative_tokens": MOST_DRAFTS}
-        return Arm(f"selfspec {name}, goodput", "selfspec", config, skip_set)
+        return Arm(f"selfspec {name}, goodput", "selfspec", config, plan)
     config |= {"draft_length": "fixed", "num_speculative_tokens": k}
-    return Arm(f"selfspec {name}, k {k}", "selfspec", config, skip_set)
+    return Arm(f"selfspec {name}, k {k}", "selfspec", config, plan)
 
 
 def _configured(keys: Mapping[str, Any], target: TargetModel) -> Arm:
     """What a user configured, under a name that tells it from others."""
     config = SelfSpecConfig.parse(keys)
-    plan = resolve_plan(config, target)
+    chosen = resolve_plan(config, target)
     k = config.num_speculative_tokens
-    if "num_speculative_tokens" not in keys and plan.num_speculative_tokens:
-        k = plan.num_speculative_tokens
+    if "num_speculative_tokens" not in keys and chosen.num_speculative_tokens:
+        k = chosen.num_speculative_tokens
     policy = config.draft_length.policy
-    words = [str(plan.skip_set)]
-    if plan.exit_head is not None:
-        first = read_exit_card(Path(plan.exit_head)).exit_layer
-        holes = plan.skip_set.num_skipped - 2 * (target.num_layers - first)
-        words = [f"exit head {first}", *[f"{holes} skipped"] * bool(holes)]
-    elif plan.skip_set.exit_layer is not None:
-        words = [f"exit_layer {plan.skip_set.exit_layer}"]
-    elif isinstance(config.skip_layers, str):
+    words = [str(chosen.plan)]
+    if isinstance(config.skip_layers, str) and chosen.source.startswith("profile"):
         words = [Path(config.skip_layers).stem]
     words.append(f"k {k}" if policy == "fixed" else policy)
     resolved = {**keys, "method": METHOD, "num_speculative_tokens": k}
     resolved |= {"draft_length": policy} if policy in ("fixed", "goodput") else {}
-    return Arm(f"selfspec {', '.join(words)}", "selfspec", resolved, plan.skip_set)
+    return Arm(f"selfspec {', '.join(words)}", "selfspec", resolved, chosen.plan)
 
 
 def _peer(method: str, config: dict[str, Any], extra_bytes: int = 0) -> Arm:

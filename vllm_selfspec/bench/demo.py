@@ -26,8 +26,9 @@ from vllm_selfspec.bench.machine import cpu_name, prepare_environment
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
-from vllm_selfspec.engine.workers import use_skip_set
+from vllm_selfspec.engine.workers import use_plan
 from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, bound, locate
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -119,15 +120,15 @@ def widened_demo_model(console: Console) -> Path:
     return path
 
 
-def fixed_plans(target: TargetModel) -> dict[str, SkipSet]:
+def fixed_plans(target: TargetModel) -> dict[str, DraftPlan]:
     """The plans the demo compares, by the words a user would write."""
     num_layers = target.num_layers
-    plans = {"auto": resolve_plan(SelfSpecConfig(), target).skip_set}
+    plans = {"auto": resolve_plan(SelfSpecConfig.parse({}), target).plan}
     for part in (6, 4, 2):
         if exit_layer := num_layers // part:
-            plans[f"exit_layer {exit_layer}"] = SkipSet.early_exit(
-                num_layers, exit_layer
-            )
+            skip_set = SkipSet.early_exit(num_layers, exit_layer)
+            plan = DraftPlan.skipping(skip_set)
+            plans[f"exit_layer {exit_layer}"] = plan
     return plans
 
 
@@ -171,7 +172,7 @@ class Arms:
 
     def run_plan(self, plan: str, prompts: list[str]) -> Sample:
         """Generates with selfspec under one of `plans`."""
-        self.drafting.collective_rpc(use_skip_set, args=(self.plans[plan],))
+        self.drafting.collective_rpc(use_plan, args=(self.plans[plan],))
         before = self._counters.read()
         sample = self._run(self.drafting, prompts)
         return replace(sample, counts=self._counters.read() - before)
@@ -276,7 +277,7 @@ def _result(
     drafts = sum(s.counts.drafts for s in drafted)
     accepted = sum(s.counts.accepted_tokens for s in drafted)
     emitted = sum(s.num_tokens for s in drafted) / drafts
-    c = arms.weights.draft_share(arms.plans[plan])
+    c = arms.plans[plan].share(arms.weights.step)
     ratios = [
         (b.num_tokens / b.seconds) / (a.num_tokens / a.seconds)
         for a, b in zip(plain, drafted, strict=True)

@@ -163,17 +163,17 @@ def find_draft_model(options: Options, console: Console) -> Path | None:
 def _for_model(
     keys: Mapping[str, Any], options: Options, model: Path
 ) -> Mapping[str, Any]:
-    """With the exit head of a model of our own widened as that is."""
-    if "exit_head" not in keys or options.model not in OWN_MODELS:
+    """With the exit layer of a model of our own widened as that is."""
+    directory = keys.get("trained_exit_layer", keys.get("exit_head"))
+    if directory is None or options.model not in OWN_MODELS:
         return keys
-    head, source = Path(keys["exit_head"]), BENCHMARKS / OWN_MODELS[options.model]
+    head, source = Path(directory), BENCHMARKS / OWN_MODELS[options.model]
     card = read_exit_card(head)
     name = f"{model.name}_exit_{card.exit_layer}_{card.tensors[:8]}"
     widen = runpy.run_path(str(BENCHMARKS / "widen.py"))["widen_exit_head"]
-    return {
-        **keys,
-        "exit_head": str(widen(head, source, model, REPOSITORY / ".cache" / name)),
-    }
+    widened = str(widen(head, source, model, REPOSITORY / ".cache" / name))
+    kept = {key: value for key, value in keys.items() if key != "exit_head"}
+    return {**kept, "trained_exit_layer": widened}
 
 
 def _usual_factor() -> int:
@@ -201,7 +201,7 @@ def find_arms(
     """What is compared, as far as it is installed.
 
     Raises:
-        ConfigError, SkipSetError, ProfileError, ExitHeadError: If a configuration is
+        ConfigError, PlanError, ProfileError: If a configuration is
             not allowed, or does not fit the model.
     """
     configs = [_for_model(keys, options, model) for keys in options.configs]
@@ -347,7 +347,7 @@ def provenance(options: Options, model: Path) -> dict[str, Any]:
 def describe(arm: Arm) -> dict[str, Any]:
     """An arm for JSON."""
     config = dict(arm.speculative_config or {})
-    for key in {"model", "exit_head"} & {*config}:
+    for key in {"model", "trained_exit_layer", "exit_head"} & {*config}:
         config[key] = Path(config[key]).name  # where it lies is nobody's business
     return {
         "name": arm.name,

@@ -50,7 +50,7 @@ def bench(
         typer.Option(
             metavar="JSON",
             help="A configuration of selfspec, in place of the usual ones, as in "
-            """'{"exit_head": "my_head", "draft_length": "thompson"}'. """
+            """'{"trained_exit_layer": "my_layer", "draft_length": "thompson"}'. """
             "More than once for several.",
         ),
     ] = None,

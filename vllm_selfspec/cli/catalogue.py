@@ -21,12 +21,12 @@ def catalogue(
         typer.echo(json.dumps(found, indent=2))
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("model", "layers", "attention", "mlp", "found by"):
+    for column in ("model", "layers", "plan", "found by"):
         table.add_column(column, overflow="fold")
     for entry in entries().values():
-        lists = entry.skip_layers
-        counts = (entry.num_layers, len(lists.attention), len(lists.mlp))
-        table.add_row(entry.model, *map(str, counts), entry.note)
+        num_layers = entry.num_layers or 0
+        plan = entry.plan(num_layers)
+        table.add_row(entry.model, str(num_layers), plan.outline(), entry.note)
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"attention, mlp: sublayers skipped. Files: {DIRECTORY}", style="dim")
+    console.print(f"Files: {DIRECTORY}", style="dim")

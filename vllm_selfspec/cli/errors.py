@@ -10,16 +10,15 @@ from vllm_selfspec.bench.tasks import TaskError
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import CheckpointError
-from vllm_selfspec.plan.exit_card import ExitHeadError
+from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.profile import ProfileError
-from vllm_selfspec.plan.skip_set import SkipSetError
 from vllm_selfspec.training.errors import TextsError, TrainError
 from vllm_selfspec.tuning.offline.tune import TuneError
 from vllm_selfspec.whole_file import WriteError
 
 # What the user wrote is wrong, like an unknown option; the rest is the model's fault.
-USAGE_ERRORS = (ConfigError, SkipSetError, ProfileError, TaskError, ExitHeadError)
+USAGE_ERRORS = (ConfigError, PlanError, ProfileError, TaskError)
 FAILURES = (ServerError, TuneError, TextsError, TrainError, WriteError)
 REFUSALS = (
     UnsupportedModelError,

@@ -5,10 +5,7 @@ One rule: neither torch nor vLLM is needed, and of a checkpoint only headers are
 
 import json
 import shlex
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group
@@ -16,18 +13,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm_selfspec.config import METHOD, DraftPlan, SelfSpecConfig, resolve_plan
+from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.plan.cost import (
     CheckpointError,
     ModelWeights,
     bound,
     expected_tokens,
     locate,
-    tensor_bytes,
 )
-from vllm_selfspec.plan.exit_card import TENSORS_FILE
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
-from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.plan.skip_set import SUBLAYERS
 from vllm_selfspec.plan.target_model import TargetModel
 
 TABLE_K = (1, 2, 4, 8)
@@ -50,17 +46,16 @@ class Preview:
         architecture: vLLM's name of it.
         keys: The user's keys, from which the plan follows.
         plan: The plan vLLM would draft with.
+        source: Where that is from, in words.
         weights: Bytes of the model's parts.
-        exit_head: Bytes of a trained exit layer's parts: `layer`, and `head` if it has
-            an LM head of its own.
     """
 
     model: str
     architecture: str
     keys: dict[str, Any]
     plan: DraftPlan
+    source: str
     weights: ModelWeights
-    exit_head: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: str, keys: dict[str, Any]) -> "Preview":
@@ -81,9 +76,9 @@ class Preview:
                 f"{target.num_layers} layers in one and {weights.num_layers} in the "
                 "other: download it again"
             )
-        plan = resolve_plan(config, target)
-        exit_head = _bytes_of(plan.exit_head) if plan.exit_head else {}
-        return cls(model, target.class_name, keys, plan, weights, exit_head)
+        chosen = resolve_plan(config, target)
+        plan, source = chosen.plan, chosen.source
+        return cls(model, target.class_name, keys, plan, source, weights)
 
     @property
     def num_layers(self) -> int:
@@ -107,17 +102,13 @@ class Preview:
 
     def streamed(self) -> dict[str, tuple[int, int]]:
         """Bytes a step of target and draft reads, by part."""
-        skip_set, parts = self.plan.skip_set, {}
-        for sublayer in SUBLAYERS:
-            sizes: tuple[int, ...] = getattr(self.weights, sublayer)
-            skipped = sum(sizes[i] for i in getattr(skip_set, sublayer))
-            parts[sublayer] = (sum(sizes), sum(sizes) - skipped)
-        if self.exit_head:
-            parts["exit layer"] = (0, self.exit_head["layer"])
-        head = self.weights.head
-        parts["head"] = (head, self.exit_head.get("head", head))
-        target, draft = (sum(sizes) for sizes in zip(*parts.values(), strict=True))
-        parts["total"] = (target, draft)
+        step = self.weights.step
+        target, draft = step.parts, self.plan.cost(step).parts
+        parts = {
+            part: (round(target.get(part, 0)), round(size))
+            for part, size in draft.items()
+        }
+        parts["total"] = (round(sum(target.values())), round(sum(draft.values())))
         return parts
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +118,8 @@ class Preview:
             "architecture": self.architecture,
             "num_layers": self.num_layers,
             "skippable_sublayers": list(SUBLAYERS),
-            "plan": {"source": self.plan.source, **self.plan.skip_set.to_dict()},
+            "plan": {"source": self.source, **self.plan.to_dict()},
+            "extra_bytes": self.plan.extra_bytes(self.weights.step),
             "streamed_bytes": {
                 part: {"target": target, "draft": draft}
                 for part, (target, draft) in self.streamed().items()
@@ -169,11 +161,19 @@ class Preview:
             "architecture": f"{self.architecture}, {self.num_layers} layers",
             "may be skipped": f"{family.attention} and {family.mlp} of every layer, "
             f"but not all {2 * self.num_layers} of them",
-            "draft plan": _outline(self.plan.skip_set),
-            "chosen by": self.plan.source,
+            "draft plan": self.plan.outline(),
+            "chosen by": self.source,
+            **self._extra(),
         }.items():
             table.add_row(label, Text(value))
         return table
+
+    def _extra(self) -> dict[str, str]:
+        num_bytes = self.plan.extra_bytes(self.weights.step)
+        if not num_bytes:
+            return {}
+        share = num_bytes / self.weights.step.total
+        return {"extra memory": f"{decimal(num_bytes)}, {share:.0%} of the weights"}
 
     def _map(self, console: Console) -> Group:
         """The sublayers as rows of symbols under the numbers of their layers."""
@@ -219,22 +219,6 @@ class Preview:
             Text(f"{ceiling}, for ever longer drafts that are all accepted", "bold"),
             Text(SPEED_UP_NOTE, "dim"),
         )
-
-
-def _bytes_of(exit_head: str) -> dict[str, int]:
-    """Of an exit head's parts."""
-    found: Counter[str] = Counter()
-    for name, num_bytes in tensor_bytes([Path(exit_head) / TENSORS_FILE]):
-        found["head" if name.startswith("head.") else "layer"] += num_bytes
-    return dict(found)
-
-
-def _outline(skip_set: SkipSet) -> str:
-    """One line, however deep the model; the map says which layers."""
-    if not skip_set.num_skipped or skip_set.exit_layer is not None:
-        return str(skip_set)
-    counts = (f"{s} in {len(getattr(skip_set, s))}" for s in SUBLAYERS)
-    return f"skips {' and '.join(counts)} of {skip_set.num_layers} layers"
 
 
 def _in_groups(marks: str) -> str:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from vllm_selfspec.cli.errors import errors_in_one_line
-from vllm_selfspec.cli.options import parse_skip_layers
+from vllm_selfspec.cli.options import json_object, parse_skip_layers
 from vllm_selfspec.cli.preview import Preview
 
 EPILOG = """Example: vllm-selfspec show my_model --skip-layers '{"mlp": [3, 4]}'"""
@@ -29,9 +29,15 @@ def show(
         int | None,
         typer.Option(metavar="N", help="Draft with layers 0 to N-1 instead."),
     ] = None,
-    exit_head: Annotated[
+    trained_exit_layer: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Draft with a trained exit layer."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON", help="Any keys, as under vLLM's --speculative-config."
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the same as JSON.")
@@ -42,13 +48,13 @@ def show(
     Reads config.json and the headers of the weights; loads no weights.
     """
     with errors_in_one_line():
-        keys: dict[str, Any] = {}
+        keys: dict[str, Any] = {} if config is None else json_object("--config", config)
         if skip_layers is not None:
             keys["skip_layers"] = parse_skip_layers(skip_layers)
         if exit_layer is not None:
             keys["exit_layer"] = exit_layer
-        if exit_head is not None:
-            keys["exit_head"] = exit_head
+        if trained_exit_layer is not None:
+            keys["trained_exit_layer"] = trained_exit_layer
         preview = Preview.of(model, keys)
     if as_json:
         typer.echo(json.dumps(preview.to_dict(), indent=2))

@@ -34,7 +34,7 @@ from vllm.model_executor.model_loader.utils import (
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from vllm_selfspec.config import DraftPlan
+from vllm_selfspec.plan.axis_exit_layer import TrainedExitLayer
 from vllm_selfspec.plan.exit_card import TENSORS_FILE, read_exit_card
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -83,18 +83,16 @@ class ServedExitLayer:
     head: OwnHead | None
 
     @classmethod
-    def of(
-        cls, plan: DraftPlan, target: Any, vllm_config: VllmConfig
-    ) -> "ServedExitLayer | None":
-        """That of a draft plan, if it has one. From now on each forward of the target
-        writes the exit layer's K and V, too.
+    def load(
+        cls, value: TrainedExitLayer, target: Any, vllm_config: VllmConfig
+    ) -> "ServedExitLayer":
+        """That of a draft plan. From now on each forward of the target writes the exit
+        layer's K and V, too.
 
         Raises:
             ExitHeadError: If it is missing or corrupt.
         """
-        if plan.exit_head is None:
-            return None
-        directory = Path(plan.exit_head)
+        directory = Path(value.directory)
         card = read_exit_card(directory)
         device = torch.device(vllm_config.device_config.device)
         tensors = load_file(directory / TENSORS_FILE, str(device))

@@ -24,7 +24,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, NonNegativeFloat
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS, describe
+from vllm_selfspec.plan.keys import describe
+from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
 

@@ -26,13 +26,11 @@ from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
-from vllm_selfspec.draft.exit_layer import ServedExitLayer
 from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.sampler import DraftSampler
 from vllm_selfspec.draft.seeded import for_rows, rewound
-from vllm_selfspec.draft.view import DraftView
-from vllm_selfspec.plan.families import family_of
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.draft.view import DraftView, LoadedTarget
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.served_config import plan_of
 
 if TYPE_CHECKING:
@@ -67,31 +65,25 @@ class SelfSpecProposer:
         self._ranks = DPRanks(vllm_config.parallel_config)
         self._stops = RowStops.of(vllm_config)
         self.tuner = _tuner_of(vllm_config)
-        self._target: nn.Module
-        self._exit_layer: ServedExitLayer | None
+        self._target: LoadedTarget
         self._view: DraftView
 
     def load_model(self, target: nn.Module) -> None:
         """Builds the draft view. vLLM calls it once the target is loaded."""
         kv_heads.raise_if_misread(target, self._vllm_config)
         plan = plan_of(self._vllm_config)
-        self._target = target
-        self._exit_layer = ServedExitLayer.of(plan, target, self._vllm_config)
-        self.use_skip_set(plan.skip_set)
+        self._target = LoadedTarget(target, plan, self._vllm_config)
+        self.use_plan(plan)
         if self.tuner is None:  # otherwise it is exchanged too often
             compile_view(self._view, self._vllm_config)
 
-    def use_skip_set(self, skip_set: SkipSet) -> None:
-        """Drafts with another skip set from the next propose on.
+    def use_plan(self, plan: DraftPlan) -> None:
+        """Drafts by another plan from the next propose on.
 
         Cheap, because it is not compiled; and safe between two steps: whatever drafts
         left in the KV cache is overwritten before it is read.
         """
-        self.skip_set, self._view = skip_set, self._view_of(skip_set)
-
-    def _view_of(self, skip_set: SkipSet) -> DraftView:
-        family = family_of(self._vllm_config.model_config.architecture)
-        return DraftView(self._target, skip_set, family, self._exit_layer)
+        self.plan, self._view = plan, self._target.view(plan)
 
     @torch.inference_mode()
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
@@ -236,13 +228,13 @@ class SelfSpecProposer:
             partial(self._next_tokens, runner),
         )
         if found is not None:
-            self.use_skip_set(found)
+            self.use_plan(found)
 
     def _next_tokens(
-        self, runner: Any, skip_set: SkipSet, rows: np.ndarray, positions: np.ndarray
+        self, runner: Any, plan: DraftPlan, rows: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """What a draft would say after tokens of verified contexts; writes nowhere."""
-        view = self._view if skip_set == self.skip_set else self._view_of(skip_set)
+        view = self._view if plan == self.plan else self._target.view(plan)
         _set_loras(runner, rows)
         batch = DraftBatch(
             rows=rows,

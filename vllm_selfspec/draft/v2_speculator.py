@@ -36,11 +36,9 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
-from vllm_selfspec.draft.exit_layer import ServedExitLayer
 from vllm_selfspec.draft.v2_drawing import DrawingSpeculator
 from vllm_selfspec.draft.v2_graphs import DraftGraphManager
-from vllm_selfspec.draft.view import DraftView
-from vllm_selfspec.plan.families import family_of
+from vllm_selfspec.draft.view import DraftView, LoadedTarget
 from vllm_selfspec.served_config import plan_of
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -75,10 +73,9 @@ class SelfSpecSpeculator(DrawingSpeculator):
     ) -> nn.Module:
         """The target minus the skip set. No weights and no KV cache are added."""
         kv_heads.raise_if_misread(target_model, self.vllm_config)
-        family = family_of(self.vllm_config.model_config.architecture)
         plan = plan_of(self.vllm_config)
-        exit_layer = ServedExitLayer.of(plan, target_model, self.vllm_config)
-        self._view = DraftView(target_model, plan.skip_set, family, exit_layer)
+        loaded = LoadedTarget(target_model, plan, self.vllm_config)
+        self._view = loaded.view(plan)
         compile_view(self._view, self.vllm_config)
         return self._view.model
 

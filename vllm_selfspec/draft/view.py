@@ -1,43 +1,30 @@
-"""`DraftView`: the target model, run without the sublayers of a skip set.
+"""`DraftView`: the target model, run as a draft plan says.
 
 One rule: it owns no weights and no KV cache. Its modules are shallow copies of the
-target's that share every parameter, buffer and attention layer with it; only skipped
-sublayers are exchanged. Where an exit layer was trained for the target, the view runs
-it after the layers that it comes after, and in place of those that follow.
+target's that share every parameter, buffer and attention layer with it; only what the
+axes of the plan exchange is another. What they exchange it for, and what that needs
+loaded beside the target, is in the file of each axis.
 """
 
 import copy
 import inspect
+from collections.abc import Sequence
+from pkgutil import resolve_name
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models import supports_multimodal
 
-from vllm_selfspec.plan.families import Family, UnsupportedModelError
-from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.plan.axes import axis_named
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.families import Family, UnsupportedModelError, family_of
+from vllm_selfspec.plan.skip_set import SUBLAYERS
 
 # What attention, MLP and decoder layers of the supported families call their input.
 INPUT_NAMES = ("hidden_states", "x")
-
-
-class ExitLayer(Protocol):
-    """What `exit_layer` loads.
-
-    Attributes:
-        index: N: it comes after so many of the target's layers.
-        layer: A decoder layer of the target's class.
-        head: An LM head of its own; None where it shares the target's.
-    """
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def layer(self) -> nn.Module: ...
-    @property
-    def head(self) -> nn.Module | None: ...
 
 
 class _Skipped(nn.Module):
@@ -84,50 +71,97 @@ class SkippedLayer(_Skipped):
         return hidden_states, self._argument("residual", args, kwargs)
 
 
-class DraftView:
-    """Runs the target's own modules minus a skip set.
+class ViewBuilder:
+    """A draft view in the making: what axes change.
 
     Attributes:
-        model: The target as a module with the skipped sublayers exchanged; its forward
-            and its `compute_logits` are the target's own.
-        own_modules: The modules on the way from `model` to its list of layers. They are
-            the view's, not the target's.
-        is_compiled: Whether `model` runs compiled code; see `compile`.
-        attn_layer_names: vLLM's names of the attention layers that still run.
+        model: The target as a module of the view's own, whose `compute_logits` may be
+            exchanged.
+        layers: Its decoder layers, in a list of the view's own.
+        own_modules: The modules on the way from `model` to `layers`. They are the
+            view's, not the target's.
     """
 
-    def __init__(
-        self,
-        target: Any,
-        skip_set: SkipSet,
-        family: Family,
-        exit_layer: ExitLayer | None = None,
-    ) -> None:
-        path, layers = _find_layers(target, skip_set.num_layers)
-        drafting = nn.ModuleList(
-            _draft_layer(layer, index, skip_set, family)
-            for index, layer in enumerate(layers)
-        )
-        if exit_layer is not None:
-            drafting[exit_layer.index] = exit_layer.layer
-        self.model = _with_submodule(target, path.split("."), drafting)
+    def __init__(self, target: Any, num_layers: int, family: Family) -> None:
+        path, layers = _find_layers(target, num_layers)
+        self._family = family
+        self.layers = nn.ModuleList(layers)
+        self.model = _with_submodule(target, path.split("."), self.layers)
         self.own_modules = _modules_on(self.model, path.split("."))
-        if exit_layer is not None:
-            self._take_out(exit_layer)
-        self.is_compiled = False
-        self.attn_layer_names = frozenset(
-            module.layer_name
-            for module in drafting.modules()
-            if isinstance(module, AttentionLayerBase)
-        )
 
-    def _take_out(self, exit_layer: ExitLayer) -> None:
-        """What the target does for an exit layer alone, and its head for another."""
+    def skip(self, index: int, sublayers: Sequence[str]) -> None:
+        """Leaves sublayers of a layer out; with all of them, the layer."""
+        layer = self.layers[index]
+        if len(sublayers) == len(SUBLAYERS):
+            self.layers[index] = SkippedLayer(layer)
+            return
+        for which in sublayers:
+            sublayer = getattr(layer, getattr(self._family, which))
+            stand_in = SkippedSublayer(sublayer, which in self._family.pairs)
+            self.replace_sublayer(index, which, stand_in)
+
+    def replace_sublayer(self, index: int, which: str, new: nn.Module) -> None:
+        """Runs `new` in place of a layer's attention or MLP."""
+        name = getattr(self._family, which)
+        self.layers[index] = _with_submodule(self.layers[index], [name], new)
+
+    def replace(self, index: int, layer: nn.Module) -> None:
+        """Runs `layer` in place of one of the target's."""
+        self.layers[index] = layer
+
+    def take_out_aux_hidden_states(self) -> None:
+        """Does not hand out the states between layers, which the target may."""
         for module in self.own_modules:
             if hasattr(module, "aux_hidden_state_layers"):
                 module.aux_hidden_state_layers = ()
-        if exit_layer.head is not None:
-            self.model.compute_logits = exit_layer.head.forward
+
+
+class LoadedTarget:
+    """A loaded target, and what the axes of its plans load beside it, once.
+
+    Attributes:
+        target: The model.
+    """
+
+    def __init__(self, target: nn.Module, plan: DraftPlan, vllm_config: Any) -> None:
+        """For plans of which `plan` is the first; a value that needs something loaded
+        and is not in it can be drafted with no more."""
+        self.target = target
+        self._family = family_of(vllm_config.model_config.architecture)
+        self._loaded = {
+            (name, value): resolve_name(loader)(value, target, vllm_config)
+            for name, value in plan.values
+            if (loader := axis_named(name).loader) is not None
+        }
+
+    def view(self, plan: DraftPlan) -> "DraftView":
+        """The target, run as a plan says."""
+        builder = ViewBuilder(self.target, plan.num_layers, self._family)
+        for name, value in plan.values:
+            loaded = self._loaded.get((name, value))
+            axis_named(name).build(value, builder, loaded)
+        return DraftView(builder)
+
+
+class DraftView:
+    """Runs the target's own modules as a draft plan says.
+
+    Attributes:
+        model: The target as a module of the view's own; its forward and its
+            `compute_logits` are the target's own where no axis exchanged them.
+        own_modules: See `ViewBuilder`.
+        is_compiled: Whether `model` runs compiled code; see `compile`.
+        attn_layer_names: vLLM's names of the attention layers that run.
+    """
+
+    def __init__(self, built: ViewBuilder) -> None:
+        self.model, self.own_modules = built.model, built.own_modules
+        self.is_compiled = False
+        self.attn_layer_names = frozenset(
+            module.layer_name
+            for module in built.layers.modules()
+            if isinstance(module, AttentionLayerBase)
+        )
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor
@@ -171,20 +205,6 @@ def _modules_on(module: nn.Module, path: list[str]) -> list[Any]:
     """`module` and its descendants along `path`, without the last."""
     names = [".".join(path[:length]) for length in range(len(path))]
     return [module.get_submodule(name) for name in names]
-
-
-def _draft_layer(
-    layer: nn.Module, index: int, skip_set: SkipSet, family: Family
-) -> nn.Module:
-    """The layer as the draft runs it: itself, a copy with holes, or nothing."""
-    skipped = [which for which in SUBLAYERS if index in getattr(skip_set, which)]
-    if len(skipped) == len(SUBLAYERS):
-        return SkippedLayer(layer)
-    for which in skipped:
-        name = getattr(family, which)
-        stand_in = SkippedSublayer(getattr(layer, name), which in family.pairs)
-        layer = _with_submodule(layer, [name], stand_in)
-    return layer
 
 
 def _with_submodule(module: nn.Module, path: list[str], new: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from vllm_selfspec.draft_length.stop_rules import (
     Thompson,
     Threshold,
 )
-from vllm_selfspec.plan.profile import Keys, shown
+from vllm_selfspec.plan.keys import Keys, shown
 
 Seed = Annotated[int, Field(ge=0, strict=True, description="Of the draws.")]
 

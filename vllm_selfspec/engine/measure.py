@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 
 # Rows to measure; beyond, costs go on as between the last two. Costs rise in steps, as
@@ -74,9 +75,9 @@ def measure_sublayers(
         repeats: Of each timing.
     """
     runner = worker.model_runner
-    drafter, before = runner.drafter, runner.drafter.skip_set
+    drafter, before = runner.drafter, runner.drafter.plan
     n = before.num_layers
-    plans = [
+    skip_sets = [
         SkipSet.of(n),
         SkipSet.of(n, attention=range(n)),
         SkipSet.of(n, mlp=range(n)),
@@ -86,16 +87,16 @@ def measure_sublayers(
     ]
     step = partial(drafter.dummy_step, runner, num_rows)
 
-    def drafting(plan: SkipSet) -> None:
-        drafter.use_skip_set(plan)
+    def drafting(skip_set: SkipSet) -> None:
+        drafter.use_plan(DraftPlan.skipping(skip_set))
         step(NUM_DRAFTS_PLAN)
 
     alone, *whole = seconds_of(
-        [partial(step, 0), *(partial(drafting, plan) for plan in plans)], repeats
+        [partial(step, 0), *(partial(drafting, one) for one in skip_sets)], repeats
     )
-    drafter.use_skip_set(before)
+    drafter.use_plan(before)
     times = (np.array(whole) / alone - 1) / NUM_DRAFTS_PLAN
-    kept = [[1, n - len(plan.attention), n - len(plan.mlp)] for plan in plans]
+    kept = [[1, n - len(one.attention), n - len(one.mlp)] for one in skip_sets]
     found, *_ = np.linalg.lstsq(np.array(kept, float), times, rcond=None)
     # Noise must not make a part cost nothing.
     head, attention, mlp = np.maximum(found, MIN_SHARE / n)

@@ -48,7 +48,7 @@ def prepare(vllm_config: Any, executor: Any) -> None:
         from vllm_selfspec.tuning.online import tuner as online
 
         costs = measured(executor)
-        plan = plan_of(vllm_config).skip_set
+        plan = plan_of(vllm_config)
         sublayers = executor.collective_rpc(measure_sublayers)
         told = online.costs_of(copy.deepcopy(costs), plan, sublayers)
         executor.collective_rpc(online.start, args=(told,))

@@ -6,11 +6,10 @@ the reason and what to do instead.
 
 from typing import Any
 
-from vllm_selfspec.plan.families import (
-    WITH_EXIT_LAYER,
-    UnsupportedModelError,
-    family_of,
-)
+from vllm_selfspec.plan.axes import axis_named
+from vllm_selfspec.plan.axis import Deployment
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.families import UnsupportedModelError, family_of
 
 
 def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
@@ -55,30 +54,13 @@ def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
     family_of(model_config.architecture)
 
 
-def raise_if_no_exit_layer(
-    model_config: Any, has_loras: bool, has_connector: bool
-) -> None:
-    """Refuses what a trained exit layer cannot be a part of.
-
-    Args:
-        model_config: vLLM's `ModelConfig` of the target.
-        has_loras: Whether it is served with adapters.
-        has_connector: Whether KV blocks come from elsewhere.
+def raise_if_refused(plan: DraftPlan, deployment: Deployment) -> None:
+    """Refuses a plan with a value that cannot be served there.
 
     Raises:
         UnsupportedModelError: With the first reason found.
     """
-    reasons = {
-        f"an exit layer is served for {', '.join(WITH_EXIT_LAYER)}, but this model is "
-        f"a {model_config.architecture}: use exit_layer without exit_head": (
-            model_config.architecture not in WITH_EXIT_LAYER
-        ),
-        "an exit layer is trained for a target without adapters, but enable_lora is "
-        "on: leave out exit_head": has_loras,
-        "a KV connector moves what the target's attention writes, and the exit layer's "
-        "K and V are written beside it, but kv_transfer_config is given: leave out "
-        "exit_head": has_connector,
-    }
-    for reason, applies in reasons.items():
-        if applies:
+    for name, value in plan.values:
+        reason = axis_named(name).refusal(value, deployment)
+        if reason is not None:
             raise UnsupportedModelError(f"selfspec: {reason}")

@@ -13,8 +13,8 @@ from typing import Any
 
 from vllm_selfspec.config import (
     METHOD,
+    ChosenPlan,
     ConfigError,
-    DraftPlan,
     SelfSpecConfig,
     resolve_plan,
 )
@@ -24,7 +24,8 @@ from vllm_selfspec.draft_length.options import (
     Goodput,
     schedule_of_all,
 )
-from vllm_selfspec.engine.support import raise_if_no_exit_layer, raise_if_unsupported
+from vllm_selfspec.engine.support import raise_if_refused, raise_if_unsupported
+from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.target_model import TargetModel
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -67,8 +68,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
         parallel_config: The target's `ParallelConfig`.
 
     Raises:
-        ConfigError, SkipSetError, ProfileError, ExitHeadError: What the user wrote is
-            not allowed.
+        ConfigError, PlanError, ProfileError: What the user wrote is not allowed.
         UnsupportedModelError: The model or the deployment cannot be drafted for.
     """
     keys = _user_keys(engine_args)
@@ -100,28 +100,29 @@ def _resolve(
     what `SpeculativeConfig` knows."""
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config)
-    plan = resolve_plan(config, target_of(model_config))
-    if plan.exit_head is not None:
-        raise_if_no_exit_layer(
-            model_config,
-            has_loras=bool(engine_args.enable_lora),
-            has_connector=engine_args.kv_transfer_config is not None,
-        )
+    chosen = resolve_plan(config, target_of(model_config))
+    deployment = Deployment(
+        model_config,
+        parallel_config,
+        has_loras=bool(engine_args.enable_lora),
+        has_connector=engine_args.kv_transfer_config is not None,
+    )
+    raise_if_refused(chosen.plan, deployment)
     if config.is_online:
         _raise_if_not_tunable(parallel_config)
     if isinstance(config.draft_length, STOPPING):
         _schedule_after_drafting(engine_args, config.draft_length)
     draft_stats.share_directory()
-    logger.info("selfspec drafts with: %s (%s)", plan.skip_set, plan.source)
+    logger.info("selfspec drafts with: %s (%s)", chosen.plan, chosen.source)
     engine_args.additional_config = {
         **engine_args.additional_config,
         METHOD: {
-            **plan.to_dict(),
+            "plan": chosen.plan.to_dict(),
             "draft_length": config.draft_length.model_dump(),
             "online": _online(config),
         },
     }
-    num_drafts = _num_drafts(config, plan)
+    num_drafts = _num_drafts(config, chosen)
     return {
         "num_speculative_tokens": num_drafts,
         "draft_sample_method": config.draft_sample_method,
@@ -172,12 +173,12 @@ def _schedule_after_drafting(engine_args: Any, policy: Any) -> None:
     engine_args.async_scheduling = False
 
 
-def _num_drafts(config: SelfSpecConfig, plan: DraftPlan) -> int:
+def _num_drafts(config: SelfSpecConfig, chosen: ChosenPlan) -> int:
     """What the user says, or the length that the plan was found to be best at."""
     said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"}
     if said & config.model_fields_set:
         return config.num_speculative_tokens
-    return plan.num_speculative_tokens or config.num_speculative_tokens
+    return chosen.num_speculative_tokens or config.num_speculative_tokens
 
 
 def _schedule(

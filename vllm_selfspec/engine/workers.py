@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.draft_plan import DraftPlan
 
 
-def use_skip_set(worker: Any, skip_set: SkipSet) -> None:
-    """Has a V1 worker draft with another skip set."""
-    worker.model_runner.drafter.use_skip_set(skip_set)
+def use_plan(worker: Any, plan: DraftPlan) -> None:
+    """Has a V1 worker draft by another plan."""
+    worker.model_runner.drafter.use_plan(plan)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.step_cost import StepCost
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -130,33 +130,14 @@ class ModelWeights:
         return len(self.attention)
 
     @property
+    def step(self) -> StepCost:
+        """The bytes that one decode step of the whole model reads."""
+        return StepCost(self.attention, self.mlp, self.head)
+
+    @property
     def streamed(self) -> int:
-        """Bytes that one decode step of the whole model reads."""
+        """All of them."""
         return sum(self.attention) + sum(self.mlp) + self.head
-
-    def draft_streamed(self, skip_set: SkipSet) -> int:
-        """Bytes that one decode step reads without the sublayers of `skip_set`.
-
-        Raises:
-            CheckpointError: If `skip_set` is of a model of another depth.
-        """
-        if skip_set.num_layers != self.num_layers:
-            raise CheckpointError(
-                f"a skip set must be of the model's own depth, but it is of "
-                f"{skip_set.num_layers} layers and the checkpoint has "
-                f"{self.num_layers}: build it for this model"
-            )
-        skipped = sum(self.attention[i] for i in skip_set.attention)
-        skipped += sum(self.mlp[i] for i in skip_set.mlp)
-        return self.streamed - skipped
-
-    def draft_share(self, skip_set: SkipSet) -> float:
-        """Bytes a draft step reads over those a target step reads: the `c` of `bound`.
-
-        Raises:
-            CheckpointError: If `skip_set` is of a model of another depth.
-        """
-        return self.draft_streamed(skip_set) / self.streamed
 
 
 def _part_of(name: str) -> tuple[str, int]:

@@ -18,20 +18,15 @@ from typing import Any
 from pydantic import Field
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.plan.profile import (
-    MAX_PROFILE_BYTES,
-    Keys,
-    SkipLayers,
-    describe,
-    shown,
-)
-from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
+from vllm_selfspec.plan.errors import PlanError
+from vllm_selfspec.plan.keys import MAX_FILE_BYTES, Keys, describe, shown
+from vllm_selfspec.plan.skip_set import SkipLayers, SkipSet, SkipSetError
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
 TENSORS_FILE, CARD_FILE = "exit_head.safetensors", "card.json"
 
 
-class ExitHeadError(ValueError):
+class ExitHeadError(PlanError):
     """An exit head that is missing, damaged, or another target's."""
 
 
@@ -130,9 +125,9 @@ def read_exit_card(directory: Path) -> ExitCard:
 
 def _content(file: Path) -> bytes:
     with file.open("rb") as stream:
-        data = stream.read(MAX_PROFILE_BYTES + 1)
-    if len(data) > MAX_PROFILE_BYTES:
-        raise ValueError(f"it has over {MAX_PROFILE_BYTES} bytes")
+        data = stream.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"it has over {MAX_FILE_BYTES} bytes")
     return data
 
 

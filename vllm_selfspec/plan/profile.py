@@ -1,80 +1,29 @@
-"""`Profile`: a skip set on disk, with the model it was found for.
+"""`Profile`: a draft plan on disk, with the model it was found for.
 
 One rule: reading a profile only parses JSON and checks it; nothing in it is executed.
 """
 
 import json
-import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, create_model
 
+from vllm_selfspec.plan.axes import AXES
+from vllm_selfspec.plan.axis import Axis
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.keys import MAX_FILE_BYTES, Keys, describe, shown
 from vllm_selfspec.plan.target_model import TargetModel
 
-# A layer index. The upper bound is far above any model; it keeps a malformed profile
-# from costing memory before it is checked against the model.
-LayerIndex = Annotated[int, Field(ge=0, lt=10_000, strict=True)]
-MAX_PROFILE_BYTES = 1_000_000
 # D&V evaluates up to 12. Beyond 32 hardly a draft is accepted whole, while every one
 # reserves that many KV slots per request.
 MAX_NUM_SPECULATIVE_TOKENS = 32
-MAX_SHOWN = 100  # characters of a value in a message
-MAX_FINDINGS = 3
-
-# How `skip_layers` may be written. Pydantic puts the form into a finding's location.
-PATH, SKIP_SET = SKIP_LAYERS_FORMS = ("path", "skip set")
-
-# Rule and fix for what pydantic finds; its own words speak of Python's types.
-RULES = {
-    "int_type": "must be a whole number: write one, without quotes",
-    "string_type": "must be text: put it in quotes",
-    "tuple_type": "must be a list of layer indices: write one, like [3, 4]",
-    "model_type": "must be a JSON object: write one, in braces",
-    "literal_error": "must be {expected}: write that",
-    "greater_than_equal": "must be at least {ge}: raise it",
-    "less_than_equal": "must be at most {le}: lower it",
-    "less_than": "must be less than {lt}: lower it",
-    "string_too_long": "must have at most {max_length} characters: shorten it",
-    "union_tag_not_found": "must be 'auto', 'online', the path of a JSON profile, or a "
-    "skip set: "
-    'write one, like {{"attention": [3], "mlp": [4]}}',
-}
 
 
 class ProfileError(ValueError):
     """A profile that cannot be read, or that belongs to another model."""
-
-
-class Keys(BaseModel):
-    """A JSON object that refuses an unknown key with the list of known ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, keys: Any) -> Any:
-        if isinstance(keys, Mapping):
-            for key in keys:
-                if key not in cls.model_fields:
-                    raise ValueError(
-                        f"there is no key {shown(key)}: remove it, or use one of "
-                        f"{', '.join(cls.model_fields)}"
-                    )
-        return keys
-
-
-class SkipLayers(Keys):
-    """Sublayers to skip while drafting, by 0-based layer index."""
-
-    attention: tuple[LayerIndex, ...] = Field(
-        default=(), description="Layers whose attention sublayer the draft skips."
-    )
-    mlp: tuple[LayerIndex, ...] = Field(
-        default=(), description="Layers whose MLP sublayer the draft skips."
-    )
 
 
 class Figures(Keys):
@@ -103,9 +52,11 @@ class Figures(Keys):
 
 
 class Profile(Keys):
-    """What a profile file holds: `{"skip_layers": {...}, "num_layers": N, ...}`."""
+    """What a profile file holds: `{"skip_layers": {...}, "num_layers": N, ...}`.
 
-    skip_layers: SkipLayers = Field(description="The skip set.")
+    Beside the keys here it has one for the value of each axis: see `profile_type`.
+    """
+
     num_layers: int | None = Field(
         default=None,
         ge=1,
@@ -132,6 +83,15 @@ class Profile(Keys):
         default=None, description="How it was found; shown, not checked."
     )
 
+    def plan(self, num_layers: int) -> DraftPlan:
+        """The plan, for a model of so many layers.
+
+        Raises:
+            PlanError: If it names what such a model does not have.
+        """
+        stored = {axis.name: getattr(self, axis.name) for axis in AXES}
+        return DraftPlan.from_stored(num_layers, stored)
+
     def is_for(self, target: TargetModel) -> bool:
         """Whether it was found for such a model, as far as it says."""
         return not self._differences(target)
@@ -152,6 +112,17 @@ class Profile(Keys):
         return target.differences(self.architecture or {})
 
 
+def profile_type() -> type[Profile]:
+    """`Profile` with the key of each axis in the table."""
+    return _profile_type(tuple(AXES))
+
+
+@cache
+def _profile_type(axes: tuple[Axis, ...]) -> type[Profile]:
+    stored: dict[str, Any] = {axis.name: axis.stored for axis in axes}
+    return create_model("Profile", __base__=Profile, **stored)
+
+
 def read_profile(path: Path) -> Profile:
     """Reads and checks a JSON profile.
 
@@ -162,20 +133,20 @@ def read_profile(path: Path) -> Profile:
         if path.exists() and not path.is_file():
             raise OSError("not a regular file")
         with path.open("rb") as file:
-            data = file.read(MAX_PROFILE_BYTES + 1)
+            data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ProfileError(
             f"skip_layers is 'auto', a skip set, or the path of a JSON profile, but "
             f"{str(path)!r} cannot be read ({error}): check the path"
         ) from error
-    if len(data) > MAX_PROFILE_BYTES:
+    if len(data) > MAX_FILE_BYTES:
         raise ProfileError(
-            f"skip_layers: a profile has at most {MAX_PROFILE_BYTES} bytes, but "
+            f"skip_layers: a profile has at most {MAX_FILE_BYTES} bytes, but "
             f"{str(path)!r} is larger: check the path"
         )
     try:
         keys = json.loads(data, object_pairs_hook=_without_repetition)
-        return Profile.model_validate(keys)
+        return profile_type().model_validate(keys)
     except (ValueError, RecursionError) as error:
         raise ProfileError(
             f"profile {str(path)!r} is not JSON like "
@@ -191,41 +162,3 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"key {shown(twice)} is written twice: remove one")
     return keys
-
-
-def describe(error: Exception) -> str:
-    """What was found wrong, in one line: key, value, rule and fix of each finding."""
-    if not isinstance(error, ValidationError):
-        return str(error) or type(error).__name__
-    items = error.errors(include_url=False)
-    findings = [_finding(item) for item in items[:MAX_FINDINGS]]
-    if len(items) > MAX_FINDINGS:
-        findings.append(f"and {len(items) - MAX_FINDINGS} more")
-    return "; ".join(findings)
-
-
-def _finding(item: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in item["loc"] if part not in SKIP_LAYERS_FORMS)
-    if item["type"] == "value_error":  # one of our own validators: it says it all
-        text = str(item["msg"]).removeprefix("Value error, ")
-        return f"{key}{' ' if text.startswith('is ') else ': '}{text}" if key else text
-    if item["type"] == "missing":
-        return f"{key} is missing: add it"
-    if item["type"] in RULES:
-        rule = RULES[item["type"]].format_map(item.get("ctx", {}))
-    else:
-        rule = f"that is not allowed: {item['msg']}"
-    return f"{key or 'the whole'} is {shown(item['input'])}, but {rule}"
-
-
-def shown(value: object) -> str:
-    """`value` in a message: short, however large or deeply nested it is."""
-    try:
-        text = _repr.repr(value)
-        return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
-    except ValueError:  # an int of more digits than Python converts to text
-        return f"({type(value).__name__} too long to show)"
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxlong = _repr.maxother = 80

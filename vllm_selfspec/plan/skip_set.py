@@ -6,7 +6,12 @@ value that knows nothing of torch or vLLM.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from vllm_selfspec.plan.errors import PlanError
+from vllm_selfspec.plan.keys import Keys
 
 # SWIFT (arXiv 2410.06916, section 4.1) skips this share of the sublayers before it has
 # learned anything of the model; D&V's searched sets lie near it.
@@ -15,7 +20,12 @@ DEFAULT_SKIP_RATIO = 0.45
 SUBLAYERS = ("attention", "mlp")
 
 
-class SkipSetError(ValueError):
+# A layer index. The upper bound is far above any model; it keeps a malformed profile
+# from costing memory before it is checked against the model.
+LayerIndex = Annotated[int, Field(ge=0, lt=10_000, strict=True)]
+
+
+class SkipSetError(PlanError):
     """A skip set that does not fit the model."""
 
 
@@ -137,12 +147,6 @@ class SkipSet:
         """Skipped sublayers of either kind."""
         return len(self.attention) + len(self.mlp)
 
-    def cost(self, head: float, attention: float, mlp: float) -> float:
-        """Of a draft step, by those of the LM head and of single sublayers."""
-        num_attention = self.num_layers - len(self.attention)
-        num_mlp = self.num_layers - len(self.mlp)
-        return head + num_attention * attention + num_mlp * mlp
-
     @property
     def whole_layers(self) -> frozenset[int]:
         """Layers of which neither sublayer runs."""
@@ -162,6 +166,17 @@ class SkipSet:
             return f"exit after layer {self.exit_layer - 1} of {self.num_layers}"
         parts = [f"{s} {_ranges(getattr(self, s))}" for s in SUBLAYERS]
         return f"skips {'; '.join(parts)} (of {self.num_layers} layers)"
+
+
+class SkipLayers(Keys):
+    """A skip set as a user or a profile writes it, by 0-based layer index."""
+
+    attention: tuple[LayerIndex, ...] = Field(
+        default=(), description="Layers whose attention sublayer the draft skips."
+    )
+    mlp: tuple[LayerIndex, ...] = Field(
+        default=(), description="Layers whose MLP sublayer the draft skips."
+    )
 
 
 def _ranges(layers: frozenset[int]) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.plan.cost import ModelWeights
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.training.texts import Continuation
 from vllm_selfspec.tuning.offline.score import Score, best_score
@@ -93,7 +94,8 @@ def draft_cost(
         skip_set: Sublayers before the exit layer that drafts leave out.
     """
     first = SkipSet.before_exit(weights.num_layers, exit_layer, skip_set)
-    found = weights.draft_streamed(first) + weights.attention[-1] + weights.mlp[-1]
+    plan = DraftPlan.skipping(first)
+    found = plan.cost(weights.step).total + weights.attention[-1] + weights.mlp[-1]
     if head_bytes is not None:
         found += head_bytes - weights.head
     return found / weights.streamed

@@ -23,9 +23,10 @@ from vllm_selfspec.bench.tasks import Prompt, load, token_ids
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import ModelWeights, locate
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import write_exit_head
-from vllm_selfspec.plan.profile import SkipLayers, describe
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.keys import describe
+from vllm_selfspec.plan.skip_set import SkipLayers, SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.training import report
 from vllm_selfspec.training.errors import TrainError
@@ -307,7 +308,8 @@ class _Training:
         student = trainer.student
         weights = ModelWeights.from_checkpoint(self._model)
         first = SkipSet.before_exit(weights.num_layers, job.exit_layer, self._skip_set)
-        shared = weights.draft_share(first)
+        plan = DraftPlan.skipping(first)
+        shared = plan.share(weights.step)
         row["shared_head"] = self._worth(of_shared_head[1], shared)
         cost = draft_cost(
             weights, job.exit_layer, student.own_head_bytes, self._skip_set

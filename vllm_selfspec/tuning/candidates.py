@@ -1,71 +1,57 @@
-"""Plans worth a try before any search: what is published, and what follows from single
-sublayers."""
+"""Plans beside a plan: what follows from its parameters, whatever axes they are of."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet, SkipSetError
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.errors import PlanError
 
-# SWIFT's 0.45 and around it.
-SPREAD_RATIOS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75)
-
-Sublayer = tuple[int, str]
-
-
-def simple_plans(num_layers: int) -> Iterator[SkipSet]:
-    """Evenly spread sets, and an exit after every layer."""
-    for ratio in SPREAD_RATIOS:
-        yield SkipSet.evenly_spread(num_layers, ratio)
-    for exit_layer in range(1, num_layers):
-        yield SkipSet.early_exit(num_layers, exit_layer)
+# A parameter, and one of its values.
+Choice = tuple[str, Any]
 
 
-def single_plans(num_layers: int) -> dict[Sublayer, SkipSet]:
-    """What skips one sublayer alone, by sublayer."""
-    return {
-        (layer, sublayer): skipping(num_layers, [(layer, sublayer)])
-        for layer in range(num_layers)
-        for sublayer in SUBLAYERS
-    }
+def other_choices(plan: DraftPlan) -> Iterator[Choice]:
+    """Every value of every parameter that is not the plan's own."""
+    params = plan.params()
+    for name, values in plan.choices().items():
+        yield from ((name, value) for value in values if value != params[name])
 
 
-def greedy_path(num_layers: int, loss_of: Mapping[Sublayer, float]) -> list[SkipSet]:
-    """Skips one sublayer more each time, the one that is missed least first.
+def changed(plan: DraftPlan, choices: Sequence[Choice]) -> DraftPlan | None:
+    """The plan with some choices made; None where there is no such plan, or it is the
+    same."""
+    try:
+        found = plan.with_params(dict(choices))
+    except PlanError:
+        return None
+    return None if found == plan else found
+
+
+def neighbours(plan: DraftPlan) -> Iterator[DraftPlan]:
+    """What differs from a plan in one choice."""
+    for choice in other_choices(plan):
+        neighbour = changed(plan, [choice])
+        if neighbour is not None:
+            yield neighbour
+
+
+def single_changes(plan: DraftPlan) -> dict[Choice, DraftPlan]:
+    """What differs from a plan in one choice, by choice."""
+    found = {choice: changed(plan, [choice]) for choice in other_choices(plan)}
+    return {choice: one for choice, one in found.items() if one is not None}
+
+
+def greedy_path(
+    plan: DraftPlan, loss_of: Mapping[Choice, float]
+) -> Iterator[DraftPlan]:
+    """Makes one choice more each time, the one that loses least first.
 
     Args:
-        num_layers: Of the model.
-        loss_of: What skipping a sublayer alone loses, per cost that it saves.
+        plan: To start from.
+        loss_of: What making a choice alone loses, per cost that it saves.
     """
-    order = sorted(loss_of, key=lambda which: loss_of[which])
-    return [skipping(num_layers, order[:count]) for count in range(1, len(order))]
-
-
-def neighbours(plan: SkipSet) -> Iterator[SkipSet]:
-    """What differs from a plan in one sublayer."""
-    for sublayer in SUBLAYERS:
-        for layer in range(plan.num_layers):
-            neighbour = switched(plan, [(layer, sublayer)])
-            if neighbour is not None:
-                yield neighbour
-
-
-def switched(plan: SkipSet, which: Sequence[Sublayer]) -> SkipSet | None:
-    """The plan with some sublayers skipped that ran, and run that were skipped; None
-    where nothing would be left."""
-    lists = {
-        sublayer: getattr(plan, sublayer)
-        ^ {layer for layer, name in which if name == sublayer}
-        for sublayer in SUBLAYERS
-    }
-    try:
-        return SkipSet.of(plan.num_layers, **lists)
-    except SkipSetError:
-        return None
-
-
-def skipping(num_layers: int, which: list[Sublayer]) -> SkipSet:
-    """The skip set of some sublayers."""
-    lists = {
-        sublayer: [layer for layer, name in which if name == sublayer]
-        for sublayer in SUBLAYERS
-    }
-    return SkipSet.of(num_layers, **lists)
+    for choice in sorted(loss_of, key=lambda choice: loss_of[choice]):
+        following = changed(plan, [choice])
+        if following is not None:
+            plan = following
+            yield plan

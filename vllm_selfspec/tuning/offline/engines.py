@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vllm_selfspec.draft_length.types import Ints
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.tuning.offline.score import Score
 from vllm_selfspec.tuning.offline.tuning_engine import Known, TuningEngine
 
@@ -24,16 +24,16 @@ class Engines(Protocol):
     num: int
     known: Known
 
-    def right(self, skip_set: SkipSet, numbers: Sequence[int]) -> list[Ints]:
+    def right(self, plan: DraftPlan, numbers: Sequence[int]) -> list[Ints]:
         """See `TuningEngine.right`."""
         ...
 
-    def score(self, plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+    def score(self, plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
         """What each plan gains on some texts."""
         ...
 
     def measure(
-        self, plans: Sequence[tuple[SkipSet, int]], numbers: Sequence[int]
+        self, plans: Sequence[tuple[DraftPlan, int]], numbers: Sequence[int]
     ) -> list[Score]:
         """See `TuningEngine.measure`."""
         ...
@@ -50,7 +50,7 @@ class LocalEngine:
         self.known = self._engine.known
         self.right, self.measure = self._engine.right, self._engine.measure
 
-    def score(self, plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+    def score(self, plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
         """One plan after the other."""
         return [self._engine.score(plan, numbers) for plan in plans]
 
@@ -89,14 +89,12 @@ class RayEngines:
         ]
         self._actors = [first, *others]
 
-    def right(self, skip_set: SkipSet, numbers: Sequence[int]) -> list[Ints]:
+    def right(self, plan: DraftPlan, numbers: Sequence[int]) -> list[Ints]:
         """Of the first."""
-        found: list[Ints] = self._ray.get(
-            self._actors[0].right.remote(skip_set, numbers)
-        )
+        found: list[Ints] = self._ray.get(self._actors[0].right.remote(plan, numbers))
         return found
 
-    def score(self, plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+    def score(self, plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
         """The plans go round."""
         answers = [
             self._actors[which % self.num].score.remote(plan, numbers)
@@ -106,7 +104,7 @@ class RayEngines:
         return found
 
     def measure(
-        self, plans: Sequence[tuple[SkipSet, int]], numbers: Sequence[int]
+        self, plans: Sequence[tuple[DraftPlan, int]], numbers: Sequence[int]
     ) -> list[Score]:
         """Of the first: on one machine the others would disturb it."""
         found: list[Score] = self._ray.get(

@@ -20,7 +20,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft_length.types import Ints
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.draft_plan import DraftPlan
 
 MAX_ROWS = 64
 
@@ -119,19 +119,19 @@ class Probe:
         )
 
     @torch.inference_mode()
-    def num_right(self, number: int, first: int, skip_set: SkipSet) -> Ints:
+    def num_right(self, number: int, first: int, plan: DraftPlan) -> Ints:
         """How many draft tokens are right at each position.
 
         Args:
             number: Of the text, whose tokens from `first` on are the target's own.
             first: The first position to draft from.
-            skip_set: What the draft leaves out.
+            plan: How the draft differs from its target.
 
         Returns:
             For each newest token from `first` to the last but one, how many of the
             drafted tokens are the text's own next ones before the first that is not.
         """
-        self._runner.drafter.use_skip_set(skip_set)
+        self._runner.drafter.use_plan(plan)
         text, _ = self._texts[number]
         positions = np.arange(first, len(text) - 1)
         found = [

@@ -36,7 +36,7 @@ def show(
         table.add_column(name, justify="right")
     table.add_column("plan", overflow="fold")
     for one in frontier(found):
-        table.add_row(*_cells(one), str(one.skip_set))
+        table.add_row(*_cells(one), str(one.plan))
     console.print(table)
     table = Table(title="Measured in the engine", box=None, pad_edge=False)
     for name in ("measured", "expected", "first right", "expected", "k"):
@@ -49,7 +49,7 @@ def show(
             f"{score.walk.acceptance[0]:.0%}",
             f"{one.acceptance[0]:.0%}",
             str(one.k),
-            str(one.skip_set),
+            str(one.plan),
         )
     console.print(table)
     figures = document["figures"]

@@ -7,19 +7,19 @@ search that is stopped or killed goes on from there, and its best so far is the 
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet, SkipSetError
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.tuning.candidates import (
-    Sublayer,
+    Choice,
+    changed,
     greedy_path,
     neighbours,
-    simple_plans,
-    single_plans,
+    single_changes,
 )
 from vllm_selfspec.tuning.offline.score import Score
 from vllm_selfspec.whole_file import WriteError
@@ -29,7 +29,7 @@ PRUNE_BELOW = 0.9
 FIRST_TEXTS = 2
 
 # Scores plans on some of the texts, by number, as many at once as there are engines.
-Evaluate = Callable[[Sequence[SkipSet], Sequence[int]], list[Score]]
+Evaluate = Callable[[Sequence[DraftPlan], Sequence[int]], list[Score]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Found:
     """A plan and what it is worth on all texts.
 
     Attributes:
-        skip_set: The plan.
+        plan: The plan.
         speed_up: Tokens per second over plain vLLM's, by `Score`.
         k: Draft tokens a step at which it is that.
         acceptance: Share of the steps that accept the first i draft tokens, i from 1.
@@ -46,7 +46,7 @@ class Found:
         tokens_per_verification: E.
     """
 
-    skip_set: SkipSet
+    plan: DraftPlan
     speed_up: float
     k: int
     acceptance: tuple[float, ...]
@@ -55,10 +55,10 @@ class Found:
     tokens_per_verification: float
 
     @classmethod
-    def of(cls, skip_set: SkipSet, score: Score) -> "Found":
+    def of(cls, plan: DraftPlan, score: Score) -> "Found":
         """A score, as it is kept."""
         return cls(
-            skip_set,
+            plan,
             score.speed_up,
             score.k,
             score.walk.acceptance,
@@ -94,7 +94,7 @@ class Search:
 
     def __init__(
         self,
-        num_layers: int,
+        start: DraftPlan,
         evaluate: Evaluate,
         num_texts: int,
         study_file: Path,
@@ -105,7 +105,7 @@ class Search:
         """Opens or makes the study.
 
         Args:
-            num_layers: Of the model.
+            start: The plan that the others are made from.
             evaluate: Scores plans.
             num_texts: How many texts there are.
             study_file: SQLite file of the study.
@@ -120,7 +120,7 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna: Any = optuna
-        self._num_layers, self._evaluate = num_layers, evaluate
+        self._start, self._evaluate = start, evaluate
         self._num_at_once = num_at_once
         self._texts = range(num_texts)
         self._random = random.Random(seed)
@@ -162,7 +162,7 @@ class Search:
             while time.monotonic() < end and self.num_tried < max_plans:
                 self._try([next(trials) for _ in range(self._num_at_once)], report)
 
-    def _trials(self) -> Iterator[tuple[Any, SkipSet]]:
+    def _trials(self) -> Iterator[tuple[Any, DraftPlan]]:
         """Trials of plans that were not tried yet: the simple ones, the greedy path,
         and then in turns neighbours of the best and the sampler's."""
         known = {plan for plan, _ in self._tried()}
@@ -172,59 +172,70 @@ class Search:
                 known.add(plan)
                 yield trial, plan
 
-    def _candidates(self, known: set[SkipSet]) -> Iterator[SkipSet | None]:
-        yield from simple_plans(self._num_layers)
-        yield from greedy_path(self._num_layers, self._losses())
+    def _candidates(self, known: set[DraftPlan]) -> Iterator[DraftPlan | None]:
+        yield from self._start.candidates()
+        yield from greedy_path(self._start, self._losses())
         while True:
             yield self._neighbour_of_the_best(known)
             yield None
 
-    def _neighbour_of_the_best(self, known: set[SkipSet]) -> SkipSet | None:
-        """With one sublayer switched, that is not `known`; None if there is none."""
+    def _neighbour_of_the_best(self, known: set[DraftPlan]) -> DraftPlan | None:
+        """With one choice changed, that is not `known`; None if there is none."""
         found = self.found()
         if not found:
             return None
-        left = [plan for plan in neighbours(found[0].skip_set) if plan not in known]
+        left = [plan for plan in neighbours(found[0].plan) if plan not in known]
         return self._random.choice(left) if left else None
 
-    def _ask(self, plan: SkipSet | None, known: set[SkipSet]) -> tuple[Any, SkipSet]:
+    def _ask(
+        self, plan: DraftPlan | None, known: set[DraftPlan]
+    ) -> tuple[Any, DraftPlan]:
         """A trial of `plan`, or of one that the sampler proposes."""
         state = self._optuna.trial.TrialState
-        distribution = self._optuna.distributions.CategoricalDistribution([False, True])
-        params = [f"{s}.{i}" for s in SUBLAYERS for i in range(self._num_layers)]
-        proposed = None if plan is None else _to_params(plan)
+        choices = self._start.choices()
+        categorical = self._optuna.distributions.CategoricalDistribution
+        space = {name: categorical(values) for name, values in choices.items()}
+        proposed = None if plan is None else self._params(plan)
         while True:
             if proposed is not None:
                 self._study.enqueue_trial(proposed)
-            trial = self._study.ask(dict.fromkeys(params, distribution))
-            try:
-                plan = _from_params(self._num_layers, trial.params)
-            except SkipSetError:  # nothing would be left
-                plan = None
+            trial = self._study.ask(space)
+            plan = self._plan(trial.params)
             if plan is not None and plan not in known:
                 return trial, plan
             self._study.tell(trial, state=state.FAIL)
             # What it likes best is known; then a neighbour of that.
-            changed = self._random.choice(params)
-            proposed = {**trial.params, changed: not trial.params[changed]}
+            name = self._random.choice([*choices])
+            others = [v for v in choices[name] if v != trial.params[name]]
+            proposed = {**trial.params, name: self._random.choice(others)}
 
-    def _losses(self) -> dict[Sublayer, float]:
-        """What skipping a sublayer loses for the cost that it saves, by the first
-        texts; kept in the study."""
+    def _params(self, plan: DraftPlan) -> dict[str, Any]:
+        """What of a plan's parameters the search chooses."""
+        params = plan.params()
+        return {name: params[name] for name in self._start.choices()}
+
+    def _plan(self, params: Mapping[str, Any]) -> DraftPlan | None:
+        """The plan of a trial; None if there is none, as where nothing is left."""
+        found = changed(self._start, [*params.items()])
+        if found is None and dict(params) == self._params(self._start):
+            return self._start
+        return found
+
+    def _losses(self) -> dict[Choice, float]:
+        """What a single choice loses for the cost that it saves, by the first texts;
+        kept in the study."""
         kept = self._study.user_attrs.get("losses")
-        plans = single_plans(self._num_layers)
+        plans = single_changes(self._start)
         if kept is None:
             first = self._texts[:FIRST_TEXTS]
-            whole, *scores = self._evaluate(
-                [SkipSet.of(self._num_layers), *plans.values()], first
-            )
+            whole, *scores = self._evaluate([self._start, *plans.values()], first)
             kept = [_loss(whole, score) for score in scores]
             self._study.set_user_attr("losses", kept)
         return dict(zip(plans, kept, strict=True))
 
     def _try(
         self,
-        trials: Sequence[tuple[Any, SkipSet]],
+        trials: Sequence[tuple[Any, DraftPlan]],
         report: Callable[["Search", str], None],
     ) -> None:
         best = max((found.speed_up for found in self.found()), default=0.0)
@@ -241,24 +252,26 @@ class Search:
         for (trial, plan), score in zip(promising, scores, strict=True):
             found = Found.of(plan, score)
             for name, value in vars(found).items():
-                if name != "skip_set":  # that is what the trial's parameters say
+                if name != "plan":  # that is what the trial's parameters say
                     trial.set_user_attr(name, value)
             self._study.tell(trial, score.speed_up)
             report(self, f"{score.speed_up:.2f}x, k {score.k}: {plan}")
 
-    def _tried(self) -> Iterator[tuple[SkipSet, Found | None]]:
+    def _tried(self) -> Iterator[tuple[DraftPlan, Found | None]]:
         """Plans of the study; those that were pruned without a figure."""
         state = self._optuna.trial.TrialState
         for trial in self._study.get_trials(
             deepcopy=False, states=(state.COMPLETE, state.PRUNED)
         ):
-            plan = _from_params(self._num_layers, trial.params)
+            plan = self._plan(trial.params)
+            if plan is None:
+                continue
             attrs = dict(trial.user_attrs)
             if trial.state == state.PRUNED:
                 yield plan, None
             else:
                 attrs["acceptance"] = tuple(attrs["acceptance"])
-                yield plan, Found(skip_set=plan, **attrs)
+                yield plan, Found(plan=plan, **attrs)
 
     def found(self) -> list[Found]:
         """All that were scored on every text, the best first."""
@@ -274,20 +287,3 @@ class Search:
 def _loss(whole: Score, score: Score) -> float:
     lost = whole.walk.acceptance[0] - score.walk.acceptance[0]
     return lost / max(whole.draft_cost - score.draft_cost, 1e-6)
-
-
-def _to_params(plan: SkipSet) -> dict[str, bool]:
-    return {
-        f"{sublayer}.{layer}": layer in getattr(plan, sublayer)
-        for sublayer in SUBLAYERS
-        for layer in range(plan.num_layers)
-    }
-
-
-def _from_params(num_layers: int, params: dict[str, bool]) -> SkipSet:
-    lists: dict[str, list[int]] = {sublayer: [] for sublayer in SUBLAYERS}
-    for name, is_skipped in params.items():
-        sublayer, _, layer = name.partition(".")
-        if is_skipped:
-            lists[sublayer].append(int(layer))
-    return SkipSet.of(num_layers, **lists)

@@ -24,6 +24,7 @@ from vllm_selfspec.bench.run import find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.engine import versions
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.tuning.offline import report
@@ -113,11 +114,11 @@ def run_tune(options: Options) -> None:
     every = range(len(engines.known.texts))
     _check(engines, every)
 
-    def measure(plans: Sequence[SkipSet], numbers: Sequence[int]) -> list[Score]:
+    def measure(plans: Sequence[DraftPlan], numbers: Sequence[int]) -> list[Score]:
         return engines.measure([(plan, options.max_drafts) for plan in plans], numbers)
 
     search = Search(
-        engines.known.num_layers,
+        DraftPlan(engines.known.num_layers),
         measure if options.objective == "measured" else engines.score,
         len(every),
         options.output.with_suffix(".study.db"),
@@ -134,7 +135,7 @@ def run_tune(options: Options) -> None:
         )
     console.print("Measuring the best of them in the engine ...")
     finalists = _finalists(found, engines.known.num_layers)
-    plans = [(one.skip_set, one.k) for one in finalists]
+    plans = [(one.plan, one.k) for one in finalists]
     measured = [*zip(finalists, engines.measure(plans, every), strict=True)]
     best, score = max(measured, key=lambda pair: pair[1].speed_up)
     document = _document(options, model, engines.known, best, score, search.num_tried)
@@ -164,7 +165,7 @@ def _start(options: Options, model: Path, prompts: Sequence[dict[str, Any]]) -> 
 
 def _check(engines: Engines, numbers: Sequence[int]) -> None:
     """With nothing skipped, a draft is the target's own text."""
-    right = engines.right(SkipSet.of(engines.known.num_layers), numbers)
+    right = engines.right(DraftPlan(engines.known.num_layers), numbers)
     share = float(np.mean(np.concatenate(right) > 0))
     # In low precision a row of a batch rounds otherwise than alone: near-ties flip.
     if share < 0.97:
@@ -203,9 +204,9 @@ def _search(search: Search, budget_s: float, console: Console) -> None:
 
 def _finalists(found: Sequence[Found], num_layers: int) -> list[Found]:
     """The best, and the plan that `auto` has without a search."""
-    usual = SkipSet.evenly_spread(num_layers)
+    usual = DraftPlan.skipping(SkipSet.evenly_spread(num_layers))
     chosen = list(found[:NUM_MEASURED])
-    chosen += [one for one in found[NUM_MEASURED:] if one.skip_set == usual]
+    chosen += [one for one in found[NUM_MEASURED:] if one.plan == usual]
     return chosen
 
 
@@ -219,8 +220,7 @@ def _document(
 ) -> dict[str, Any]:
     """The profile; what its keys mean is told in `profile`."""
     return {
-        "skip_layers": best.skip_set.to_dict(),
-        "num_layers": known.num_layers,
+        **best.plan.to_dict(),
         "model": options.model,
         "architecture": dict(TargetModel.read(model, options.model).architecture),
         "note": f"found by: {options.command}",

@@ -15,8 +15,9 @@ import numpy as np
 from vllm_selfspec.draft_length.costs import without_interruptions
 from vllm_selfspec.draft_length.types import Floats, Ints
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
-from vllm_selfspec.engine.workers import use_skip_set
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.engine.workers import use_plan
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.tuning.offline.score import Score, Walk, best_score
 
 # CPU attention takes multiples of 32; small blocks make a row's own blocks small.
@@ -50,18 +51,18 @@ class Known:
         num_layers: Of the model.
         texts: What plans are scored on.
         verify_costs: v for 1, 2, ... draft tokens.
-        draft_costs: Of the head, and of an attention and an MLP sublayer, in a draft
-            step, over a plain step.
+        draft_costs: Of the parts of a draft step that is the whole target's, over a
+            plain step.
     """
 
     num_layers: int
     texts: tuple[Text, ...]
     verify_costs: tuple[float, ...]
-    draft_costs: tuple[float, float, float]
+    draft_costs: StepCost
 
-    def draft_cost(self, skip_set: SkipSet) -> float:
+    def draft_cost(self, plan: DraftPlan) -> float:
         """c: a draft step over a plain step."""
-        return skip_set.cost(*self.draft_costs)
+        return plan.cost(self.draft_costs).total
 
 
 class TuningEngine:
@@ -118,12 +119,12 @@ class TuningEngine:
         self._has_read = False
         if known is None:
             texts = tuple(self._generated(prompts))
-            head, attention, mlp = self._measure_draft()
+            num_layers = self._ask(_num_layers)[0]
             known = Known(
-                self._ask(_num_layers)[0],
+                num_layers,
                 texts,
                 tuple(map(float, self._measure_verify())),
-                (float(head), float(attention), float(mlp)),
+                StepCost.uniform(num_layers, *map(float, self._measure_draft())),
             )
         self.known = known
 
@@ -149,61 +150,59 @@ class TuningEngine:
         found: list[Any] = self._llm.generate(list(prompts), params, use_tqdm=False)
         return found
 
-    def right(self, skip_set: SkipSet, numbers: Sequence[int]) -> list[Ints]:
+    def right(self, plan: DraftPlan, numbers: Sequence[int]) -> list[Ints]:
         """Right drafts at every position of some texts: see `Probe.num_right`."""
         if not self._has_read:
             texts = [text.token_ids for text in self.known.texts]
             self._ask(_start_probe, self._num_drafts, texts)
             self._has_read = True
         return [
-            self._ask(_num_right, number, self.known.texts[number].first, skip_set)[0]
+            self._ask(_num_right, number, self.known.texts[number].first, plan)[0]
             for number in numbers
         ]
 
-    def score(self, skip_set: SkipSet, numbers: Sequence[int]) -> Score:
+    def score(self, plan: DraftPlan, numbers: Sequence[int]) -> Score:
         """What the plan gains on some texts."""
-        right = self.right(skip_set, numbers)
-        cost = self.known.draft_cost(skip_set)
+        right = self.right(plan, numbers)
+        cost = self.known.draft_cost(plan)
         return best_score(right, cost, self.known.verify_costs)
 
     def measure(
-        self, plans: Sequence[tuple[SkipSet, int]], numbers: Sequence[int]
+        self, plans: Sequence[tuple[DraftPlan, int]], numbers: Sequence[int]
     ) -> list[Score]:
         """D&V's objective: real generation, beside plain vLLM's of the same texts.
 
         Args:
-            plans: What the draft leaves out, and how many tokens it drafts.
+            plans: Each with how many tokens it drafts.
             numbers: Of the texts.
 
         Returns:
             Scores of what was measured: the tokens per second over plain vLLM's, and
             the steps that vLLM counted.
         """
-        arms: list[tuple[SkipSet | None, int]] = [(None, 0), *plans]
+        arms: list[tuple[DraftPlan | None, int]] = [(None, 0), *plans]
         seconds, counts = np.zeros(len(arms)), [Counts(0, 0, 0)] * len(arms)
         for start in range(0, len(numbers), self._num_streams):
             chosen = numbers[start : start + self._num_streams]
             prompts = [self.known.texts[number].prompt for number in chosen]
-            for which, (skip_set, k) in enumerate(arms):  # in turns
+            for which, (plan, k) in enumerate(arms):  # in turns
                 before = self._counters.read()
-                seconds[which] += self._seconds(prompts, skip_set, k)
+                seconds[which] += self._seconds(prompts, plan, k)
                 counts[which] = counts[which] + (self._counters.read() - before)
         return [
             Score(
                 k,
                 float(seconds[0] / seconds[which]),
                 _walk_of(counts[which], k),
-                self.known.draft_cost(skip_set),
+                self.known.draft_cost(plan),
                 self.known.verify_costs[k - 1],
             )
-            for which, (skip_set, k) in enumerate(plans, 1)
+            for which, (plan, k) in enumerate(plans, 1)
         ]
 
-    def _seconds(
-        self, prompts: Sequence[Any], skip_set: SkipSet | None, k: int
-    ) -> float:
-        if skip_set is not None:
-            self._ask(use_skip_set, skip_set)
+    def _seconds(self, prompts: Sequence[Any], plan: DraftPlan | None, k: int) -> float:
+        if plan is not None:
+            self._ask(use_plan, plan)
         scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
         scheduler.dynamic_sd_lookup = [k] * len(scheduler.dynamic_sd_lookup)
         started = time.perf_counter()
@@ -249,8 +248,8 @@ def _start_probe(worker: Any, num_drafts: int, texts: Sequence[Sequence[int]]) -
         probe.read(text)
 
 
-def _num_right(worker: Any, number: int, first: int, skip_set: SkipSet) -> Ints:
-    found: Ints = _probes[id(worker.model_runner)].num_right(number, first, skip_set)
+def _num_right(worker: Any, number: int, first: int, plan: DraftPlan) -> Ints:
+    found: Ints = _probes[id(worker.model_runner)].num_right(number, first, plan)
     return found
 
 

@@ -22,9 +22,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
-from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
-from vllm_selfspec.tuning.candidates import Sublayer, simple_plans, switched
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.tuning.candidates import changed
 from vllm_selfspec.tuning.online.text_change import TextChange
 
 # Deviations that count as more than noise.
@@ -46,7 +47,7 @@ MAX_TOLD_APART = 2
 
 # Expected tokens per second over plain vLLM's of a plan whose draft tokens are right
 # with a given chance.
-Speed = Callable[[SkipSet, float], float]
+Speed = Callable[[DraftPlan, float], float]
 
 
 @dataclass
@@ -102,27 +103,24 @@ class OnlineSearch:
         num_changes: Of the texts, that were noticed.
     """
 
-    def __init__(self, start: SkipSet, seed: int = 0) -> None:
+    def __init__(self, start: DraftPlan, seed: int = 0) -> None:
         """With `start` for the first incumbent."""
         self.incumbent = start
         self.num_duels = self.num_adopted = self.num_changes = 0
         self._chance = random.Random(seed)
-        self._switches: dict[Sublayer, _Switch] = {
-            (layer, sublayer): _Switch()
-            for layer in range(start.num_layers)
-            for sublayer in SUBLAYERS
-        }
-        self._served: Counter[SkipSet] = Counter()  # batches of rows, by incumbent
-        self._simple = [*simple_plans(start.num_layers)]
+        self._choices = start.choices(is_exchangeable=True)
+        self._switches = {name: _Switch() for name in self._choices}
+        self._served: Counter[DraftPlan] = Counter()  # batches of rows, by incumbent
+        self._simple = [*start.candidates(is_exchangeable=True)]
         self._texts = TextChange()
         self._try_first(self._simple)
 
-    def _try_first(self, plans: Iterable[SkipSet]) -> None:
+    def _try_first(self, plans: Iterable[DraftPlan]) -> None:
         """Before new ones."""
         self._to_try = iter(plans)
         self._begin()
 
-    def _former(self) -> list[SkipSet]:
+    def _former(self) -> list[DraftPlan]:
         """Plans that served, those that did so longest first."""
         return [plan for plan, _ in self._served.most_common(MAX_FORMER)]
 
@@ -130,7 +128,7 @@ class OnlineSearch:
         self.candidate = self._propose()
         self._duel = _Duel()
 
-    def _propose(self) -> SkipSet:
+    def _propose(self) -> DraftPlan:
         self._is_listed = True
         for plan in self._to_try:
             if plan != self.incumbent:
@@ -145,10 +143,16 @@ class OnlineSearch:
         if self._chance.random() < PAIR_SHARE:
             ways.insert(0, promising[:2])
         for way in ways:
-            found = switched(self.incumbent, way)
+            found = changed(self.incumbent, [self._switched(name) for name in way])
             if found is not None:
                 return found
         raise AssertionError("a model has at least two sublayers")
+
+    def _switched(self, name: str) -> tuple[str, Any]:
+        """A parameter, and another value than the incumbent's."""
+        now = self.incumbent.params()[name]
+        others = [value for value in self._choices[name] if value != now]
+        return name, others[0] if len(others) == 1 else self._chance.choice(others)
 
     def verified(self, accepted: Sequence[bool]) -> None:
         """Learns what verifications said, and tries what is known where the texts have
@@ -215,12 +219,8 @@ class OnlineSearch:
 
     def _conclude(self, gain: float, noise: float, is_better: bool) -> None:
         self.num_duels += 1
-        switched = [
-            (layer, sublayer)
-            for sublayer in SUBLAYERS
-            for layer in getattr(self.incumbent, sublayer)
-            ^ getattr(self.candidate, sublayer)
-        ]
+        before, after = self.incumbent.params(), self.candidate.params()
+        switched = [name for name in self._choices if before[name] != after[name]]
         for switch in self._switches.values():
             switch.gain *= FADE
             switch.precision *= FADE

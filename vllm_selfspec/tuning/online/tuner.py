@@ -30,7 +30,8 @@ from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.vllm_args import target_of
-from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.plan.target_model import TargetModel
 from vllm_selfspec.served_config import online_of, plan_of
 from vllm_selfspec.tuning.online.search import OnlineSearch, Speed
@@ -45,7 +46,7 @@ MAX_KNOWN = 4096  # costs that are remembered
 
 # The tokens that a plan says after some positions, `[num_rows]`, given rows of the
 # batch, `[num_rows]`, and positions in them, `[num_rows]`.
-NextTokens = Callable[[SkipSet, Ints, Ints], Ints]
+NextTokens = Callable[[DraftPlan, Ints, Ints], Ints]
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,16 @@ class OnlineCosts:
     Attributes:
         steps: Of verifications, and of draft steps of the plan `measured`.
         measured: That plan.
-        sublayers: Of the head, an attention and an MLP sublayer in a draft step, over a
-            plain step.
+        parts: Of a draft step that is the whole target's, over a plain step.
     """
 
     steps: StepCosts
-    measured: SkipSet
-    sublayers: tuple[float, float, float]
+    measured: DraftPlan
+    parts: StepCost
 
-    def draft(self, num_rows: int, plan: SkipSet) -> float:
+    def draft(self, num_rows: int, plan: DraftPlan) -> float:
         """Seconds of a draft step of `plan`."""
-        share = plan.cost(*self.sublayers) / self.measured.cost(*self.sublayers)
+        share = plan.cost(self.parts).total / self.measured.cost(self.parts).total
         return share * float(self.steps.draft(num_rows))
 
     def verify(self, num_rows: int) -> float:
@@ -78,7 +78,7 @@ class OnlineCosts:
         plain = self.verify(num_reqs)
         verify = self.steps.verify(num_reqs * (1 + k)) / plain
 
-        def speed(plan: SkipSet, chance: float) -> float:
+        def speed(plan: DraftPlan, chance: float) -> float:
             emitted = 1 + np.cumsum(chance**k)
             return float(
                 (emitted / (verify + k * self.draft(num_reqs, plan) / plain)).max()
@@ -97,11 +97,11 @@ class OnlineTuner:
 
     def __init__(
         self,
-        start: SkipSet,
+        start: DraftPlan,
         options: Online,
         max_drafts: int,
         max_num_reqs: int,
-        save: Callable[[SkipSet], None] | None = None,
+        save: Callable[[DraftPlan], None] | None = None,
         stats: DraftStats | None = None,
     ) -> None:
         """Starts from a skip set.
@@ -134,7 +134,7 @@ class OnlineTuner:
             target = target_of(vllm_config.model_config)
             save = Saving(Path(options.profile), target, stats.failed_writes)
         return cls(
-            plan_of(vllm_config).skip_set,
+            plan_of(vllm_config),
             options,
             vllm_config.speculative_config.num_speculative_tokens,
             vllm_config.scheduler_config.max_num_seqs,
@@ -156,7 +156,7 @@ class OnlineTuner:
         num_steps: int,
         accepted: Sequence[bool],
         next_tokens: NextTokens,
-    ) -> SkipSet | None:
+    ) -> DraftPlan | None:
         """Scores, if the time that it takes was saved up.
 
         Args:
@@ -221,7 +221,7 @@ class OnlineTuner:
             self._seen |= {req_ids[row]: found[row][2] for row in rows}
         return np.array(rows, np.int64), np.array(positions, np.int64)
 
-    def _adopted(self) -> SkipSet:
+    def _adopted(self) -> DraftPlan:
         found = self.search.incumbent
         logger.info(
             "selfspec drafts with: %s (online: %d of %d candidates adopted, in %.1f%% "
@@ -258,10 +258,9 @@ class Saving:
         self._file, self._target = file, target
         self._failed_writes = failed_writes
 
-    def __call__(self, plan: SkipSet) -> None:
+    def __call__(self, plan: DraftPlan) -> None:
         document = {
-            "skip_layers": plan.to_dict(),
-            "num_layers": plan.num_layers,
+            **plan.to_dict(),
             "model": self._target.name,
             "architecture": dict(self._target.architecture),
             "note": "found online, while serving",
@@ -281,8 +280,9 @@ def start(worker: Any, costs: OnlineCosts) -> None:
 
 
 def costs_of(
-    steps: StepCosts, measured: SkipSet, sublayers: Sequence[Sequence[float]]
+    steps: StepCosts, measured: DraftPlan, sublayers: Sequence[Sequence[float]]
 ) -> OnlineCosts:
     """From what the workers measured: a step is done when the slowest is."""
     head, attention, mlp = (float(max(times)) for times in zip(*sublayers, strict=True))
-    return OnlineCosts(steps, measured, (head, attention, mlp))
+    parts = StepCost.uniform(measured.num_layers, head, attention, mlp)
+    return OnlineCosts(steps, measured, parts)

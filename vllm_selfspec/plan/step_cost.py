@@ -1,0 +1,55 @@
+"""`StepCost`: what one decode step costs, part by part.
+
+One rule: the unit is the caller's. Bytes that are read, seconds, and shares of a step
+of the target are all added up and left out in the same way.
+"""
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A step of the target, or of a draft.
+
+    Attributes:
+        attention: Attention sublayer and the norm before it, by layer.
+        mlp: MLP sublayer and the norm before it, by layer.
+        head: Final norm and LM head.
+        others: What a draft runs that its target does not, by name.
+    """
+
+    attention: tuple[float, ...]
+    mlp: tuple[float, ...]
+    head: float
+    others: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(
+        cls, num_layers: int, head: float, attention: float, mlp: float
+    ) -> "StepCost":
+        """With the same cost in every layer."""
+        return cls((attention,) * num_layers, (mlp,) * num_layers, head)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.attention)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The cost by kind of part."""
+        return {
+            "attention": sum(self.attention),
+            "mlp": sum(self.mlp),
+            **self.others,
+            "head": self.head,
+        }
+
+    @property
+    def total(self) -> float:
+        """Of the whole step."""
+        return sum(self.parts.values())
+
+    def beside(self, name: str, cost: float) -> "StepCost":
+        """With one part more."""
+        return replace(self, others={**self.others, name: cost})
