@@ -19,10 +19,10 @@ demo: .venv/installed
 bench: .venv/installed .venv/peers
 	$(BIN)/vllm-selfspec bench $(MODEL) -o benchmarks/results/$(or $(MODEL),demo) $(ARGS)
 
-# The README's table, in ten minutes.
+# The first table of docs/benchmarks.md, in ten minutes.
 bench-quick: .venv/installed .venv/peers
 	$(BIN)/vllm-selfspec bench demo $(QUICK) -o benchmarks/results/quick $(ARGS)
-	$(BIN)/python benchmarks/update_readme.py
+	$(BIN)/python benchmarks/update_tables.py
 
 QUICK := --task code --task chat --arms selfspec,ngram,suffix,draft_model --lengths 4 \
 	--streams 1,8 --temperature 0 --prompts 3 --per-stream 1 --max-tokens 40
@@ -53,10 +53,10 @@ test-v2: .venv/installed .venv-v2/installed sources
 	PYTHONPATH=$(CURDIR)/.venv-v2 TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
 	$(BIN)/python -m pytest -m v2
 
-# The README's support table, from the tests that prove it: most of an hour.
+# The table of docs/support.md, from the tests that prove it: most of an hour.
 support: .venv/installed .venv-v2/installed sources
 	$(BIN)/python benchmarks/support_table.py $(ARGS)
-	$(BIN)/python benchmarks/update_readme.py
+	$(BIN)/python benchmarks/update_tables.py
 
 .venv-v2/installed: .venv/installed .ci/install-v2.sh $(wildcard tests/triton_cpu_stub/*/*.py)
 	.ci/install-v2.sh

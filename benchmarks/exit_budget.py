@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The README's table."""
+    """The table of docs/benchmarks.md."""
     columns = (
         "target",
         "N",

@@ -150,7 +150,7 @@ def of_whole_layers(model: str, card: ExitCard) -> dict[str, Any] | None:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The README's table."""
+    """The table of docs/benchmarks.md."""
     columns = [
         "N",
         "shared head",

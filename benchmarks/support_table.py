@@ -1,8 +1,8 @@
 """Which models, requests and deployments are shown to work, by the tests themselves?
 
-    python benchmarks/support_table.py && python benchmarks/update_readme.py
+    python benchmarks/support_table.py && python benchmarks/update_tables.py
 
-Runs every test that is marked as the proof of a row of the README's support table, with
+Runs every test that is marked as the proof of a row of the support table, with
 vLLM's V1 model runner and, under Triton's interpreter, with V2; both at once, as each
 is bound by one core. A row is shown where a test of it passed and none failed. Most of
 an hour on two cores.
@@ -196,7 +196,7 @@ def main(
         ),
     ] = "",
 ) -> None:
-    """Writes benchmarks/results/support.json: which rows of the README's support table
+    """Writes benchmarks/results/support.json: which rows of the support table
     the tests show, by model runner.
 
     Prints a line a test; whole logs are in .cache/support-V1.log and -V2.log. Stopped

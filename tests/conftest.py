@@ -16,7 +16,7 @@ _of_v2: dict[tuple[str, str], str] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "note in FILE which rows of the README's support table were shown"
+    help = "note in FILE which rows of docs/support.md were shown"
     parser.addoption("--support", metavar="FILE", type=Path, help=help)
 
 

@@ -1,0 +1,190 @@
+"""Writes the tables of README.md and docs/ from the saved runs in benchmarks/results.
+
+    python benchmarks/update_tables.py
+
+Each table has a place, which names the runs that it is made of; a test fails where a
+place holds anything else. The place of a run that is not saved yet says so.
+"""
+
+import json
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from vllm_selfspec.bench import report, serve_report
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = "benchmarks/results"
+Document = dict[str, Any]
+Markdown = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What stands in one place of a page.
+
+    Attributes:
+        page: Path of the page in the repository.
+        runs: Paths of the JSON files below `RESULTS` that it is made of.
+        markdown: Makes it, of one document for each run.
+    """
+
+    page: str
+    runs: tuple[str, ...]
+    markdown: Markdown
+
+    def start(self, name: str) -> str:
+        """The comment that opens the place."""
+        return f"<!-- {name}: {', '.join(f'{RESULTS}/{run}' for run in self.runs)} -->"
+
+    def text(self) -> str:
+        """What belongs there."""
+        files = [REPOSITORY / RESULTS / run for run in self.runs]
+        missing = [
+            run for run, file in zip(self.runs, files, strict=True) if not file.exists()
+        ]
+        if missing:
+            return f"This run is not saved yet: `{RESULTS}/{missing[0]}` is missing."
+        return self.markdown(*(json.loads(file.read_text()) for file in files)).strip()
+
+
+def script(name: str) -> dict[str, Any]:
+    """What another script of benchmarks/ defines."""
+    return runpy.run_path(str(REPOSITORY / "benchmarks" / name))
+
+
+SUPPORT = script("support_table.py")
+
+
+def bench(document: Document) -> str:
+    """A run of `vllm-selfspec bench`; what its columns mean stands once in the page."""
+    return report.markdown(document).replace(report.LEGEND, "")
+
+
+DEMO, PLAIN_TWIN = "demo, trained to be exited early", "its twin, trained plainly"
+QWEN = "Qwen2.5-Coder-0.5B"
+SUFFIX = "vLLM suffix"
+# Measured on two cores by runs that were not saved. To be replaced when a run of a
+# pretrained model is saved under `RESULTS`.
+UNSAVED = (
+    (QWEN, "the bare flag", "0.93x", "0.98x", "1.99x"),
+    (QWEN, "the best skip set that `tune` found", "1.05x", "", "1.99x"),
+)
+
+
+def speed_ups(demo: Document, plain: Document, exit_layer: Document) -> str:
+    """The README's rows: a few of each saved run, beside suffix decoding."""
+    saved = (
+        (demo, DEMO, "exit after layer 3", "selfspec exit_layer 3, goodput"),
+        (plain, PLAIN_TWIN, "the bare flag", "selfspec auto, goodput"),
+        (exit_layer, PLAIN_TWIN, "trained exit layer", "selfspec exit head 3, goodput"),
+    )
+    rows = [
+        (
+            model,
+            draft,
+            *(mean_speed_up(run, method, n) for n in (1, 8)),
+            mean_speed_up(run, SUFFIX, 1),
+        )
+        for run, model, draft, method in saved
+    ]
+    columns = ("model", "draft", "concurrency 1", "concurrency 8", "suffix decoding, 1")
+    table: str = SUPPORT["table"](columns, (*rows, *UNSAVED))
+    return table
+
+
+def mean_speed_up(document: Document, method: str, concurrency: int) -> str:
+    """The geometric mean over the tasks, greedy; empty where that was not run."""
+    rows = report.by_arm(document, 0).get((concurrency, method))
+    if rows is None:
+        return ""
+    return f"{geometric_mean(row['speed_up'] for row in rows.values()):.2f}x"
+
+
+def counts(document: Document) -> str:
+    """How much the support table shows, in a sentence for each model runner."""
+    return "\n".join(
+        f"- {runner} runner: {_counted(SUPPORT['rows_of'](document, runner))}"
+        for runner in ("V1", "V2")
+    )
+
+
+def _counted(rows: set[tuple[str, str]]) -> str:
+    models, requests, engine = (
+        sum(kind == wanted for kind, _ in rows)
+        for wanted in ("Models", "Requests", "Engine")
+    )
+    return (
+        f"{models} models, {requests} things that a request may ask for, and {engine} "
+        "ways to run the engine."
+    )
+
+
+BENCHMARKS = "docs/benchmarks.md"
+
+
+def _bench(run: str) -> Table:
+    return Table(BENCHMARKS, (f"{run}/report.json",), bench)
+
+
+# By the name of the place.
+TABLES: dict[str, Table] = {
+    "speed-ups": Table(
+        "README.md",
+        (
+            "quick/report.json",
+            "plain/report.json",
+            "exit_layer/bench_plain/report.json",
+        ),
+        speed_ups,
+    ),
+    "counts": Table("README.md", ("support.json",), counts),
+    "support": Table("docs/support.md", ("support.json",), SUPPORT["markdown"]),
+    "quick": _bench("quick"),
+    "all": _bench("demo"),
+    "sampling": _bench("sampling"),
+    "plain": _bench("plain"),
+    "serve": Table(BENCHMARKS, ("serve/serve.json",), serve_report.markdown),
+    "float32": _bench("float32"),
+    "lengths": _bench("draft_length"),
+    "seeds": Table(BENCHMARKS, ("seeds.json",), script("seeds.py")["markdown"]),
+    "tune": Table(BENCHMARKS, ("tune/tune.json",), script("tune.py")["markdown"]),
+    "online": Table(
+        BENCHMARKS, ("online/online.json",), script("online.py")["markdown"]
+    ),
+    "exit_bench_plain": _bench("exit_layer/bench_plain"),
+    "exit_bench_demo": _bench("exit_layer/bench_demo"),
+    "exit": Table(
+        BENCHMARKS, ("exit_layer/demo.json",), script("exit_heads.py")["markdown"]
+    ),
+    "exit_plain": Table(
+        BENCHMARKS, ("exit_layer/plain.json",), script("exit_heads.py")["markdown"]
+    ),
+    "budget": Table(
+        BENCHMARKS, ("exit_layer/budget.json",), script("exit_budget.py")["markdown"]
+    ),
+}
+
+
+def updated(path: str, text: str) -> str:
+    """The text of a page with its tables as they must be."""
+    for name, table in TABLES.items():
+        if table.page == path:
+            head, rest = text.split(table.start(name))
+            _, tail = rest.split(end(name))
+            text = f"{head}{table.start(name)}\n\n{table.text()}\n\n{end(name)}{tail}"
+    return text
+
+
+def end(name: str) -> str:
+    """The comment that closes a place."""
+    return f"<!-- /{name} -->"
+
+
+if __name__ == "__main__":
+    for path in sorted({table.page for table in TABLES.values()}):
+        file = REPOSITORY / path
+        file.write_text(updated(path, file.read_text()))
