@@ -201,11 +201,11 @@ def markdown(document: dict[str, Any]) -> str:
         f"--rounds {rounds_of(document)}`, "
         f"{document['date']}: {document['hardware']}; "
         f"vLLM {document['vllm']}, {document['model']}, float32, {document['streams']} "
-        f"streams; {document['candidates']} candidates were tried and "
+        f"at a time; {document['candidates']} candidates were tried and "
         f"{document['adopted']} adopted, in "
         f"{document['seconds_scoring'] / document['seconds_serving']:.1%} of the time."
     )
-    columns = ["phase", "arm", "first token accepted, at first", "at last"]
+    columns = ["phase", "method", "first token accepted, at first", "at last"]
     columns += ["E / (v + k c), at first", "at last"]
     parts = [run, "", *markdown_table(columns, rows), "", *recoveries(document)]
     return "\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""Does the tuner foretell acceptance, and find a better plan than others do?
+"""Does the tuner predict acceptance, and find a better plan than others do?
 
     python benchmarks/tune.py -o benchmarks/results/tune
 
@@ -275,7 +275,7 @@ def agreement_table(part: dict[str, Any]) -> str:
 
 def searches_table(part: dict[str, Any]) -> str:
     """A row for each search."""
-    columns = ["arm", "k", "c", "expected", "measured, held out", "search", "plan"]
+    columns = ["method", "k", "c", "expected", "measured, held out", "search", "plan"]
     rows = [
         [
             row["search"],

@@ -30,7 +30,7 @@ class Result:
 
 
 COLUMNS = (
-    "streams",
+    "concurrency",
     "plan",
     "c",
     "accepted",
@@ -38,23 +38,25 @@ COLUMNS = (
     "tokens/s",
     "speed-up",
     "bound",
-    "of it",
-    "same text",
+    "share",
+    "identical",
 )
 LEGEND = (
     "c: share of the model's weights that a draft step reads.",
     "E: tokens per verification; accepted: share of the drafted tokens.",
     "bound: E / (1 + k c). It takes verifying k + 1 tokens to cost one step, as it",
-    "does while reading the weights is what takes the time: about so for one stream",
-    "here, not for eight.",
+    "does while reading the weights is what takes the time: about so for one request",
+    "at a time here, not for eight.",
     "speed-up: median of ratios to plain vLLM on the same prompt, run in turns.",
-    "same text: as plain vLLM's; in its own row, as its texts at one stream. In bf16",
-    "near-ties flip when a step has other rows; in float32 all are the same.",
+    "share: how much of the bound was reached.",
+    "identical: outputs identical to plain vLLM's; in its own row, to its outputs one",
+    "at a time. In bf16 near-ties flip when a step has other rows; in float32 all are",
+    "identical.",
 )
 
 
 def cells(result: Result) -> tuple[str, ...]:
-    """One row of the table, as printed here and in the README."""
+    """One row of the table."""
     head = (str(result.num_streams), result.plan)
     rate = f"{result.tokens_per_second:.1f}"
     same = f"{result.num_same}/{result.num_texts}"

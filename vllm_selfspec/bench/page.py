@@ -49,14 +49,14 @@ def heading(text: str) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; all columns but `arm` are numbers."""
-    sides = ["---" if name == "arm" else "---:" for name in columns]
+    """The lines of a Markdown table; all columns but `method` are numbers."""
+    sides = ["---" if name == "method" else "---:" for name in columns]
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(sides)}|"]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def table(lines: Sequence[str]) -> str:
-    """A Markdown table as HTML; its second column names arms, ours are marked."""
+    """A Markdown table as HTML; its second column names methods, ours are marked."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     body = "".join(

@@ -34,8 +34,9 @@ LEGEND = (
     "share of the drafted tokens; v and c: cost of a verification and of a draft step "
     "over a plain step, at full batches. bound: what the speed-up would be if nothing "
     "but forwards took time, E / (v + k c) added up over all forwards of the same run, "
-    "prefill included; of it: the share reached. same text: as plain vLLM's; in its "
-    "own row, as plain vLLM's one at a time. extra: weights read beside the target's."
+    "prefill included; share: how much of the bound was reached. identical: outputs "
+    "identical to plain vLLM's; in its own row, to its outputs one at a time. extra: "
+    "weights read beside the target's."
 )
 
 
@@ -102,11 +103,11 @@ def _title(temperature: float) -> str:
 
 
 def rows_of(document: Report, temperature: float) -> list[str]:
-    """A Markdown table: a row for each load and arm."""
+    """A Markdown table: a row for each concurrency and method."""
     names = tasks(document)
     has_scores = any(row["quality"] for row in document["results"])
-    columns = ["streams", "arm", *names, "all", "E", "accepted", "v", "c", "bound"]
-    columns += ["of it", "latency", "same text", "extra"]
+    columns = ["concurrency", "method", *names, "all", "E", "accepted", "v", "c"]
+    columns += ["bound", "share", "latency", "identical", "extra"]
     columns += ["quality"] if has_scores else []
     lines = []
     for (num_streams, arm), rows in by_arm(document, temperature).items():

@@ -62,11 +62,11 @@ def explanation(document: Report) -> str:
     repeats = 1 + max((point["repeat"] for point in document["points"]), default=0)
     return (
         f"vLLM's own serving benchmark (`vllm bench serve`): {document['num_prompts']} "
-        "requests at each rate, arriving as a Poisson process, the same for every arm; "
-        f"T = {document['temperature']:g}; medians of {repeats} turns. TPOT gain and "
-        "latency gain: plain vLLM's median over the arm's, in the same turn. Good "
-        f"requests: with {limits}. Same text: as plain vLLM's, whose batches were "
-        "others."
+        "requests at each rate, arriving as a Poisson process, the same for every "
+        f"method; T = {document['temperature']:g}; medians of {repeats} turns. TPOT "
+        "gain and latency gain: plain vLLM's median over the method's, in the same "
+        f"turn. Good requests: with {limits}. Identical: outputs identical to plain "
+        "vLLM's, whose batches were others."
     )
 
 
@@ -113,7 +113,7 @@ def _summary(pairs: list[tuple[Row, Row]]) -> Row:
 
 COLUMNS = (
     "requests/s",
-    "arm",
+    "method",
     "TTFT",
     "TPOT",
     "TPOT p99",
@@ -123,7 +123,7 @@ COLUMNS = (
     "tokens/s",
     "good/s",
     "accepted",
-    "same text",
+    "identical",
 )
 
 
