@@ -24,8 +24,8 @@ bench-quick: .venv/installed .venv/peers
 	$(BIN)/vllm-selfspec bench demo $(QUICK) -o benchmarks/results/quick $(ARGS)
 	$(BIN)/python benchmarks/update_tables.py
 
-QUICK := --task code --task chat --arms selfspec,ngram,suffix,draft_model --lengths 4 \
-	--streams 1,8 --temperature 0 --prompts 3 --per-stream 1 --max-tokens 40
+QUICK := --prompts code --prompts chat --methods selfspec,ngram,suffix,draft_model \
+	--lengths 4 --concurrency 1,8 --temperature 0 --num-prompts 3 --per-stream 1 --max-tokens 40
 
 .venv/peers: .venv/installed .ci/install-peers.sh
 	.ci/install-peers.sh

@@ -30,7 +30,14 @@ def document(
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
         *(sys.executable, "-m", "vllm_selfspec.cli", "bench", tiny_models["llama"]),
-        *("--task", f"jsonl={prompts}", "--streams", "1,3", "--prompts", "3"),
+        *(
+            "--prompts",
+            str(prompts),
+            "--concurrency",
+            "1,3",
+            "--num-prompts",
+            "3",
+        ),
         *("--temperature", "0,1", "--lengths", f"{K}", "--max-tokens", "12"),
         *("--draft-model", tiny_models["llama"], "--dtype", "float32"),
         *("--arms", "selfspec,ngram,draft_model,hf", "-o", str(directory / "out")),
@@ -147,11 +154,11 @@ def test_the_grid_has_plans_lengths_and_the_memory_they_take(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--arms", "selfspec,eagle"], "--arms takes plain, selfspec, ngram"),
+        (["--methods", "selfspec,eagle"], "--methods takes plain, selfspec, ngram"),
         (["--streams", "1;4"], "--streams takes numbers such as 1,4,8"),
         (["--streams", "0,4"], "--streams takes numbers from 1"),
         (["--temperature", "-1"], "--temperature takes numbers from 0"),
-        (["--task", "cod"], "a task is one of"),
+        (["--prompts", "cod"], "prompts are one of"),
         (["no_such_model_directory/x"], "no_such_model_directory"),
     ],
 )

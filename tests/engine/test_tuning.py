@@ -179,7 +179,7 @@ def ignore(search: Search, line: str) -> None:
 
 def test_a_search_finds_what_is_not_missed(tmp_path: Path) -> None:
     search = searching(tmp_path / "study.db", num_at_once=2)
-    search.run(15, ignore)
+    search.run(600, ignore, max_plans=100)  # no clock: the machine may be busy
     best, *_ = search.found()
     assert best.plan.skip_set.attention == {1, 2, 4, 5}
     assert best.plan.skip_set.mlp == {0, 1, 2, 3, 4}

@@ -119,7 +119,7 @@ def test_a_sample_is_of_the_task_and_the_same_each_time() -> None:
 @pytest.mark.parametrize(
     ("words", "content", "message"),
     [
-        ("codes", None, "a task is one of summarization, code, chat, text, or FORMAT="),
+        ("codes", None, "prompts are one of summarization, code, chat, text, "),
         ("xsun={}", "{}", "format is one of jsonl, cnn_dm"),
         ("xsum={}", None, "there must be a file"),
         ("xsum={}", "", "at least one record, but is empty"),

@@ -169,22 +169,33 @@ FORMATS = {
 }
 
 
+# How every command takes prompts, for its help.
+PROMPTS_HELP = (
+    "Prompts like those that will be served: a shipped set (summarization, code, chat, "
+    "text), the path of JSON lines with prompt or messages, or FORMAT=PATH with a "
+    "format of jsonl, cnn_dm, xsum, humaneval, gsm8k, mt_bench, spec_bench."
+)
+
+
 def load(words: str) -> Task:
-    """The task that `words` names: `code`, or a format and a path, as in
-    `humaneval=data/HumanEval.jsonl.gz`.
+    """The prompts that `words` name: `code`, the path of JSON lines, or a format and a
+    path, as in `humaneval=data/HumanEval.jsonl.gz`.
 
     Raises:
-        TaskError: If there is no such task or format, or the file is not in it.
+        TaskError: If there is no such set or format, or the file is not in it.
     """
+    if words in SHIPPED:
+        metric = "rouge" if words == "summarization" else None
+        return Task(words, _prompts(DATA / f"{words}.jsonl", FORMATS["jsonl"]), metric)
     name, _, path = words.partition("=")
     if not path:
-        if name not in SHIPPED:
+        if not words.endswith((".jsonl", ".jsonl.gz")):
             raise TaskError(
-                f"a task is one of {', '.join(SHIPPED)}, or FORMAT=PATH with a format "
-                f"of {', '.join(FORMATS)}, but it is {words!r}"
+                f"prompts are one of {', '.join(SHIPPED)}, the path of a .jsonl file, "
+                f"or FORMAT=PATH with a format of {', '.join(FORMATS)}, but they are "
+                f"{words!r}: write one of these"
             )
-        metric = "rouge" if name == "summarization" else None
-        return Task(name, _prompts(DATA / f"{name}.jsonl", FORMATS["jsonl"]), metric)
+        name, path = "jsonl", words
     if name not in FORMATS:
         raise TaskError(
             f"a task's format is one of {', '.join(FORMATS)}, but it is {name!r}: use "

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
 from vllm_selfspec.cli.options import arm_groups, json_object, numbers
 
 EPILOG = (
-    "Example: vllm-selfspec bench my_model --arms plain,selfspec,ngram "
-    "--task jsonl=my_prompts.jsonl --streams 1,8 -o report"
+    "Example: vllm-selfspec bench my_model --methods plain,selfspec,ngram "
+    "--prompts my_prompts.jsonl --concurrency 1,8 -o report"
 )
 
 
@@ -28,18 +29,21 @@ def bench(
             metavar="MODEL", help="For draft_model; without it the repository's own."
         ),
     ] = None,
-    task: Annotated[
+    prompts: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TASK",
-            help="summarization, code, chat, text (all by default), or FORMAT=PATH "
-            "with a format of jsonl, cnn_dm, xsum, humaneval, gsm8k, mt_bench, "
-            "spec_bench. More than once for several.",
+            "--prompts",
+            "--task",
+            metavar="PROMPTS",
+            help=f"{PROMPTS_HELP} More than once for several; the shipped sets by "
+            "default.",
         ),
     ] = None,
-    arms: Annotated[
+    methods: Annotated[
         str,
         typer.Option(
+            "--methods",
+            "--arms",
             metavar="LIST",
             help="What to compare with plain vLLM: selfspec, ngram, suffix, "
             "draft_model, hf.",
@@ -54,15 +58,18 @@ def bench(
             "More than once for several.",
         ),
     ] = None,
-    streams: Annotated[
-        str, typer.Option(metavar="LIST", help="Concurrent requests.")
+    concurrency: Annotated[
+        str,
+        typer.Option(
+            "--concurrency", "--streams", metavar="LIST", help="Concurrent requests."
+        ),
     ] = "1,4,8,16",
-    prompts: Annotated[
+    num_prompts: Annotated[
         int,
         typer.Option(
             min=1,
             metavar="N",
-            help="Prompts of a task for one stream, and at least so many for more.",
+            help="Prompts of a set at a concurrency of 1, and at least so many above.",
         ),
     ] = 8,
     per_stream: Annotated[
@@ -70,7 +77,7 @@ def bench(
         typer.Option(
             min=1,
             metavar="N",
-            help="Prompts of a task for each of several streams. With 1 the last "
+            help="Prompts of a set for each concurrent request. With 1 the last "
             "requests of a turn run with ever fewer others.",
         ),
     ] = 2,
@@ -101,9 +108,9 @@ def bench(
         bool,
         typer.Option(
             "--serve",
-            help="Run vLLM's own serving benchmark against a live server of each arm "
-            "instead, one at a time; --streams bounds the requests a server runs at "
-            "once.",
+            help="Run vLLM's own serving benchmark against a live server of each "
+            "method instead, one at a time; --concurrency bounds the requests that a "
+            "server runs at once.",
         ),
     ] = False,
     rates: Annotated[
@@ -120,7 +127,8 @@ def bench(
         ),
     ] = "ttft:2000,tpot:200",
     repeats: Annotated[
-        int, typer.Option(min=1, metavar="N", help="With --serve: turns of each arm.")
+        int,
+        typer.Option(min=1, metavar="N", help="With --serve: turns of each method."),
     ] = 1,
 ) -> None:
     """Compare selfspec with plain vLLM and what else it offers; write a report.
@@ -135,17 +143,17 @@ def bench(
 
     with errors_in_one_line():
         loads = [
-            Load(n, prompts if n == 1 else max(prompts, per_stream * n))
-            for n in numbers("--streams", streams, int, 1)
+            Load(n, num_prompts if n == 1 else max(num_prompts, per_stream * n))
+            for n in numbers("--concurrency", concurrency, int, 1)
         ]
         options = Options(
             model=model,
             draft_model=draft_model,
             widen=widen,
-            tasks=tuple(task or SHIPPED),
+            tasks=tuple(prompts or SHIPPED),
             loads=tuple(loads),
             temperatures=tuple(numbers("--temperature", temperature, float, 0)),
-            groups=tuple(arm_groups(arms)),
+            groups=tuple(arm_groups(methods)),
             lengths=tuple(numbers("--lengths", lengths, int, 1)),
             max_tokens=max_tokens,
             dtype=dtype,

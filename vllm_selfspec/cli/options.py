@@ -39,7 +39,8 @@ def arm_groups(text: str) -> list[str]:
     for piece in found:
         if piece not in GROUPS:
             raise ConfigError(
-                f"--arms takes {', '.join(GROUPS)}, but it holds {piece!r}: correct it"
+                f"--methods takes {', '.join(GROUPS)}, but it holds {piece!r}: "
+                "correct it"
             )
     return found
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
 from vllm_selfspec.cli.options import json_object, numbers, parse_exit_layer
 
@@ -23,9 +24,8 @@ def train_exit(
     prompts: Annotated[
         list[str],
         typer.Option(
-            metavar="FILE",
-            help="Prompts like those that will be served: JSON lines with prompt or "
-            "messages, or a task of bench. More than once for several.",
+            metavar="PROMPTS",
+            help=f"{PROMPTS_HELP} More than once for several.",
         ),
     ],
     output: Annotated[

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
 from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS
 
 EPILOG = (
-    "Example: vllm-selfspec tune my_model --prompts jsonl=my_prompts.jsonl "
+    "Example: vllm-selfspec tune my_model --prompts my_prompts.jsonl "
     "--budget 20m -o my_model.json, then vllm serve my_model --speculative-config "
     """'{"method": "selfspec", "skip_layers": "my_model.json"}'"""
 )
@@ -27,9 +28,8 @@ def tune(
     prompts: Annotated[
         str,
         typer.Option(
-            metavar="TASK",
-            help="Prompts like those that will be served, as a task of bench: code, "
-            "jsonl=PATH with lines that have prompt or messages, ...",
+            metavar="PROMPTS",
+            help=PROMPTS_HELP,
         ),
     ] = "code",
     budget: Annotated[
@@ -58,8 +58,15 @@ def tune(
             "scored by how much of that they draft.",
         ),
     ] = 64,
-    streams: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Concurrent requests to tune for.")
+    concurrency: Annotated[
+        int,
+        typer.Option(
+            "--concurrency",
+            "--streams",
+            min=1,
+            metavar="N",
+            help="Concurrent requests to tune for.",
+        ),
     ] = 1,
     max_drafts: Annotated[
         int,
@@ -124,7 +131,7 @@ def tune(
                 max_prompt_tokens=max_prompt_tokens,
                 max_tokens=max_tokens,
                 budget_s=parse_budget(budget),
-                num_streams=streams,
+                num_streams=concurrency,
                 max_drafts=max_drafts,
                 objective=objective,
                 ray=ray,

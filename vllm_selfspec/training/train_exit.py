@@ -166,7 +166,7 @@ def _prompts(options: Options, model: Path) -> tuple[list[Any], list[Any]]:
     """Token ids to train on, and to measure on."""
 
     def read(tasks: Sequence[str]) -> list[Prompt]:
-        return [prompt for words in tasks for prompt in load(_task(words)).prompts]
+        return [prompt for words in tasks for prompt in load(words).prompts]
 
     def encoded(prompts: Sequence[Prompt]) -> list[list[int]]:
         most = options.max_prompt_tokens
@@ -185,12 +185,6 @@ def _prompts(options: Options, model: Path) -> tuple[list[Any], list[Any]]:
             f"{len(chosen)}: give more, or --held-out"
         )
     return encoded(chosen[num:]), encoded(chosen[:num])
-
-
-def _task(words: str) -> str:
-    """A path alone is that of JSON lines."""
-    is_path = "=" not in words and words.endswith((".jsonl", ".jsonl.gz"))
-    return f"jsonl={words}" if is_path else words
 
 
 def _texts(options: Options, model: Path, prompts: Any, console: Console) -> Any:
