@@ -163,9 +163,6 @@ TABLES: dict[str, Table] = {
     "exit_plain": Table(
         BENCHMARKS, ("exit_layer/plain.json",), script("exit_heads.py")["markdown"]
     ),
-    "budget": Table(
-        BENCHMARKS, ("exit_layer/budget.json",), script("exit_budget.py")["markdown"]
-    ),
 }
 
 
