@@ -38,7 +38,7 @@ from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.training.agreement import Agreement, draft_cost, num_right, score
 from vllm_selfspec.training.batch import Batch, pieces
 from vllm_selfspec.training.errors import TrainError
-from vllm_selfspec.training.loss import cross_entropy, kl_to_top
+from vllm_selfspec.training.loss import kl_to_top
 from vllm_selfspec.training.student import Student
 from vllm_selfspec.training.texts import Continuation, Texts, write_shard
 from vllm_selfspec.training.train_exit import candidates, skip_set_of
@@ -188,12 +188,6 @@ def test_a_target_without_doubt_leaves_no_rest() -> None:
     found.sum().backward()
     assert found.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-5)
     assert logits.grad is not None and logits.grad.isfinite().all()
-
-
-def test_cross_entropy_is_by_token() -> None:
-    logits = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]])
-    found = cross_entropy(logits, torch.tensor([1, 0]))
-    assert found.tolist() == pytest.approx([math.log(4 / 3), math.log(2)])
 
 
 # ---- The student
@@ -501,6 +495,12 @@ def test_a_run_with_other_settings_is_not_gone_on_with(job: Job) -> None:
     other = replace(job, recipe=replace(job.recipe, batch_size=4))
     with pytest.raises(TrainError, match="batch_size 8 in place of 4"):
         train(other, Alone())
+    file = job.output / CHECKPOINT
+    state = torch.load(file, weights_only=True)
+    state["settings"]["loss"] = "ce"  # as a former version could be told
+    torch.save(state, file)
+    with pytest.raises(TrainError, match="loss 'ce' in place of None"):
+        train(job, Alone())
 
 
 def test_a_skip_set_is_trained_with(job: Job, target: Path, tmp_path: Path) -> None:

@@ -85,12 +85,6 @@ def train_exit(
             min=1, metavar="K", help="Tokens of its distribution that are learned from."
         ),
     ] = 32,
-    loss: Annotated[
-        Literal["kl", "ce"],
-        typer.Option(
-            help="kl to the target's distribution, or cross-entropy on its tokens."
-        ),
-    ] = "kl",
     head: Annotated[
         Literal["shared", "low-rank", "full"],
         typer.Option(help="The target's LM head, or one of its own that starts there."),
@@ -166,7 +160,7 @@ def train_exit(
             head=head,
             head_rank=head_rank,
             texts=texts,
-            recipe=Recipe(loss, epochs, batch_size, lr, seed),
+            recipe=Recipe(epochs, batch_size, lr, seed),
             save_every=save_every,
             ray=ray,
             cache=cache.expanduser(),

@@ -20,8 +20,7 @@ class Batch:
     Attributes:
         token_ids: `[num_rows, length]`, filled up with 0 at the end.
         where: Positions whose next token is the target's own, bool, of that shape.
-        next_ids: The next token there, `[num_tokens]`, row by row.
-        top_ids: The target's likeliest there, `[num_tokens, k]`.
+        top_ids: The target's likeliest there, `[num_tokens, k]`, row by row.
         top_logprobs: Their log-probabilities, of the same shape.
         begins: Positions at which the draft of each next token began, `[num_tokens]`;
             None where nobody asks.
@@ -29,7 +28,6 @@ class Batch:
 
     token_ids: torch.Tensor
     where: torch.Tensor
-    next_ids: torch.Tensor
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
     begins: torch.Tensor | None = None
@@ -59,7 +57,6 @@ class Batch:
         columns = [
             token_ids,
             where,
-            np.concatenate([text.token_ids[text.first :] for text in texts]),
             np.concatenate([text.top_ids for text in texts]),
             np.concatenate([text.top_logprobs for text in texts]),
         ]

@@ -1,7 +1,6 @@
 """What an exit layer learns from: the distance of its distribution to the target's."""
 
 import torch
-import torch.nn.functional as F
 
 
 def kl_to_top(
@@ -32,13 +31,3 @@ def kl_to_top(
     rest = (1 - top_logprobs.exp().sum(-1)).clamp_min(0)
     found_kl: torch.Tensor = kl + torch.special.xlogy(rest, rest) - rest * found_rest
     return found_kl
-
-
-def cross_entropy(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Negative log-probability of the target's own tokens, `[num_tokens]`, in nats.
-
-    Args:
-        logits: The student's, `[num_tokens, vocab_size]`.
-        token_ids: `[num_tokens]`.
-    """
-    return F.cross_entropy(logits, token_ids, reduction="none")

@@ -27,9 +27,9 @@ COLUMNS = (
 SMOOTHED_OVER = 50  # steps at most
 
 
-def write_curve(curve: Sequence[float], loss: str, directory: Path) -> None:
+def write_curve(curve: Sequence[float], directory: Path) -> None:
     """Writes the loss of every step, and a plot of it."""
-    content = {"loss": loss, "by_step": [round(value, 5) for value in curve]}
+    content = {"by_step": [round(value, 5) for value in curve]}
     whole_file.write(json.dumps(content) + "\n", directory / CURVE)
     plot, axes = new_plot(1, 1, 7, 4)
     axis = axes[0][0]
@@ -38,9 +38,8 @@ def write_curve(curve: Sequence[float], loss: str, directory: Path) -> None:
     width = max(1, min(SMOOTHED_OVER, len(curve) // 10))
     smooth = np.convolve(curve, np.ones(width) / width, "valid")
     axis.plot(steps[width - 1 :], smooth, color="green", label=f"mean of {width}")
-    names = {"kl": "KL divergence from the target", "ce": "cross-entropy"}
     axis.set_xlabel("step")
-    axis.set_ylabel(f"{names[loss]}, nats a token")
+    axis.set_ylabel("KL divergence from the target, nats a token")
     axis.legend()
     with whole_file.replacing(directory / PLOT) as partial:
         plot.savefig(partial, format="svg")

@@ -256,7 +256,7 @@ class _Training:
         }
         tensors = save(trainer.student.tensors(torch.bfloat16), {"format": "pt"})
         write_exit_head(options.output, card, tensors)
-        report.write_curve(trainer.curve, options.recipe.loss, options.output)
+        report.write_curve(trainer.curve, options.output)
         report.show([row], self._console)
         self._console.print(f"The head is in {options.output}", style="bold")
 

@@ -23,7 +23,7 @@ from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.training.agreement import MAX_DRAFTS
 from vllm_selfspec.training.batch import Batch, pieces
 from vllm_selfspec.training.errors import TrainError
-from vllm_selfspec.training.loss import cross_entropy, kl_to_top
+from vllm_selfspec.training.loss import kl_to_top
 from vllm_selfspec.training.student import Student
 from vllm_selfspec.training.texts import Continuation, Texts
 from vllm_selfspec.training.two_streams import begins_at_random, begins_of_one_length
@@ -43,14 +43,12 @@ class Recipe:
     """How the steps are taken.
 
     Attributes:
-        loss: `kl` to the target's distribution, or `ce`: cross-entropy on its tokens.
         epochs: Times that each text is seen.
         batch_size: Texts a step, of all workers.
         lr: The highest learning rate; None for what suits the width.
         seed: Of the order of texts.
     """
 
-    loss: str = "kl"
     epochs: int = 3
     batch_size: int = 16
     lr: float | None = None
@@ -162,8 +160,6 @@ class Trainer:
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         logits = self.student.logits(batch.token_ids, batch.where, batch.begins)
-        if self._job.recipe.loss == "ce":
-            return cross_entropy(logits, batch.next_ids)
         return kl_to_top(logits, batch.top_ids, batch.top_logprobs)
 
     def _begins(self, number: int, num: int) -> Ints:
@@ -232,13 +228,14 @@ class Trainer:
             return
         state = torch.load(file, map_location=self.student.device, weights_only=True)
         found, wanted = state["settings"], self._settings
-        other = [key for key in wanted if found.get(key) != wanted[key]]
+        # Keys of both: a version that could do otherwise may have written the file.
+        other = [key for key in wanted | found if found.get(key) != wanted.get(key)]
         if other:
             key = other[0]
             raise TrainError(
                 f"a run goes on with the settings it began with, but {str(file)!r} has "
-                f"{key} {found.get(key)!r} in place of {wanted[key]!r}: delete it to "
-                "begin anew, or choose another --output"
+                f"{key} {found.get(key)!r} in place of {wanted.get(key)!r}: delete it "
+                "to begin anew, or choose another --output"
             )
         with torch.no_grad():
             for name, parameter in self.student.trained.items():
