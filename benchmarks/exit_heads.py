@@ -82,8 +82,6 @@ def train(model: str, exit_layer: int, skips: SkipSet | None) -> None:
         max_prompt_tokens=192,
         exit_layer=exit_layer,
         skip_layers=skip_layers,
-        head="shared",
-        head_rank=None,
         texts=TextOptions(max_tokens=192),
         recipe=Recipe(epochs=EPOCHS),
         save_every=50,

@@ -249,7 +249,7 @@ def widen_tensor(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
 def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
     """Writes an exit head of a small model as the one of its widened form.
 
-    What it drafts stays the same. Of an LM head of its own the rank stays.
+    What it drafts stays the same.
 
     Args:
         head: Directory of the exit head.
@@ -274,7 +274,7 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
         )
     factor, dtype = int(stamp["factor"]), DTYPES[stamp["dtype"]]
     tensors = {
-        name: widen_head_tensor(name, tensor.to(dtype), factor)
+        name: widen_tensor(name, tensor.to(dtype), factor)
         for name, tensor in load_file(head / TENSORS_FILE).items()
     }
     target = TargetModel.read(wide, wide.name)
@@ -290,15 +290,6 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
         save(tensors, {"format": "pt"}),
     )
     return output
-
-
-def widen_head_tensor(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
-    """One widened tensor of an exit head, whose own LM head reads what is widened and
-    writes what is not."""
-    if name == "head.up.weight":
-        return weight
-    is_head = name in ("head.down.weight", "head.weight")
-    return widen_tensor(HEAD if is_head else name, weight, factor)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

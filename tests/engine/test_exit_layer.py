@@ -233,13 +233,11 @@ def worker_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
-@pytest.mark.parametrize("rank", [None, 16, 0], ids=["shared", "low_rank", "own"])
 def test_its_logits_are_those_of_a_full_recomputation(
-    rank: int | None, models: dict[str, str], engines: Engines, tmp_path: Path
+    models: dict[str, str], heads: dict[tuple[str, int], Path], engines: Engines
 ) -> None:
     """In a prompt's chunks, after rejections, and on a cached prefix."""
-    path = models["llama"]
-    head = build_exit_head(path, 2, tmp_path / "head", rank)
+    path, head = models["llama"], heads["llama", 2]
     llm = engines.get(path, spec_of(head), max_num_batched_tokens=48, block_size=32)
     is_cached, num_compared = [], 0
     for _ in range(2):
@@ -335,7 +333,7 @@ def test_memory_grows_by_the_kv_of_one_layer(pair: Any) -> None:
 
 
 def test_a_preview_counts_its_bytes(
-    models: dict[str, str], heads: dict[tuple[str, int], Path], tmp_path: Path
+    models: dict[str, str], heads: dict[tuple[str, int], Path]
 ) -> None:
     path = models["llama"]
     found = Preview.of(path, {"exit_head": str(heads["llama", 2])})

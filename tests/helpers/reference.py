@@ -150,23 +150,17 @@ def _model(path: str, exit_head: Path | None) -> tuple[Any, nn.ModuleList]:
 
 
 def _take_exit(model: Any, layers: nn.ModuleList, directory: Path) -> None:
-    """In place: the head's layer after the first N, and its LM head if it has one."""
+    """In place: the head's layer after the first N."""
     tensors = load_file(directory / TENSORS_FILE)
     exit_layer = json.loads((directory / CARD_FILE).read_text())["exit_layer"]
     del layers[exit_layer + 1 :]
-    name = "model.layers.0."
     layers[-1].load_state_dict(
-        {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        {name.removeprefix("model.layers.0."): t for name, t in tensors.items()}
     )
     model.config.num_hidden_layers = exit_layer + 1
     kinds = getattr(model.config, "layer_types", None)
     if kinds:
         model.config.layer_types = [*kinds[:exit_layer], kinds[-1]]
-    if "head.up.weight" in tensors:
-        own = tensors["head.up.weight"] @ tensors["head.down.weight"]
-        model.lm_head.weight = nn.Parameter(own)
-    elif "head.weight" in tensors:
-        model.lm_head.weight = nn.Parameter(tensors["head.weight"])
 
 
 def _nothing(_module: nn.Module, _args: Any, output: Any) -> Any:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -85,16 +85,6 @@ def train_exit(
             min=1, metavar="K", help="Tokens of its distribution that are learned from."
         ),
     ] = 32,
-    head: Annotated[
-        Literal["shared", "low-rank", "full"],
-        typer.Option(help="The target's LM head, or one of its own that starts there."),
-    ] = "shared",
-    head_rank: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Of a low-rank head. Default: hidden size / 4."
-        ),
-    ] = None,
     epochs: Annotated[
         int, typer.Option(min=1, metavar="N", help="Times that each text is seen.")
     ] = 3,
@@ -157,8 +147,6 @@ def train_exit(
             max_prompt_tokens=max_prompt_tokens,
             exit_layer=parse_exit_layer(exit_layer),
             skip_layers=json_object("--skip-layers", skip_layers, '{"mlp": [1]}'),
-            head=head,
-            head_rank=head_rank,
             texts=texts,
             recipe=Recipe(epochs, batch_size, lr, seed),
             save_every=save_every,

@@ -13,7 +13,6 @@ that is run for them.
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,31 +42,6 @@ PREFIX = "selfspec_exit"  # of the layer's name until it has its own
 VOCAB_SIZE = 64
 
 
-class OwnHead(nn.Module):
-    """An LM head of the exit layer's own: one matrix, or two of low rank.
-
-    Every worker of a tensor-parallel engine has it whole.
-    """
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Of `head.weight` `[vocab_size, hidden_size]`, or of `head.down.weight`
-        `[rank, hidden_size]` and `head.up.weight` `[vocab_size, rank]`."""
-        super().__init__()
-        names = [
-            n for n in ("head.down", "head.up", "head") if f"{n}.weight" in tensors
-        ]
-        self._matrices = nn.ParameterList(
-            nn.Parameter(tensors[f"{name}.weight"], requires_grad=False)
-            for name in names
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits `[num_tokens, vocab_size]` of states after the final norm."""
-        for matrix in self._matrices:
-            hidden_states = nn.functional.linear(hidden_states, matrix)
-        return hidden_states
-
-
 @dataclass(frozen=True)
 class ServedExitLayer:
     """An exit layer, ready to draft.
@@ -75,12 +49,10 @@ class ServedExitLayer:
     Attributes:
         index: N: it comes after so many of the target's layers.
         layer: vLLM's decoder layer of the target's own class.
-        head: Its own LM head; None where it shares the target's.
     """
 
     index: int
     layer: nn.Module
-    head: OwnHead | None
 
     @classmethod
     def load(
@@ -97,8 +69,7 @@ class ServedExitLayer:
         device = torch.device(vllm_config.device_config.device)
         tensors = load_file(directory / TENSORS_FILE, str(device))
         layer = _layer(target, vllm_config, tensors, device)
-        head = None if card.head_rank is None else _head(tensors, vllm_config)
-        own = [*layer.parameters(), *(head.parameters() if head else ())]
+        own = layer.parameters()
         num_bytes = sum(one.numel() * one.element_size() for one in own)
         logger.info_once(
             "selfspec drafts with an exit layer after layer %d: %.1f MB of weights, "
@@ -106,7 +77,7 @@ class ServedExitLayer:
             card.exit_layer - 1,
             num_bytes / 1e6,
         )
-        found = cls(card.exit_layer, layer, head)
+        found = cls(card.exit_layer, layer)
         target.set_aux_hidden_state_layers((card.exit_layer,))
         writer = _KVOfLayer(layer)
 
@@ -168,11 +139,6 @@ class _Pass(nn.Module):
         return hidden_states, None
 
 
-def _head(tensors: dict[str, torch.Tensor], vllm_config: VllmConfig) -> OwnHead:
-    dtype = vllm_config.model_config.dtype
-    return OwnHead({name: tensor.to(dtype) for name, tensor in tensors.items()})
-
-
 def _layer(
     target: nn.Module,
     vllm_config: VllmConfig,
@@ -186,17 +152,11 @@ def _layer(
         model: Any = initialize_model(
             vllm_config=single, prefix=PREFIX, model_class=type(target)
         )
-    model.load_weights(_of_layer(tensors))
+    model.load_weights(tensors.items())
     process_weights_after_loading(model, model_config, device)
     (layer,) = model.model.layers
     _rename(layer.self_attn.attn, vllm_config)
     return layer  # type: ignore[no-any-return]
-
-
-def _of_layer(
-    tensors: dict[str, torch.Tensor],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((n, tensor) for n, tensor in tensors.items() if not n.startswith("head."))
 
 
 def _single_layer_config(vllm_config: VllmConfig) -> VllmConfig:

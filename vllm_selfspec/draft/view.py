@@ -175,7 +175,7 @@ class DraftView:
         return hidden_states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """By the target's LM head, or the exit layer's: `[num_tokens, vocab_size]`."""
+        """By the target's LM head: `[num_tokens, vocab_size]`."""
         logits: torch.Tensor = self.model.compute_logits(hidden_states)
         return logits
 

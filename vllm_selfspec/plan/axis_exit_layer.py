@@ -188,5 +188,3 @@ class ExitLayerAxis(Axis):
     def build(self, value: TrainedExitLayer, view: Any, loaded: Any) -> None:
         view.replace(value.after, loaded.layer)
         view.take_out_aux_hidden_states()
-        if loaded.head is not None:
-            view.model.compute_logits = loaded.head.forward

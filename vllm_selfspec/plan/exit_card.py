@@ -5,8 +5,7 @@ weights is used. Reading a card needs neither torch nor vLLM.
 
 A head is a directory with this card and `TENSORS_FILE`. The tensors have the names they
 have in the target's checkpoint, with 0 for the layer's index, as if the head were a
-model of one layer; an LM head of its own is `head.down.weight` [rank, hidden_size] and
-`head.up.weight` [vocab_size, rank], or `head.weight` [vocab_size, hidden_size].
+model of one layer. Norm and LM head after it are the target's.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.plan.errors import PlanError
@@ -24,6 +23,8 @@ from vllm_selfspec.plan.skip_set import SkipLayers, SkipSet, SkipSetError
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
 TENSORS_FILE, CARD_FILE = "exit_head.safetensors", "card.json"
+# Keys of former cards, null in all heads but those that cannot be served any more.
+FORMER_KEYS = {"head_rank": "an exit layer drafts through the target's own LM head"}
 
 
 class ExitHeadError(PlanError):
@@ -48,12 +49,6 @@ class ExitCard(Keys):
     weights: str = Field(
         max_length=64, description="Fingerprint of the target's weights; checked."
     )
-    head_rank: int | None = Field(
-        default=None,
-        ge=0,
-        strict=True,
-        description="Rank of its own LM head; 0 for a full one, null for the target's.",
-    )
     skip_layers: SkipLayers | None = Field(
         default=None,
         description="Sublayers before the exit layer that drafts leave out, as it was "
@@ -64,6 +59,16 @@ class ExitCard(Keys):
     training: dict[str, Any] = Field(
         default={}, description="How it was trained; shown, not checked."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_keys(cls, card: Any) -> Any:
+        if not isinstance(card, Mapping):
+            return card
+        for key, rule in FORMER_KEYS.items():
+            if card.get(key) is not None:
+                raise ValueError(f"{key} is {shown(card[key])}, but {rule}")
+        return {key: card[key] for key in card if key not in FORMER_KEYS}
 
     @property
     def skip_set(self) -> SkipSet | None:

@@ -80,24 +80,18 @@ def num_right(
 
 
 def draft_cost(
-    weights: ModelWeights,
-    exit_layer: int,
-    head_bytes: int | None,
-    skip_set: SkipSet | None = None,
+    weights: ModelWeights, exit_layer: int, skip_set: SkipSet | None = None
 ) -> float:
     """c, where reading weights is what takes time: bytes of a draft step over a step's.
 
     Args:
         weights: The target's.
         exit_layer: N; the exit layer reads as much as the target's last.
-        head_bytes: Of an LM head of its own; None for the target's.
         skip_set: Sublayers before the exit layer that drafts leave out.
     """
     first = SkipSet.before_exit(weights.num_layers, exit_layer, skip_set)
     plan = DraftPlan.skipping(first)
     found = plan.cost(weights.step).total + weights.attention[-1] + weights.mlp[-1]
-    if head_bytes is not None:
-        found += head_bytes - weights.head
     return found / weights.streamed
 
 

@@ -33,8 +33,7 @@ def cut(path: Path, exit_layer: int, dtype: torch.dtype, trained: Path | None) -
     weights = _cut_weights(path, target.num_layers, exit_layer)
     if trained is not None:
         for name, tensor in load_file(trained / TENSORS_FILE).items():
-            if LAYER.match(name):
-                weights[renumbered(name, exit_layer)] = tensor
+            weights[renumbered(name, exit_layer)] = tensor
     logging: Any = transformers.logging
     logging.disable_progress_bar()
     cls: Any = getattr(transformers, target.class_name)

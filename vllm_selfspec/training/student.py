@@ -22,15 +22,8 @@ from vllm_selfspec.plan.families import (
 from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
 from vllm_selfspec.training.cut import cut, layers_of, names_of, renumbered
-from vllm_selfspec.training.lm_head import (
-    PickingHead,
-    load_own_head,
-    own_head,
-    saved_head,
-)
+from vllm_selfspec.training.picking_head import PickingHead
 from vllm_selfspec.training.two_streams import TwoStreams
-
-SAVED_BYTES = 2  # of a parameter, in bfloat16
 
 
 class Student:
@@ -38,7 +31,6 @@ class Student:
 
     Attributes:
         exit_layer: N, the target's layers before the exit layer.
-        head_rank: Of its own LM head; 0 for a full one, None for the target's.
         skip_set: Sublayers before the exit layer that drafts leave out; None for none.
         device: It runs on.
         trained: The parameters that are trained, float32, by the names that they are
@@ -49,7 +41,6 @@ class Student:
         self,
         path: Path,
         exit_layer: int,
-        head_rank: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         trained: Path | None = None,
@@ -60,11 +51,10 @@ class Student:
         Args:
             path: Of the target.
             exit_layer: N.
-            head_rank: See the attribute.
             dtype: Of what is frozen, and of the computation.
             device: torch's name of it.
             trained: Directory of a head to begin with, which fits; None for the
-                target's last layer and LM head.
+                target's last layer.
             skip_set: See the attribute.
 
         Raises:
@@ -72,13 +62,12 @@ class Student:
                 set.
             CheckpointError: If the weights are missing.
         """
-        self.exit_layer, self.head_rank = exit_layer, head_rank
+        self.exit_layer = exit_layer
         self.device, self._dtype = torch.device(device), dtype
         self._model = cut(path, exit_layer, dtype, trained)
         self._model.requires_grad_(False).eval().to(self.device)
         self._layer = layers_of(self._model)[exit_layer].float().requires_grad_()
-        self._head = PickingHead(own_head(self._model, head_rank))
-        load_own_head(self._head.inner, trained)
+        self._head = PickingHead(self._model.get_output_embeddings())
         self._model.set_output_embeddings(self._head)
         self.skip_set = skip_set
         self._num_of_target = 0  # tokens of a row whose state the skip set leaves alone
@@ -101,14 +90,7 @@ class Student:
         card = read_exit_card(head)
         card.check_fits(TargetModel.read(path, str(path)), path)
         settings = {"skip_set": card.skip_set, **settings}
-        return cls(path, card.exit_layer, card.head_rank, trained=head, **settings)
-
-    @property
-    def own_head_bytes(self) -> int | None:
-        """Bytes of its own LM head as it is saved; None where it has the target's."""
-        if self.head_rank is None:
-            return None
-        return SAVED_BYTES * sum(p.numel() for p in self._head.inner.parameters())
+        return cls(path, card.exit_layer, trained=head, **settings)
 
     @property
     def hidden_size(self) -> int:
@@ -230,16 +212,13 @@ class Student:
         """Trained parameters; those that a family's checkpoint stores in another form
         (experts, one by one) keep the model's own name here."""
         prefix = f"{_name_of(self._model, self._layer)}."
-        found = {
+        trained = {
             prefix + name: parameter
             for name, parameter in self._layer.named_parameters()
         }
-        own = saved_head(self._head.inner) if self.head_rank is not None else {}
-        self._prefix = prefix
-        trained = found | own
         last = TargetModel.read(path, "").num_layers - 1
         known = {renumbered(name, 0) for name in names_of(path, last)}
-        saved = self._saved(found)
+        saved = self._saved(trained)
         if not {*saved} <= known:
             raise UnsupportedModelError(
                 "an exit head has the names of the target's own tensors, but this "
@@ -252,12 +231,9 @@ class Student:
         """By the names of the target's checkpoint, with 0 for the layer's index."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        layer = {
-            n: p.detach() for n, p in trained.items() if n.startswith(self._prefix)
-        }
+        layer = {name: parameter.detach() for name, parameter in trained.items()}
         reverted: Any = revert_weight_conversion(self._model, layer)
-        found = {renumbered(name, 0): tensor for name, tensor in reverted.items()}
-        return found | {n: p.detach() for n, p in trained.items() if n not in layer}
+        return {renumbered(name, 0): tensor for name, tensor in reverted.items()}
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -37,7 +37,6 @@ AUTO_EPOCHS = 1  # of each, before the best is trained to the end
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 512  # texts that are measured on
 SAID_OVER = 20  # steps
-RANK_OF_WIDTH = 4  # a low-rank head has a quarter of the hidden size
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ class Options:
         exit_layer: N; None to compare a few.
         skip_layers: Sublayers of the first N that drafts leave out, as `SkipLayers`
             has them; None for none.
-        head: `shared`, `low-rank` or `full`.
-        head_rank: Of a low-rank head; None for a quarter of the hidden size.
         texts: A `TextOptions`.
         recipe: A `Recipe`.
         save_every: Steps between two checkpoints.
@@ -71,8 +68,6 @@ class Options:
     max_prompt_tokens: int
     exit_layer: int | None
     skip_layers: Mapping[str, Any] | None
-    head: str
-    head_rank: int | None
     texts: Any
     recipe: Any
     save_every: int
@@ -249,7 +244,6 @@ class _Training:
             "model": options.model,
             "architecture": dict(self.target.architecture),
             "weights": weights_fingerprint(self._model),
-            "head_rank": job.head_rank,
             "skip_layers": job.skip_set.to_dict() if job.skip_set else None,
             "num_parameters": trainer.student.num_parameters,
             "training": self._provenance(trainer) | {"held_out": row},
@@ -266,7 +260,6 @@ class _Training:
         return Job(
             self._model.resolve(),
             exit_layer,
-            self._head_rank(),
             self._texts.directory.resolve(),
             tuple(range(self._num)),
             recipe,
@@ -274,12 +267,6 @@ class _Training:
             self._options.save_every,
             self._skip_set,
         )
-
-    def _head_rank(self) -> int | None:
-        if self._options.head == "low-rank":
-            hidden_size = int(self.target.architecture["hidden_size"])
-            return self._options.head_rank or max(1, hidden_size // RANK_OF_WIDTH)
-        return 0 if self._options.head == "full" else None
 
     def _trained(self, job: Any) -> tuple[Any, dict[str, Any]]:
         """Its trainer at the end, and what the student came to on held-out texts."""
@@ -299,15 +286,12 @@ class _Training:
         }
         row: dict[str, Any] = {"exit_layer": job.exit_layer}
         row |= {name: asdict(agreement) for name, agreement in agreements.items()}
-        student = trainer.student
         weights = ModelWeights.from_checkpoint(self._model)
         first = SkipSet.before_exit(weights.num_layers, job.exit_layer, self._skip_set)
         plan = DraftPlan.skipping(first)
         shared = plan.share(weights.step)
         row["shared_head"] = self._worth(of_shared_head[1], shared)
-        cost = draft_cost(
-            weights, job.exit_layer, student.own_head_bytes, self._skip_set
-        )
+        cost = draft_cost(weights, job.exit_layer, self._skip_set)
         return trainer, row | self._worth(found[1], cost)
 
     def _answers(self, student: Any) -> tuple[Any, Any]:

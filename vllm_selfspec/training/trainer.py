@@ -62,7 +62,6 @@ class Job:
     Attributes:
         model: Checkpoint directory of the target.
         exit_layer: N.
-        head_rank: See `Student`.
         texts: Directory of them.
         numbers: Those to train on.
         recipe: How.
@@ -73,7 +72,6 @@ class Job:
 
     model: Path
     exit_layer: int
-    head_rank: int | None
     texts: Path
     numbers: tuple[int, ...]
     recipe: Recipe
@@ -89,7 +87,6 @@ class Job:
         return Student(
             self.model,
             self.exit_layer,
-            self.head_rank,
             dtype,
             device,
             skip_set=self.skip_set,
@@ -188,7 +185,6 @@ class Trainer:
         job = self._job
         return {
             "exit_layer": job.exit_layer,
-            "head_rank": job.head_rank,
             "texts": self._texts.fingerprint,
             "num_texts": len(job.numbers),
             "skip_layers": job.skip_set.to_dict() if job.skip_set else None,
