@@ -7,9 +7,7 @@ back, and to N layers forward.
 
     python benchmarks/exit_heads.py 3 1 2 4    # benchmarks/exit_heads/demo/N
     python benchmarks/exit_heads.py 2 3 --model plain
-    python benchmarks/exit_heads.py 3 --model plain --skip-layers '{"mlp": [1, 2]}'
 
-With a skip set the head of the same N that was trained without it is measured, too.
 Ctrl-C keeps what is there; the same command goes on.
 """
 
@@ -18,7 +16,6 @@ import os
 import random
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,19 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_tasks
 
 from vllm_selfspec.bench.page import markdown_table
-from vllm_selfspec.plan.exit_card import (
-    CARD_FILE,
-    TENSORS_FILE,
-    ExitCard,
-    read_exit_card,
-)
-from vllm_selfspec.plan.skip_set import SkipSet
-from vllm_selfspec.plan.target_model import TargetModel
-from vllm_selfspec.training.agreement import MAX_DRAFTS, Agreement, score
-from vllm_selfspec.training.student import Student
-from vllm_selfspec.training.texts import TextOptions, Texts
-from vllm_selfspec.training.train_exit import Options, run_train_exit, skip_set_of
-from vllm_selfspec.training.trainer import Recipe, answers
+from vllm_selfspec.plan.exit_card import CARD_FILE, TENSORS_FILE, read_exit_card
+from vllm_selfspec.training.texts import TextOptions
+from vllm_selfspec.training.train_exit import Options, run_train_exit
+from vllm_selfspec.training.trainer import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEADS, WORK = "benchmarks/exit_heads", ".cache/exit"
@@ -62,18 +50,9 @@ def write_prompts(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def name_of(exit_layer: int, skips: SkipSet | None) -> str:
-    """Of a head's directory, like `3` or `3_attention_1_mlp_1_2`."""
-    lists = skips.to_dict() if skips else {}
-    words = [f"{s}_{'_'.join(map(str, lists[s]))}" for s in lists if lists[s]]
-    return "_".join([str(exit_layer), *words])
-
-
-def train(model: str, exit_layer: int, skips: SkipSet | None) -> None:
+def train(model: str, exit_layer: int) -> None:
     """One head; where it was trained before, it is only measured again."""
-    name = name_of(exit_layer, skips)
-    output = Path(WORK) / model / name
-    skip_layers = skips.to_dict() if skips else None
+    output = Path(WORK) / model / str(exit_layer)
     options = Options(
         model=f"benchmarks/{model}_model",
         prompts=(f"{WORK}/prompts.jsonl",),
@@ -81,18 +60,16 @@ def train(model: str, exit_layer: int, skips: SkipSet | None) -> None:
         num_prompts=None,
         max_prompt_tokens=192,
         exit_layer=exit_layer,
-        skip_layers=skip_layers,
         texts=TextOptions(max_tokens=192),
         recipe=Recipe(epochs=EPOCHS),
         save_every=50,
         ray=0,
         cache=Path(WORK) / "texts",
         output=output,
-        command=f"python benchmarks/exit_heads.py {exit_layer} --model {model}"
-        + (f" --skip-layers '{json.dumps(skip_layers)}'" if skips else ""),
+        command=f"python benchmarks/exit_heads.py {exit_layer} --model {model}",
     )
     run_train_exit(options)
-    head = Path(HEADS) / model / name
+    head = Path(HEADS) / model / str(exit_layer)
     head.mkdir(parents=True, exist_ok=True)
     for name in (TENSORS_FILE, CARD_FILE):
         shutil.copy(output / name, head)
@@ -103,7 +80,7 @@ def results(model: str) -> dict[str, Any]:
     directory = Path(HEADS) / model
     found = sorted(directory.glob(f"*/{CARD_FILE}"))
     cards = [read_exit_card(file.parent) for file in found]
-    cards.sort(key=lambda card: (card.exit_layer, card.skip_layers is not None))
+    cards.sort(key=lambda card: card.exit_layer)
     training = cards[-1].training
     kept = ("seconds", "cpu_seconds", "steps", "tokens", "last_loss")
     same = ("date", "vllm", "torch", "hardware", "recipe", "texts", "num_texts")
@@ -115,35 +92,11 @@ def results(model: str) -> dict[str, Any]:
         "rows": [
             {
                 "num_parameters": card.num_parameters,
-                "skips": card.skip_set.to_dict() if card.skip_set else None,
-                "of_whole_layers": of_whole_layers(model, card),
                 **card.training["held_out"],
                 **{key: card.training[key] for key in kept},
             }
             for card in cards
         ],
-    }
-
-
-def of_whole_layers(model: str, card: ExitCard) -> dict[str, Any] | None:
-    """What the head without a skip set says with that of another, on the texts that
-    both were measured on; None where there is no skip set."""
-    if card.skip_set is None:
-        return None
-    texts = Texts(Path(WORK) / "texts" / card.training["texts"]["fingerprint"])
-    first, num = card.training["num_texts"], card.training["num_held_out"]
-    held_out = [texts[number] for number in range(first, first + num)]
-    path = Path(f"benchmarks/{model}_model")
-    head = Path(HEADS) / model / name_of(card.exit_layer, None)
-    student = Student.read(path, head, skip_set=card.skip_set)
-    drafted = answers(student, held_out, MAX_DRAFTS)
-    cost = card.training["held_out"]["draft_cost"]
-    best = score(held_out, drafted, cost, MAX_DRAFTS)
-    return {
-        "agreement": asdict(Agreement.of(held_out, answers(student, held_out))),
-        "tokens_per_verification": round(best.walk.tokens_per_verification, 4),
-        "num_speculative_tokens": best.k,
-        "speed_up": round(best.speed_up, 4),
     }
 
 
@@ -164,14 +117,11 @@ def markdown(document: dict[str, Any]) -> str:
         "training",
         "cores' time",
     ]
-    with_holes = any(row["skips"] for row in document["rows"])
-    if with_holes:
-        columns.append("trained on whole layers")
     rows = []
     for row in document["rows"]:
         before, after = row["before"], row["after"]
         cells = [
-            f"{row['exit_layer']} of 12{holes(row)}",
+            f"{row['exit_layer']} of 12",
             f"{before['all']:.3f}",
             f"{row['untrained']['all']:.3f}",
             f"{after['all']:.3f}",
@@ -185,9 +135,6 @@ def markdown(document: dict[str, Any]) -> str:
             f"{row['seconds'] / 60:.1f} min",
             f"{row['cpu_seconds'] / 60:.1f} min",
         ]
-        if with_holes:
-            of_whole = row["of_whole_layers"]
-            cells.append(f"{of_whole['speed_up']:.2f}x" if of_whole else "")
         rows.append(cells)
     said = (
         f"`{document['command']}`, {document['date']}: {document['hardware']}, 2 cores "
@@ -197,30 +144,18 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join([said, "", *markdown_table(columns, rows)])
 
 
-def holes(row: dict[str, Any]) -> str:
-    """What drafts leave out of the first N layers, in words."""
-    lists = row["skips"] or {}
-    words = [f"{s} {','.join(map(str, lists[s]))}" for s in lists if lists[s]]
-    return f", without {' and '.join(words)}" if words else ""
-
-
 def main(
     exit_layers: Annotated[
         list[int] | None,
         typer.Argument(help="N, one or more; none to write the results anew."),
     ] = None,
     model: Annotated[str, typer.Option(help="demo, or plain: its twin.")] = "demo",
-    skip_layers: Annotated[
-        str, typer.Option(help="Sublayers before the exit layer that drafts leave out.")
-    ] = "{}",
 ) -> None:
     """Train heads of a model after so many layers, one after the other."""
     os.chdir(REPOSITORY)
     write_prompts(Path(WORK) / "prompts.jsonl")
-    num_layers = TargetModel.read(Path(f"benchmarks/{model}_model"), model).num_layers
     for exit_layer in exit_layers or ():
-        skips = skip_set_of(json.loads(skip_layers), exit_layer, num_layers)
-        train(model, exit_layer, skips)
+        train(model, exit_layer)
     document = results(model)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{model}.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -41,7 +41,6 @@ from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import ExitHeadError
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
-from vllm_selfspec.training.student import Student
 
 pytestmark = pytest.mark.v2
 WHOLE = NUM_LAYERS - 1  # the exit layer is the target's last then
@@ -254,73 +253,32 @@ def test_its_logits_are_those_of_a_full_recomputation(
     assert num_compared > 3
 
 
+@pytest.mark.parametrize(
+    "holes",
+    [{"attention": [1], "mlp": [2]}, {"attention": [0, 1], "mlp": [1]}],
+    ids=["sublayers", "a layer"],
+)
 def test_a_skip_set_before_it_composes(
-    models: dict[str, str], heads: dict[tuple[str, int], Path], engines: Engines
+    holes: dict[str, list[int]],
+    models: dict[str, str],
+    heads: dict[tuple[str, int], Path],
+    engines: Engines,
 ) -> None:
     """The exit layer's KV of the context is the whole target's, as everybody's is."""
     path, head = models["llama"], heads["llama", WHOLE]
-    holes = {"attention": [1], "mlp": [2]}
     llm = engines.get(path, spec_of(head, skip_layers=holes))
     expected, _ = run(engines.get(path), prompts_of(1), greedy(MAX_TOKENS))
     output, counts, drafts = recorded(llm, prompts_of(1)[0])
     assert token_ids([output]) == token_ids(expected)
     assert counts.accepted_tokens < counts.draft_tokens
     exits = SkipSet.early_exit(NUM_LAYERS, WHOLE)
-    skip_set = SkipSet.of(NUM_LAYERS, exits.attention | {1}, exits.mlp | {2})
+    skip_set = SkipSet.of(
+        NUM_LAYERS, exits.attention | {*holes["attention"]}, exits.mlp | {*holes["mlp"]}
+    )
     for context, drafted, _ in drafts[:: 4 if IS_V2 else 1]:
         assert drafted == reference_draft(
             path, skip_set, context, len(drafted), exit_head=head
         )
-
-
-@pytest.mark.parametrize(
-    "holes",
-    [{"attention": [1], "mlp": [2]}, {"attention": [0, 1], "mlp": [1]}],
-    ids=["sublayers", "a layer"],
-)
-def test_a_head_is_trained_on_what_drafts_with_a_skip_set_compute(
-    holes: dict[str, Any],
-    models: dict[str, str],
-    heads: dict[tuple[str, int], Path],
-    engines: Engines,
-) -> None:
-    """At every depth of every draft, after acceptance and after rejection."""
-    path, head = models["llama"], heads["llama", WHOLE]
-    llm = engines.get(path, spec_of(head, skip_layers=holes))
-    _, counts, drafts = recorded(llm, prompts_of(1)[0])
-    assert counts.accepted_tokens < counts.draft_tokens
-    skip_set = SkipSet.from_dict(NUM_LAYERS, holes)
-    student = Student.read(Path(path), head, skip_set=skip_set)
-    for context, drafted, logits in drafts:
-        ids = torch.tensor([[*context, *drafted[:-1]]])
-        where = torch.arange(ids.shape[1])[None] >= len(context) - 1
-        begins = torch.full((len(drafted),), len(context) - 1)
-        with torch.no_grad():
-            found = student.logits(ids, where, begins)
-        # Logits up to some hundred; float32 sums in another order.
-        torch.testing.assert_close(found, logits, atol=1e-3, rtol=1e-4)
-
-
-def test_a_head_that_was_trained_with_a_skip_set_is_served_with_it(
-    models: dict[str, str], tmp_path: Path
-) -> None:
-    holes = {"attention": [0], "mlp": [1]}
-    path = models["llama"]
-    head = build_exit_head(path, 2, tmp_path, skip_layers=holes)
-    exits = SkipSet.early_exit(NUM_LAYERS, 2)
-    plan = Preview.of(path, {"exit_head": str(head)}).plan
-    assert plan.skip_set == SkipSet.of(
-        NUM_LAYERS, exits.attention | {0}, exits.mlp | {1}
-    )
-    other = Preview.of(path, {"exit_head": str(head), "skip_layers": {"mlp": [0]}})
-    assert other.plan.skip_set == SkipSet.of(
-        NUM_LAYERS, exits.attention, exits.mlp | {0}
-    )
-    whole = Preview.of(path, {"exit_head": str(head), "skip_layers": {}})
-    assert whole.plan.skip_set == exits
-    wrong = build_exit_head(path, 2, tmp_path, skip_layers={"mlp": [2]})
-    with pytest.raises(ExitHeadError, match="it names 2: remove"):
-        Preview.of(path, {"exit_head": str(wrong)})
 
 
 def test_memory_grows_by_the_kv_of_one_layer(pair: Any) -> None:

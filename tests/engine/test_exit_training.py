@@ -33,7 +33,7 @@ from vllm_selfspec.plan.exit_card import (
     write_exit_head,
 )
 from vllm_selfspec.plan.families import UnsupportedModelError
-from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
+from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.training.agreement import Agreement, draft_cost, num_right, score
 from vllm_selfspec.training.batch import Batch, pieces
@@ -41,7 +41,7 @@ from vllm_selfspec.training.errors import TrainError
 from vllm_selfspec.training.loss import kl_to_top
 from vllm_selfspec.training.student import Student
 from vllm_selfspec.training.texts import Continuation, Texts, write_shard
-from vllm_selfspec.training.train_exit import candidates, skip_set_of
+from vllm_selfspec.training.train_exit import candidates
 from vllm_selfspec.training.trainer import (
     CHECKPOINT,
     Job,
@@ -50,7 +50,6 @@ from vllm_selfspec.training.trainer import (
     answers,
     train,
 )
-from vllm_selfspec.training.two_streams import begins_at_random, begins_of_one_length
 from vllm_selfspec.training.workers import Alone, run_by_ray
 from vllm_selfspec.whole_file import WriteError
 
@@ -105,6 +104,11 @@ def test_a_head_is_read_as_it_was_written(
             "head_rank is 8, but an exit layer drafts through the target's own LM "
             "head: train the head again",
         ),
+        (
+            lambda d: edit(d, skip_layers={"mlp": [1]}),
+            "skip_layers is {'mlp': [1]}, but an exit layer is trained on the target's "
+            "first layers whole: train the head again",
+        ),
     ],
 )
 def test_a_damaged_head_is_refused(
@@ -116,7 +120,7 @@ def test_a_damaged_head_is_refused(
     directory = tmp_path / "head"
     write_head(directory, Path(tiny_models["llama"]))
     damage(directory)
-    with pytest.raises(ExitHeadError, match=message):
+    with pytest.raises(ExitHeadError, match=re.escape(message)):
         read_exit_card(directory)
 
 
@@ -124,7 +128,7 @@ def test_a_card_of_a_former_version_is_read(
     tiny_models: dict[str, str], tmp_path: Path
 ) -> None:
     card = write_head(tmp_path, Path(tiny_models["llama"]))
-    edit(tmp_path, head_rank=None)
+    edit(tmp_path, head_rank=None, skip_layers=None)
     assert read_exit_card(tmp_path) == card
 
 
@@ -480,71 +484,6 @@ def test_a_run_with_other_settings_is_not_gone_on_with(job: Job) -> None:
         train(job, Alone())
 
 
-def test_a_skip_set_is_trained_with(job: Job, target: Path, tmp_path: Path) -> None:
-    skip_set = SkipSet.of(NUM_LAYERS, attention=[1], mlp=[0])
-    job = replace(job, skip_set=skip_set, recipe=Recipe(epochs=40, batch_size=8))
-    whole = train(replace(job, output=tmp_path / "whole"), Alone())
-    assert np.mean(whole.curve[-8:]) < 0.5 * np.mean(whole.curve[:8])
-
-    def interrupt(trainer: Trainer) -> None:
-        if trainer.step == 5:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(job, Alone(), interrupt)
-    with pytest.raises(TrainError, match="skip_layers .* in place of None"):
-        train(replace(job, skip_set=None), Alone())
-    assert train(job, Alone()).curve == whole.curve, "drafts begin where they did"
-    held_out = [*Texts(job.texts)][32:]
-    first, later = (answers(whole.student, held_out, length) for length in (1, 8))
-    assert [len(one) for one in first] == [len(text.top_ids) for text in held_out]
-    assert all(a[1] == b[1] for a, b in zip(first, later, strict=True))
-    apart = [(a != b).any() for a, b in zip(first, later, strict=True)]
-    assert any(apart), "later tokens of a draft see its own K and V"
-
-
-def test_drafts_side_by_side_say_what_each_says_alone(target: Path) -> None:
-    """Of texts of any length, however they are cut into drafts."""
-    skip_set = SkipSet.of(NUM_LAYERS, attention=[0], mlp=[1])
-    student = Student(target, EXIT_LAYER, skip_set=skip_set)
-    ids = torch.randint(VOCAB_SIZE, (2, 20), generator=torch.manual_seed(0))
-    firsts, ends = (5, 9), (20, 16)  # one is filled up
-    where = torch.zeros_like(ids, dtype=torch.bool)
-    begins, alone = [], []
-    for row, (first, end) in enumerate(zip(firsts, ends, strict=True)):
-        where[row, first:end] = True
-        own = first + begins_of_one_length(end - first, 3)
-        begins.append(torch.from_numpy(own))
-        for began in np.unique(own):
-            last = first + int(np.flatnonzero(own == began)[-1])
-            text = ids[row : row + 1, : last + 1]
-            at = torch.arange(last + 1)[None] >= began
-            with torch.no_grad():
-                whole = torch.full((int(at.sum()),), int(began))
-                alone.append(student.logits(text, at, whole))
-    with torch.no_grad():
-        found = student.logits(ids, where, torch.cat(begins))
-    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-4)
-
-
-def test_a_skip_set_that_cannot_be_trained_with_is_refused(tmp_path: Path) -> None:
-    holes = SkipSet.of(NUM_LAYERS, mlp=[0])
-    gemma2 = build_tiny_model("gemma2", tmp_path, **CUT["gemma2"])
-    with pytest.raises(UnsupportedModelError, match="this is Gemma2ForCausalLM"):
-        Student(gemma2, EXIT_LAYER, skip_set=holes)
-    mistral = build_tiny_model("mistral", tmp_path, sliding_window=16)
-    student = Student(mistral, EXIT_LAYER, skip_set=holes)
-    for length in (16, 17):
-        ids = torch.zeros(1, length, dtype=torch.long)
-        where = torch.ones_like(ids, dtype=torch.bool)
-        begins = torch.arange(length)
-        if length == 16:
-            assert student.logits(ids, where, begins).shape == (16, VOCAB_SIZE)
-            continue
-        with pytest.raises(UnsupportedModelError, match="a text has 17: lower"):
-            student.logits(ids, where, begins)
-
-
 def test_ctrl_c_is_heeded_between_two_steps(job: Job, tmp_path: Path) -> None:
     whole = train(replace(job, output=tmp_path / "whole"), Alone()).curve
 
@@ -629,23 +568,6 @@ def test_right_drafts_in_a_row_are_counted_from_every_position() -> None:
     )
 
 
-def test_drafts_of_one_length_are_counted_where_they_begin() -> None:
-    text = greedy_text([*range(1, 13)], first=2)  # own: 3 to 12
-    found = np.array([3, 4, 9, 6, 7, 8, 9, 10, 0, 12])  # wrong after tokens 4 and 10
-    assert begins_of_one_length(10, 4).tolist() == [0, 1, 1, 1, 1, 5, 5, 5, 5, 9]
-    assert num_right(text, found, every=4).tolist() == [1, 3, 1]
-    assert num_right(text, found, every=1)[[0, 4, 8]].tolist() == [1, 3, 1]
-
-
-def test_drafts_of_all_lengths_are_drawn() -> None:
-    begins = begins_at_random(4000, 4, np.random.default_rng(0))
-    at = np.arange(4000)
-    assert (begins <= at).all() and (np.diff(begins) >= 0).all()
-    assert (begins[begins] == begins).all(), "a draft begins with its first token"
-    lengths = np.diff(np.flatnonzero(begins == at))
-    assert {*lengths.tolist()} == {1, 2, 3, 4}
-
-
 def test_agreement_is_by_the_targets_likeliest_token() -> None:
     one = greedy_text([1, 2, 3, 4], 2)
     sampled = replace(one, temperature=1.0, token_ids=np.array([1, 2, 9, 9]))
@@ -717,39 +639,6 @@ def test_the_command_trains_from_prompts_to_a_head(
         np.testing.assert_allclose(text.top_logprobs, top.values, atol=0.01)
     sampled = [text for text in texts if text.temperature == 1]
     assert any((t.token_ids[t.first :] != t.top_ids[:, 0]).any() for t in sampled)
-
-
-def test_the_command_trains_with_a_skip_set(target: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps(row) for row in PROMPTS) + "\n")
-    paths = ["--prompts", str(prompts), "--cache", str(tmp_path)]
-    paths += ["-o", str(tmp_path / "head")]
-    words = ["--exit-layer", "2", "--skip-layers", '{"mlp": [1]}']
-    command = [*COMMAND, str(target), *paths, *SMALL, *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    card = read_exit_card(tmp_path / "head")
-    assert card.skip_set == SkipSet.of(NUM_LAYERS, mlp=[1])
-    shares = card.training["held_out"]
-    whole = ModelWeights.from_checkpoint(target)
-    assert shares["draft_cost"] < draft_cost(whole, 2)
-
-
-@pytest.mark.parametrize(
-    ("skip_layers", "exit_layer", "error", "said"),
-    [
-        ({"mlp": [0]}, None, ConfigError, "--exit-layer is auto: name its number"),
-        ({"mlp": [1]}, 1, SkipSetError, "it names 1: remove"),
-        ({"mlp": [9]}, 1, SkipSetError, "the model has 4 layers"),
-        ({"ffn": [0]}, 1, ConfigError, "--skip-layers: there is no key 'ffn'"),
-    ],
-)
-def test_sublayers_that_are_not_before_the_exit_layer_are_refused(
-    skip_layers: dict[str, Any], exit_layer: int | None, error: Any, said: str
-) -> None:
-    with pytest.raises(error, match=re.escape(said)):
-        skip_set_of(skip_layers, exit_layer, NUM_LAYERS)
-    assert skip_set_of({"mlp": []}, 1, NUM_LAYERS) is None
 
 
 def test_wrong_words_are_refused_in_one_line(target: Path, tmp_path: Path) -> None:

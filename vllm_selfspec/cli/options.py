@@ -79,9 +79,7 @@ def parse_skip_layers(text: str) -> Any:
         ) from error
 
 
-def json_object(
-    option: str, text: str, example: str = '{"exit_layer": 3}'
-) -> dict[str, Any]:
+def json_object(option: str, text: str) -> dict[str, Any]:
     """What an option's value means that is a JSON object.
 
     Raises:
@@ -93,7 +91,7 @@ def json_object(
         found = None
     if not isinstance(found, dict):
         raise ConfigError(
-            f"{option} takes a JSON object such as '{example}', but it is "
+            f"{option} takes a JSON object such as '{{\"exit_layer\": 3}}', but it is "
             f"{text!r:.80}: correct it, in single quotes for the shell"
         )
     return found

@@ -9,7 +9,7 @@ import typer
 
 from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
-from vllm_selfspec.cli.options import json_object, numbers, parse_exit_layer
+from vllm_selfspec.cli.options import numbers, parse_exit_layer
 
 EPILOG = (
     "Example: vllm-selfspec train-exit my_model --prompts my_prompts.jsonl "
@@ -53,14 +53,6 @@ def train_exit(
             "epoch each and goes on with the best.",
         ),
     ] = "auto",
-    skip_layers: Annotated[
-        str,
-        typer.Option(
-            metavar="JSON",
-            help="Sublayers of those N that drafts leave out, like '{\"mlp\": [1]}': "
-            "the exit layer then learns from what is left of them.",
-        ),
-    ] = "{}",
     num_prompts: Annotated[
         int | None,
         typer.Option(min=2, metavar="N", help="At most so many, drawn with the seed."),
@@ -146,7 +138,6 @@ def train_exit(
             num_prompts=num_prompts,
             max_prompt_tokens=max_prompt_tokens,
             exit_layer=parse_exit_layer(exit_layer),
-            skip_layers=json_object("--skip-layers", skip_layers, '{"mlp": [1]}'),
             texts=texts,
             recipe=Recipe(epochs, batch_size, lr, seed),
             save_every=save_every,

@@ -34,8 +34,7 @@ class ExitLayerKeys(Keys):
         max_length=4096,
         description="Directory of a trained exit layer, as `vllm-selfspec train-exit` "
         "writes it: a layer that follows the first N. exit_layer may then be left "
-        "out, and skip_layers be a skip set within those N; by default the one that "
-        "it was trained with.",
+        "out, and skip_layers be a skip set within those N.",
     )
 
     @model_validator(mode="before")
@@ -116,7 +115,7 @@ class ExitLayerAxis(Axis):
                 f"first {card.exit_layer} those are for {directory!r}, but exit_layer "
                 f"is {config.exit_layer}: leave it out"
             )
-        holes = card.skip_set
+        holes = None
         if not isinstance(config.skip_layers, str):
             holes = SkipSet.from_dict(card.num_layers, config.skip_layers.model_dump())
         skip_set = SkipSet.before_exit(card.num_layers, card.exit_layer, holes)

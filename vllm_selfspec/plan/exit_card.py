@@ -19,12 +19,14 @@ from pydantic import Field, model_validator
 from vllm_selfspec import whole_file
 from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.keys import MAX_FILE_BYTES, Keys, describe, shown
-from vllm_selfspec.plan.skip_set import SkipLayers, SkipSet, SkipSetError
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
 TENSORS_FILE, CARD_FILE = "exit_head.safetensors", "card.json"
 # Keys of former cards, null in all heads but those that cannot be served any more.
-FORMER_KEYS = {"head_rank": "an exit layer drafts through the target's own LM head"}
+FORMER_KEYS = {
+    "head_rank": "an exit layer drafts through the target's own LM head",
+    "skip_layers": "an exit layer is trained on the target's first layers whole",
+}
 
 
 class ExitHeadError(PlanError):
@@ -49,11 +51,6 @@ class ExitCard(Keys):
     weights: str = Field(
         max_length=64, description="Fingerprint of the target's weights; checked."
     )
-    skip_layers: SkipLayers | None = Field(
-        default=None,
-        description="Sublayers before the exit layer that drafts leave out, as it was "
-        "trained; null for none.",
-    )
     num_parameters: int = Field(ge=1, strict=True, description="Trained parameters.")
     tensors: str = Field(max_length=64, description=f"SHA-256 of {TENSORS_FILE}.")
     training: dict[str, Any] = Field(
@@ -69,13 +66,6 @@ class ExitCard(Keys):
             if card.get(key) is not None:
                 raise ValueError(f"{key} is {shown(card[key])}, but {rule}")
         return {key: card[key] for key in card if key not in FORMER_KEYS}
-
-    @property
-    def skip_set(self) -> SkipSet | None:
-        """`skip_layers`, of the target."""
-        if self.skip_layers is None:
-            return None
-        return SkipSet.from_dict(self.num_layers, self.skip_layers.model_dump())
 
     def check_fits(self, target: TargetModel, path: Path) -> None:
         """Raises `ExitHeadError` if it was trained for another target.
@@ -143,12 +133,6 @@ def _check_whole(file: Path, card: ExitCard) -> None:
             f"layers, but the card beside {str(file)!r} has it after "
             f"{card.exit_layer}: train it again"
         )
-    try:
-        SkipSet.before_exit(card.num_layers, card.exit_layer, card.skip_set)
-    except SkipSetError as error:
-        raise ExitHeadError(
-            f"the card beside {str(file)!r} is wrong: {error}"
-        ) from error
     try:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,9 +1,8 @@
 """`Agreement`: how often a student says what the target does, and what that is worth.
 
 One rule: it is counted on texts that were not trained on, and the student answers as
-the engine drafts: without a skip set because the state that enters the exit layer is
-the target's own, with one because it is told where drafts begin. So what the engine
-accepts follows from the answers without an engine.
+the engine drafts, because the state that enters the exit layer is the target's own. So
+what the engine accepts follows from the answers without an engine.
 """
 
 from collections.abc import Sequence
@@ -53,16 +52,13 @@ def _share(same: Sequence[Bools]) -> float:
     return round(float(np.concatenate(same).mean()), 4)
 
 
-def num_right(
-    text: Continuation, answers: Ints, most: int = MAX_DRAFTS, every: int = 1
-) -> Ints:
+def num_right(text: Continuation, answers: Ints, most: int = MAX_DRAFTS) -> Ints:
     """How many draft tokens in a row are the text's own, as `Probe.num_right` counts.
 
     Args:
         text: The target's greedy one.
         answers: The student's likeliest tokens at the target's own positions.
         most: The longest draft.
-        every: Drafts begin so far apart; over 1 they go no farther than that.
 
     Returns:
         For each newest token that a draft begins at, from the target's first to the
@@ -72,40 +68,32 @@ def num_right(
     found = np.zeros(len(is_right), np.int64)
     run = 0
     for at in range(len(is_right) - 1, -1, -1):
-        if every > 1 and (at + 1) % every == 0:
-            run = 0  # the next draft's
         run = run + 1 if is_right[at] else 0
         found[at] = min(run, most)
-    return found[::every]
+    return found
 
 
-def draft_cost(
-    weights: ModelWeights, exit_layer: int, skip_set: SkipSet | None = None
-) -> float:
+def draft_cost(weights: ModelWeights, exit_layer: int) -> float:
     """c, where reading weights is what takes time: bytes of a draft step over a step's.
 
     Args:
         weights: The target's.
         exit_layer: N; the exit layer reads as much as the target's last.
-        skip_set: Sublayers before the exit layer that drafts leave out.
     """
-    first = SkipSet.before_exit(weights.num_layers, exit_layer, skip_set)
+    first = SkipSet.early_exit(weights.num_layers, exit_layer)
     plan = DraftPlan.skipping(first)
     found = plan.cost(weights.step).total + weights.attention[-1] + weights.mlp[-1]
     return found / weights.streamed
 
 
 def score(
-    texts: Sequence[Continuation],
-    answers: Sequence[Ints],
-    draft_cost: float,
-    every: int = 1,
+    texts: Sequence[Continuation], answers: Sequence[Ints], draft_cost: float
 ) -> Score:
     """What drafting so gains for one stream that is bound by memory: v is 1.
 
-    Greedy texts count, and all where there are none. `every`: see `num_right`.
+    Greedy texts count, and all where there are none.
     """
     pairs = [*zip(texts, answers, strict=True)]
     greedy = [pair for pair in pairs if pair[0].temperature == 0]
-    right = [num_right(text, found, every=every) for text, found in greedy or pairs]
+    right = [num_right(text, found) for text, found in greedy or pairs]
     return best_score(right, draft_cost, [1.0] * MAX_DRAFTS)

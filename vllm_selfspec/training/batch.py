@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.training.texts import Continuation
 
 # Logits that are alive at once: 128 MiB of float32, and its gradient as much again.
@@ -22,31 +21,16 @@ class Batch:
         where: Positions whose next token is the target's own, bool, of that shape.
         top_ids: The target's likeliest there, `[num_tokens, k]`, row by row.
         top_logprobs: Their log-probabilities, of the same shape.
-        begins: Positions at which the draft of each next token began, `[num_tokens]`;
-            None where nobody asks.
     """
 
     token_ids: torch.Tensor
     where: torch.Tensor
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
-    begins: torch.Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        texts: Sequence[Continuation],
-        device: torch.device,
-        begins: Sequence[Ints] = (),
-    ) -> "Batch":
-        """Of at least one text.
-
-        Args:
-            texts: Continuations.
-            device: The tensors'.
-            begins: By text and own token of the target, at which of those its draft
-                began; empty where nobody asks.
-        """
+    def of(cls, texts: Sequence[Continuation], device: torch.device) -> "Batch":
+        """Of at least one text, on `device`."""
         length = max(len(text.token_ids) for text in texts) - 1
         token_ids = np.zeros((len(texts), length), np.int64)
         where = np.zeros((len(texts), length), np.bool_)
@@ -60,10 +44,6 @@ class Batch:
             np.concatenate([text.top_ids for text in texts]),
             np.concatenate([text.top_logprobs for text in texts]),
         ]
-        if begins:
-            firsts = [text.first - 1 for text in texts]
-            pairs = zip(firsts, begins, strict=True)
-            columns.append(np.concatenate([first + own for first, own in pairs]))
         return cls(*(torch.from_numpy(column).to(device) for column in columns))
 
 

@@ -14,16 +14,10 @@ import torch
 from torch import nn
 
 from vllm_selfspec.plan.exit_card import read_exit_card
-from vllm_selfspec.plan.families import (
-    WITH_EXIT_LAYER,
-    UnsupportedModelError,
-    family_of,
-)
-from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.target_model import TargetModel
 from vllm_selfspec.training.cut import cut, layers_of, names_of, renumbered
 from vllm_selfspec.training.picking_head import PickingHead
-from vllm_selfspec.training.two_streams import TwoStreams
 
 
 class Student:
@@ -31,7 +25,6 @@ class Student:
 
     Attributes:
         exit_layer: N, the target's layers before the exit layer.
-        skip_set: Sublayers before the exit layer that drafts leave out; None for none.
         device: It runs on.
         trained: The parameters that are trained, float32, by the names that they are
             saved under.
@@ -44,7 +37,6 @@ class Student:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         trained: Path | None = None,
-        skip_set: SkipSet | None = None,
     ) -> None:
         """Reads what it needs of the checkpoint in the directory `path`.
 
@@ -55,11 +47,9 @@ class Student:
             device: torch's name of it.
             trained: Directory of a head to begin with, which fits; None for the
                 target's last layer.
-            skip_set: See the attribute.
 
         Raises:
-            UnsupportedModelError: If the target cannot be cut there, or not with a skip
-                set.
+            UnsupportedModelError: If the target cannot be cut there.
             CheckpointError: If the weights are missing.
         """
         self.exit_layer = exit_layer
@@ -69,10 +59,6 @@ class Student:
         self._layer = layers_of(self._model)[exit_layer].float().requires_grad_()
         self._head = PickingHead(self._model.get_output_embeddings())
         self._model.set_output_embeddings(self._head)
-        self.skip_set = skip_set
-        self._num_of_target = 0  # tokens of a row whose state the skip set leaves alone
-        if skip_set is not None:
-            self._leave_out(skip_set)
         self.trained = self._by_saved_name(path)
 
     @classmethod
@@ -89,7 +75,6 @@ class Student:
         """
         card = read_exit_card(head)
         card.check_fits(TargetModel.read(path, str(path)), path)
-        settings = {"skip_set": card.skip_set, **settings}
         return cls(path, card.exit_layer, trained=head, **settings)
 
     @property
@@ -107,70 +92,23 @@ class Student:
         """That are trained."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
-    def logits(
-        self,
-        token_ids: torch.Tensor,
-        where: torch.Tensor,
-        begins: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def logits(self, token_ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """What it says comes next.
 
         Args:
             token_ids: `[num_rows, length]`; rows that are shorter are filled up with
                 any tokens at the end, which nothing before them sees.
             where: The positions to answer at, of the same shape, bool.
-            begins: With a skip set: where the draft of each answer began, see
-                `TwoStreams`. Without one all drafts see the same.
 
         Returns:
             `[where.sum(), vocab_size]`, float32, row by row.
         """
-        inputs: dict[str, torch.Tensor] = {"input_ids": token_ids}
-        if self.skip_set is not None:
-            assert begins is not None, "a skip set makes drafts see their own K and V"
-            streams = TwoStreams.of(token_ids, where, begins)
-            self._num_of_target, where = streams.length, streams.where
-            inputs = {
-                "input_ids": streams.token_ids,
-                "position_ids": streams.position_ids,
-                "attention_mask": streams.mask,
-            }
-            self._check_window(streams.length)
         self._head.where = where
         # Parameters in float32, computation in `dtype`; in float32 there is no change.
         is_mixed = self._dtype != torch.float32
         with torch.autocast(self.device.type, self._dtype, enabled=is_mixed):
-            found: torch.Tensor = self._model(**inputs, use_cache=False).logits
+            found: torch.Tensor = self._model(token_ids, use_cache=False).logits
         return found.float()
-
-    def _leave_out(self, skip_set: SkipSet) -> None:
-        """From the second stream."""
-        name = type(self._model).__name__
-        if name not in WITH_EXIT_LAYER:
-            raise UnsupportedModelError(
-                "a skip set before the exit layer is trained with for families that "
-                f"are served with one, {', '.join(WITH_EXIT_LAYER)}, but this is "
-                f"{name}: leave out --skip-layers"
-            )
-
-        def add_nothing(_: Any, args: Any, output: Any) -> None:
-            added = output[0] if isinstance(output, tuple) else output
-            added[:, self._num_of_target :] = 0
-
-        for sublayer in SUBLAYERS:
-            for index in getattr(skip_set, sublayer):
-                layer = layers_of(self._model)[index]
-                module = getattr(layer, getattr(family_of(name), sublayer))
-                module.register_forward_hook(add_nothing)
-
-    def _check_window(self, length: int) -> None:
-        window = getattr(self._model.config, "sliding_window", None)
-        if window is not None and window < length:
-            raise UnsupportedModelError(
-                "with a skip set, training lets a token see all before it, but "
-                f"this model's window is {window} tokens and a text has {length}: "
-                "lower --max-prompt-tokens or --max-tokens"
-            )
 
     @contextmanager
     def without_exit_layer(self) -> Iterator[None]:
@@ -188,8 +126,7 @@ class Student:
 
     @contextmanager
     def recorded_states(self) -> Iterator[list[torch.Tensor]]:
-        """Collects what enters the exit layer, `[num_rows, length, hidden_size]`; with
-        a skip set, of both streams."""
+        """Collects what enters the exit layer, `[num_rows, length, hidden_size]`."""
         found: list[torch.Tensor] = []
 
         def record(_: Any, args: Any, kwargs: Any) -> None:

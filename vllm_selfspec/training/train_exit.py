@@ -6,14 +6,13 @@ One rule: whatever stops it, the same command goes on where it was stopped.
 import importlib.util
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 
 from vllm_selfspec import __version__
@@ -25,8 +24,7 @@ from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import ModelWeights, locate
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import write_exit_head
-from vllm_selfspec.plan.keys import describe
-from vllm_selfspec.plan.skip_set import SkipLayers, SkipSet
+from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.training import report
 from vllm_selfspec.training.errors import TrainError
@@ -50,8 +48,6 @@ class Options:
         num_prompts: Of all to train on, drawn with the seed; None for all.
         max_prompt_tokens: The last so many of a prompt are read.
         exit_layer: N; None to compare a few.
-        skip_layers: Sublayers of the first N that drafts leave out, as `SkipLayers`
-            has them; None for none.
         texts: A `TextOptions`.
         recipe: A `Recipe`.
         save_every: Steps between two checkpoints.
@@ -67,7 +63,6 @@ class Options:
     num_prompts: int | None
     max_prompt_tokens: int
     exit_layer: int | None
-    skip_layers: Mapping[str, Any] | None
     texts: Any
     recipe: Any
     save_every: int
@@ -86,7 +81,6 @@ def run_train_exit(options: Options) -> None:
         CheckpointError: If the model cannot be found or read.
         TaskError: If the prompts cannot be read.
         UnsupportedModelError: If the model cannot be cut after so many layers.
-        SkipSetError: If a layer is to be skipped that is not before the exit layer.
         TextsError: If vLLM cannot generate.
         TrainError: If a package is missing, or the checkpoint is of another run.
     """
@@ -106,40 +100,13 @@ def run_train_exit(options: Options) -> None:
 
 def _run(options: Options, console: Console) -> None:
     model = locate(options.model)
-    num_layers = TargetModel.read(model, options.model).num_layers
-    skip_set = skip_set_of(options.skip_layers, options.exit_layer, num_layers)
     prompts, held_out = _prompts(options, model)
     texts = _texts(options, model, [*prompts, *held_out], console)
-    training = _Training(options, model, skip_set, texts, len(prompts), console)
+    training = _Training(options, model, texts, len(prompts), console)
     exit_layer = options.exit_layer
     if exit_layer is None:
         exit_layer = training.best_of(candidates(training.target.num_layers))
     training.run(exit_layer)
-
-
-def skip_set_of(
-    skip_layers: Mapping[str, Any] | None, exit_layer: int | None, num_layers: int
-) -> SkipSet | None:
-    """Of `Options`, for a model of so many layers; None if it skips nothing.
-
-    Raises:
-        ConfigError: If `skip_layers` is no skip set, or `exit_layer` is None.
-        SkipSetError: If a layer is to be skipped that is not before the exit layer.
-    """
-    if not skip_layers:
-        return None
-    if exit_layer is None:
-        raise ConfigError(
-            "--skip-layers names sublayers before the exit layer, but --exit-layer is "
-            "auto: name its number of layers"
-        )
-    try:
-        lists = SkipLayers.model_validate(dict(skip_layers))
-    except ValidationError as error:
-        raise ConfigError(f"--skip-layers: {describe(error)}") from error
-    holes = SkipSet.from_dict(num_layers, lists.model_dump())
-    SkipSet.before_exit(num_layers, exit_layer, holes)
-    return holes if holes.num_skipped else None
 
 
 def candidates(num_layers: int) -> list[int]:
@@ -206,14 +173,12 @@ class _Training:
         self,
         options: Options,
         model: Path,
-        skip_set: SkipSet | None,
         texts: Any,
         num: int,
         console: Console,
     ) -> None:
         """Of `texts` the first `num` are trained on, the others measured on."""
         self._options, self._model, self._console = options, model, console
-        self._skip_set = skip_set
         self._texts, self._num = texts, num
         self.target = TargetModel.read(model, options.model)
         held_out = range(num, len(texts))[:MAX_HELD_OUT]
@@ -244,7 +209,6 @@ class _Training:
             "model": options.model,
             "architecture": dict(self.target.architecture),
             "weights": weights_fingerprint(self._model),
-            "skip_layers": job.skip_set.to_dict() if job.skip_set else None,
             "num_parameters": trainer.student.num_parameters,
             "training": self._provenance(trainer) | {"held_out": row},
         }
@@ -265,45 +229,29 @@ class _Training:
             recipe,
             output.resolve(),
             self._options.save_every,
-            self._skip_set,
         )
 
     def _trained(self, job: Any) -> tuple[Any, dict[str, Any]]:
         """Its trainer at the end, and what the student came to on held-out texts."""
         from vllm_selfspec.training.agreement import Agreement, draft_cost
-
-        texts, student = self._held_out, job.student()
-        untrained = Agreement.of(texts, self._answers(student)[0])
-        with student.without_exit_layer():
-            of_shared_head = self._answers(student)
-        del student
-        trainer = self._train(job)
-        found = self._answers(trainer.student)
-        agreements = {
-            "before": Agreement.of(texts, of_shared_head[0]),
-            "untrained": untrained,
-            "after": Agreement.of(texts, found[0]),
-        }
-        row: dict[str, Any] = {"exit_layer": job.exit_layer}
-        row |= {name: asdict(agreement) for name, agreement in agreements.items()}
-        weights = ModelWeights.from_checkpoint(self._model)
-        first = SkipSet.before_exit(weights.num_layers, job.exit_layer, self._skip_set)
-        plan = DraftPlan.skipping(first)
-        shared = plan.share(weights.step)
-        row["shared_head"] = self._worth(of_shared_head[1], shared)
-        cost = draft_cost(weights, job.exit_layer, self._skip_set)
-        return trainer, row | self._worth(found[1], cost)
-
-    def _answers(self, student: Any) -> tuple[Any, Any]:
-        """On held-out texts, as first tokens of drafts, and in drafts of all lengths;
-        without a skip set one is the other."""
-        from vllm_selfspec.training.agreement import MAX_DRAFTS
         from vllm_selfspec.training.trainer import answers
 
-        first = answers(student, self._held_out)
-        if self._skip_set is None:
-            return first, first
-        return first, answers(student, self._held_out, MAX_DRAFTS)
+        texts, student = self._held_out, job.student()
+        said = {"untrained": answers(student, texts)}
+        with student.without_exit_layer():
+            said["before"] = answers(student, texts)
+        del student
+        trainer = self._train(job)
+        said["after"] = answers(trainer.student, texts)
+        row: dict[str, Any] = {"exit_layer": job.exit_layer}
+        for name in ("before", "untrained", "after"):
+            row[name] = asdict(Agreement.of(texts, said[name]))
+        weights = ModelWeights.from_checkpoint(self._model)
+        exits = SkipSet.early_exit(weights.num_layers, job.exit_layer)
+        shared = DraftPlan.skipping(exits).share(weights.step)
+        row["shared_head"] = self._worth(said["before"], shared)
+        cost = draft_cost(weights, job.exit_layer)
+        return trainer, row | self._worth(said["after"], cost)
 
     def _train(self, job: Any) -> Any:
         from vllm_selfspec.training.trainer import Trainer, train
@@ -330,11 +278,9 @@ class _Training:
 
     def _worth(self, found: Any, cost: float) -> dict[str, Any]:
         """By the tuner's score, at the best draft length."""
-        from vllm_selfspec.training.agreement import MAX_DRAFTS, score
+        from vllm_selfspec.training.agreement import score
 
-        # Where all drafts see the same, one may begin at every token.
-        every = 1 if self._skip_set is None else MAX_DRAFTS
-        best = score(self._held_out, found, cost, every)
+        best = score(self._held_out, found, cost)
         return {
             "num_speculative_tokens": best.k,
             "tokens_per_verification": round(best.walk.tokens_per_verification, 4),

@@ -19,14 +19,11 @@ import torch
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.draft_length.types import Ints
-from vllm_selfspec.plan.skip_set import SkipSet
-from vllm_selfspec.training.agreement import MAX_DRAFTS
 from vllm_selfspec.training.batch import Batch, pieces
 from vllm_selfspec.training.errors import TrainError
 from vllm_selfspec.training.loss import kl_to_top
 from vllm_selfspec.training.student import Student
 from vllm_selfspec.training.texts import Continuation, Texts
-from vllm_selfspec.training.two_streams import begins_at_random, begins_of_one_length
 from vllm_selfspec.training.workers import Workers
 
 CHECKPOINT = "training.pt"
@@ -66,7 +63,6 @@ class Job:
         numbers: Those to train on.
         recipe: How.
         output: Directory of the checkpoint.
-        skip_set: See `Student`.
         save_every: Steps between two checkpoints.
     """
 
@@ -77,20 +73,13 @@ class Job:
     recipe: Recipe
     output: Path
     save_every: int = 100
-    skip_set: SkipSet | None = None
 
     def student(self) -> Student:
         """Before the first step: float32 on a CPU, bfloat16 around it on a GPU."""
         on_gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if on_gpu else torch.float32
         device = "cuda" if on_gpu else "cpu"
-        return Student(
-            self.model,
-            self.exit_layer,
-            dtype,
-            device,
-            skip_set=self.skip_set,
-        )
+        return Student(self.model, self.exit_layer, dtype, device)
 
 
 class Trainer:
@@ -121,23 +110,15 @@ class Trainer:
     def train_step(self) -> float:
         """Takes one; returns its loss."""
         started, cpu_started = time.monotonic(), time.process_time()
-        chosen = self._my_texts()
-        texts = [self._texts[number] for number in chosen]
-        begins = [
-            self._begins(number, len(text.top_ids))
-            for number, text in zip(chosen, texts, strict=True)
-        ]
+        texts = [self._texts[number] for number in self._my_texts()]
         trained = [*self.student.trained.values()]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         total = torch.zeros(2, device=self.student.device)  # loss, tokens
         for numbers in pieces(texts, self.student.vocab_size):
-            batch = Batch.of(
-                [texts[n] for n in numbers],
-                self.student.device,
-                [begins[n] for n in numbers],
-            )
-            losses = self._losses(batch)
+            batch = Batch.of([texts[n] for n in numbers], self.student.device)
+            logits = self.student.logits(batch.token_ids, batch.where)
+            losses = kl_to_top(logits, batch.top_ids, batch.top_logprobs)
             torch.autograd.backward(losses.sum())
             total += torch.stack((losses.detach().sum(), total.new_tensor(len(losses))))
         gradients = [p.grad for p in trained if p.grad is not None]
@@ -154,15 +135,6 @@ class Trainer:
         self.seconds += time.monotonic() - started
         self.cpu_seconds += time.process_time() - cpu_started
         return self.curve[-1]
-
-    def _losses(self, batch: Batch) -> torch.Tensor:
-        logits = self.student.logits(batch.token_ids, batch.where, batch.begins)
-        return kl_to_top(logits, batch.top_ids, batch.top_logprobs)
-
-    def _begins(self, number: int, num: int) -> Ints:
-        """Where drafts begin in a text with `num` tokens of its own, in this step."""
-        chance = np.random.default_rng((self._job.recipe.seed, self.step, number))
-        return begins_at_random(num, MAX_DRAFTS, chance)
 
     def _my_texts(self) -> list[int]:
         """Numbers of this worker's share of the step's batch."""
@@ -187,7 +159,6 @@ class Trainer:
             "exit_layer": job.exit_layer,
             "texts": self._texts.fingerprint,
             "num_texts": len(job.numbers),
-            "skip_layers": job.skip_set.to_dict() if job.skip_set else None,
             **asdict(job.recipe),
         }
 
@@ -302,25 +273,13 @@ def deterministic() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def answers(
-    student: Student, texts: Sequence[Continuation], draft_length: int = 1
-) -> list[Ints]:
-    """The student's likeliest token wherever the target says one, by text.
-
-    Args:
-        student: To be asked.
-        texts: To be asked about.
-        draft_length: In drafts of so many tokens, which begin as
-            `begins_of_one_length` says; it matters with a skip set alone.
-    """
+def answers(student: Student, texts: Sequence[Continuation]) -> list[Ints]:
+    """The student's likeliest token wherever the target says one, by text."""
     found: list[Ints] = []
     for numbers in pieces(texts, student.vocab_size):
         chosen = [texts[number] for number in numbers]
-        begins = [
-            begins_of_one_length(len(text.top_ids), draft_length) for text in chosen
-        ]
-        batch = Batch.of(chosen, student.device, begins)
-        logits = student.logits(batch.token_ids, batch.where, batch.begins)
+        batch = Batch.of(chosen, student.device)
+        logits = student.logits(batch.token_ids, batch.where)
         best = logits.argmax(-1).cpu().numpy()
         ends = np.cumsum([len(text.top_ids) for text in chosen])
         found += np.split(best, ends[:-1])
