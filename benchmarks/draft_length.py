@@ -28,12 +28,12 @@ from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.bench.run import (
     KV_CACHE_BYTES,
     Options,
+    conditions,
     describe,
     engine_settings,
     find_model,
     measured_costs,
     prepare,
-    provenance,
 )
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.plan.draft_plan import DraftPlan
@@ -194,7 +194,7 @@ def main(
         engines, tasks, loads, [sampling], lambda p: p.render(tokenizer), advance
     )
     document = {
-        **provenance(options, path),
+        **conditions(options, path),
         "arms": [describe(arm) for arm in arms()],
         "costs": measured_costs(comparison, loads),
         "steps": comparison.times_of_a_token(),

@@ -16,7 +16,6 @@ measured again.
 
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -31,8 +30,7 @@ from corpus import texts
 from rich.console import Console
 from widen import widen
 
-from vllm_selfspec import __version__
-from vllm_selfspec.engine import versions
+from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.engine.spec_counters import SpecCounters
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -273,15 +271,6 @@ def steps(scale: Scale, parts: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def device() -> str:
-    """The GPU's name, or the processor's."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
-
-
 def run_step(words: list[str], is_small: bool, backend: str | None) -> Any:
     """One process of this script; what it measured, or how it failed."""
     command = [sys.executable, __file__, "--step", json.dumps(words)]
@@ -333,13 +322,7 @@ def main(
             f"--part is one of {', '.join(PARTS)}, but it is {', '.join(unknown)}"
         )
     report: dict[str, Any] = {
-        "device": device(),
-        "versions": {
-            "vllm_selfspec": __version__,
-            "vllm": versions.vllm_version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        **provenance(command_line()),
         "attention_backend": attention_backend,
         "scale": vars(scale),
         "results": {},
@@ -354,7 +337,6 @@ def main(
     for number, (name, words) in enumerate(todo.items(), 1):
         console.print(f"{number} of {len(todo)}: {name}")
         report["results"][name] = run_step(words, rehearse, attention_backend)
-        report["date"] = time.strftime("%Y-%m-%d")
         if output:
             partial = output.with_suffix(".partial")
             partial.write_text(json.dumps(report, indent=1) + "\n")

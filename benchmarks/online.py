@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
@@ -33,11 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from two_tasks_model import OUTPUT as TWO_TASKS
 from two_tasks_model import two_tasks_model
 
-from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.bench.page import markdown_table, new_plot
+from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.run import BENCHMARKS, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
-from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.spec_counters import SpecCounters
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -323,9 +321,7 @@ def main(
             check_same(said, number, at)
         console.print(f"{number + 1}. {task}: {tuner.search.incumbent}")
     document = {
-        "date": date.today().isoformat(),
-        "hardware": cpu_name(),
-        "vllm": versions.vllm_version(),
+        **provenance(command_line()),
         "model": model,
         "streams": streams,
         "max_tokens": max_tokens,

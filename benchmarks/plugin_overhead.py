@@ -18,6 +18,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_selfspec.bench.provenance import command_line, provenance
+
 MODEL = Path(__file__).resolve().parent / "demo_model"
 NUM_TOKENS = 200
 NUM_RUNS = 12
@@ -67,6 +69,7 @@ def main(
     print(
         json.dumps(
             {
+                **provenance(command_line()),
                 "step_ms_without": round(1000 * median(steps), 3),
                 "ratio_with_to_without": round(median(ratios), 4),
                 "ratios": [round(ratio, 4) for ratio in ratios],

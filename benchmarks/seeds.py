@@ -13,7 +13,6 @@ they are, not widened.
 
 import json
 from collections.abc import Iterator, Mapping
-from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_selfspec.bench.machine import cpu_name, prepare_environment
+from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import OWN_MODELS
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
@@ -48,14 +48,9 @@ def main(
 ) -> None:
     """Prints a row for each model, plan and temperature, JSON last."""
     prepare_environment()
-    import vllm
-
     sizes = {"prompts": num_prompts, "seeds": num_seeds, "max_tokens": max_tokens}
     document = {
-        "command": f"python benchmarks/seeds.py {' '.join(map(name_of, models))}",
-        "date": date.today().isoformat(),
-        "cpu": cpu_name(),
-        "vllm": vllm.__version__,
+        **provenance(f"python benchmarks/seeds.py {' '.join(map(name_of, models))}"),
         "num_drafts": NUM_DRAFTS,
         **sizes,
         "rows": [row for model in models for row in rows_of(model, **sizes)],
@@ -163,7 +158,7 @@ def figures(found: Counts) -> dict[str, float]:
 def markdown(document: Mapping[str, Any]) -> str:
     """The run as a table."""
     lines = [
-        f"`{document['command']}`, {document['date']}: {document['cpu']}; vLLM "
+        f"`{document['command']}`, {document['date']}: {document['hardware']}; vLLM "
         f"{document['vllm']}, k = {document['num_drafts']}.",
         "",
         "| model | plan | T | first draft: standard | coupled | all: standard "

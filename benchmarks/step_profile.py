@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.run import OWN_MODELS, find_model
 from vllm_selfspec.bench.tasks import load
 
@@ -168,6 +169,7 @@ def main(
             seen = steps(llm, stopwatches[name], prompts)
             found[name] += seen if number else []
     report = {
+        **provenance(command_line()),
         "model": model if model in OWN_MODELS else str(path),
         "streams": streams,
         "k": k,

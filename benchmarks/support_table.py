@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -24,8 +23,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from vllm_selfspec.bench.machine import cpu_name
-from vllm_selfspec.engine import versions
+from vllm_selfspec.bench.provenance import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "support.json"
@@ -217,9 +215,7 @@ def main(
         for name in statuses:
             words |= words_for_v2(Path(folder) / name)
     document = {
-        "date": date.today().isoformat(),
-        "hardware": cpu_name(),
-        "vllm": versions.vllm_version(),
+        **provenance("make support"),
         "rows": merged(rows),
         "in V2": {what: said for what, said in sorted(words.items()) if said},
     }

@@ -21,7 +21,6 @@ Ctrl-C writes a checkpoint; the same command goes on from it.
 
 import json
 import math
-import platform
 import shutil
 import signal
 import sys
@@ -37,6 +36,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from corpus import texts
+
+from vllm_selfspec.bench.provenance import command_line, provenance
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}"
@@ -318,7 +319,8 @@ def export(trainer: Trainer, output: Path, what: str, seconds: float) -> None:
     tokens = trainer.step * trainer.recipe.batch_size * trainer.recipe.seq_len
     card = {
         "what": what,
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(command_line()),
+        "transformers": transformers.__version__,
         "steps": trainer.step,
         "tokens": tokens,
         "seconds_of_this_run": round(seconds),
@@ -326,11 +328,6 @@ def export(trainer: Trainer, output: Path, what: str, seconds: float) -> None:
         "train_tokens_available": len(trainer.data.train),
         "held_out_tokens": len(trainer.data.held_out),
         **report,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
         "curve": trainer.curve,
     }
     (output / "card.json").write_text(json.dumps(card, indent=1) + "\n")

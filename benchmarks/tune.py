@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -29,11 +28,10 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draft_and_verify
 
-from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.bench.page import markdown_table
+from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
-from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.offline.score import Score, best_score, walk
@@ -351,11 +349,8 @@ def main(
         started = time.monotonic()
         document[name] = {
             "rows": parts[name](),
-            "command": command(),
-            "date": date.today().isoformat(),
+            **provenance(command()),
             "seconds": round(time.monotonic() - started),
-            "hardware": cpu_name(),
-            "vllm": versions.vllm_version(),
             "texts": [num_texts, max_tokens],
         }
         file.write_text(json.dumps(document, indent=1) + "\n")

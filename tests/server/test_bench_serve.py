@@ -110,8 +110,8 @@ def document(*points: dict[str, Any]) -> dict[str, Any]:
     return {
         "command": "vllm-selfspec bench --serve",
         "date": "2026-01-01",
-        "versions": {"vllm": "0"},
-        "device": "a CPU",
+        "vllm": "0",
+        "hardware": "a CPU",
         "num_cores": 2,
         "dtype": "float32",
         "model": "m",

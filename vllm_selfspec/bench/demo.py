@@ -6,10 +6,7 @@ ratios to plain vLLM, with the bound of each plan beside them.
 """
 
 import os
-import platform
 import runpy
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
@@ -20,11 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_selfspec import __version__, whole_file
+from vllm_selfspec import whole_file
 from vllm_selfspec.bench.demo_result import Result, print_results
-from vllm_selfspec.bench.machine import cpu_name, prepare_environment
+from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
-from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
 from vllm_selfspec.engine.workers import use_plan
 from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, bound, locate
@@ -302,15 +299,7 @@ def _result(
 def save(results: list[Result], output: Path, arms: Arms) -> None:
     """Writes the results as JSON, with what is needed to measure them again."""
     report = {
-        "command": " ".join(["vllm-selfspec", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "vllm_selfspec": __version__,
-            "vllm": versions.vllm_version(),
-            "python": platform.python_version(),
-        },
-        "cpu": cpu_name(),
-        "num_cores": os.cpu_count(),
+        **provenance(command_line()),
         "threads": os.environ["VLLM_CPU_OMP_THREADS_BIND"],
         "model_bytes_per_step": arms.weights.streamed,
         "max_tokens": arms.max_tokens,

@@ -77,11 +77,10 @@ def markdown(document: Report) -> str:
 
 def provenance(document: Report) -> str:
     """One sentence: what was run, and on what."""
-    versions = document["versions"]
     size = document["model_bytes_per_step"] / 2e9
     return (
-        f"`{document['command']}`, {document['date']}: {document['device']}, "
-        f"{document['num_cores']} cores; vLLM {versions['vllm']}, {document['dtype']}, "
+        f"`{document['command']}`, {document['date']}: {document['hardware']}, "
+        f"{document['num_cores']} cores; vLLM {document['vllm']}, {document['dtype']}, "
         f"model {document['model']} ({size:.2f} G weights a step), "
         f"{document['max_tokens']} tokens a prompt"
         f"{'.' if document.get('is_complete', True) else '; stopped before its end.'}"

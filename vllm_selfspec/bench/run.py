@@ -6,8 +6,6 @@ settings.
 
 import os
 import runpy
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +15,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_selfspec import __version__
 from vllm_selfspec.bench import report
 from vllm_selfspec.bench.arms import Arm, arms_of
 from vllm_selfspec.bench.comparison import (
@@ -33,9 +30,9 @@ from vllm_selfspec.bench.engines import (
     Sampling,
     VllmEngine,
 )
-from vllm_selfspec.bench.machine import cpu_name, prepare_environment
+from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import Task, load
-from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, locate
 from vllm_selfspec.plan.exit_card import read_exit_card
 
@@ -114,7 +111,7 @@ def run_bench(options: Options) -> None:
     def document(comparison: Comparison) -> dict[str, Any]:
         num_blocks = len(tasks) * len(samplings) * len(options.loads)
         return {
-            **provenance(options, model),
+            **conditions(options, model),
             "seconds": round(time.monotonic() - started),
             "is_complete": len(comparison.blocks) == num_blocks,
             "arms": [describe(arm) for arm in arms],
@@ -312,30 +309,10 @@ def _compare(
         )
 
 
-def command_line() -> str:
-    """How this process was started, from the repository."""
-    program = Path(sys.argv[0])
-    words = ["vllm-selfspec"]
-    if program.parent.name == BENCHMARKS.name:
-        words = ["python", f"{BENCHMARKS.name}/{program.name}"]
-    return shlex.join([*words, *sys.argv[1:]])
-
-
-def provenance(options: Options, model: Path) -> dict[str, Any]:
+def conditions(options: Options, model: Path) -> dict[str, Any]:
     """What is needed to measure it again."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
     return {
-        "command": command_line(),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "vllm_selfspec": __version__,
-            "vllm": versions.vllm_version(),
-            "torch": torch.__version__,
-        },
-        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "num_cores": os.cpu_count(),
+        **provenance(command_line()),
         "model": options.model,
         "model_bytes_per_step": ModelWeights.from_checkpoint(model).streamed,
         "dtype": options.dtype,

@@ -29,6 +29,7 @@ from vllm_selfspec.bench.arms import PLAIN, Arm
 from vllm_selfspec.bench.run import (
     SEED,
     Options,
+    conditions,
     describe,
     engine_settings,
     find_arms,
@@ -36,7 +37,6 @@ from vllm_selfspec.bench.run import (
     find_model,
     prepare,
     progress_bar,
-    provenance,
 )
 from vllm_selfspec.bench.tasks import Task, load
 from vllm_selfspec.config import ConfigError
@@ -131,7 +131,7 @@ def run_serve(options: Options, serve: ServeOptions) -> None:
     bench.write_requests(tasks)
     points = _counted(_in_turns(bench, arms, console))
     document = {
-        **provenance(options, model),
+        **conditions(options, model),
         "rates": serve.rates,
         "num_prompts": serve.num_prompts,
         "goodput": serve.goodput,

@@ -1,7 +1,5 @@
 """`vllm-selfspec train-exit`: trains a decoder layer that drafts after the first N."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -118,6 +116,7 @@ def train_exit(
     The target goes on with the prompts, by vLLM, and the layer learns what it says.
     Nothing of the target changes. Ctrl-C loses nothing: the same command goes on.
     """
+    from vllm_selfspec.bench.provenance import command_line
     from vllm_selfspec.training.texts import TextOptions
     from vllm_selfspec.training.train_exit import Options, run_train_exit
     from vllm_selfspec.training.trainer import Recipe
@@ -144,6 +143,6 @@ def train_exit(
             ray=ray,
             cache=cache.expanduser(),
             output=output,
-            command=shlex.join(["vllm-selfspec", *sys.argv[1:]]),
+            command=command_line(),
         )
         run_train_exit(options)

@@ -1,7 +1,5 @@
 """`vllm-selfspec tune`: finds the plan that makes a model fastest on given prompts."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -119,6 +117,7 @@ def tune(
     of the texts at once, as the engine drafts, and by what forwards cost here; the best
     few then generate for real. Ctrl-C keeps the best so far.
     """
+    from vllm_selfspec.bench.provenance import command_line
     from vllm_selfspec.tuning.offline.tune import Options, parse_budget, run_tune
 
     with errors_in_one_line():
@@ -139,6 +138,6 @@ def tune(
                 dtype=dtype,
                 seed=seed,
                 output=output,
-                command=shlex.join(["vllm-selfspec", *sys.argv[1:]]),
+                command=command_line(),
             )
         )

@@ -8,19 +8,16 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from vllm_selfspec import __version__
-from vllm_selfspec.bench.machine import cpu_name
+from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import prepare, progress_bar
 from vllm_selfspec.bench.tasks import Prompt, load, token_ids
 from vllm_selfspec.config import ConfigError
-from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import ModelWeights, locate
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import write_exit_head
@@ -290,12 +287,8 @@ class _Training:
         }
 
     def _provenance(self, trainer: Any) -> dict[str, Any]:
-        import torch
-
         options = self._options
-        on_gpu = torch.cuda.is_available()
         return {
-            "command": options.command,
             "recipe": asdict(options.recipe),
             "texts": asdict(options.texts) | {"fingerprint": self._texts.fingerprint},
             "num_texts": self._num,
@@ -306,9 +299,5 @@ class _Training:
             "cpu_seconds": round(trainer.cpu_seconds),
             "workers": max(1, options.ray),
             "last_loss": round(sum(trainer.curve[-50:]) / len(trainer.curve[-50:]), 4),
-            "date": date.today().isoformat(),
-            "vllm_selfspec": __version__,
-            "vllm": versions.vllm_version(),
-            "torch": torch.__version__,
-            "hardware": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+            **provenance(options.command),
         }

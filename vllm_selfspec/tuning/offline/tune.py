@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_selfspec import __version__, whole_file
-from vllm_selfspec.bench.machine import cpu_name
+from vllm_selfspec import whole_file
+from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import find_model, prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.config import ConfigError
-from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
@@ -223,7 +221,6 @@ def _document(
         **best.plan.to_dict(),
         "model": options.model,
         "architecture": dict(TargetModel.read(model, options.model).architecture),
-        "note": f"found by: {options.command}",
         "figures": {
             "num_speculative_tokens": best.k,
             "acceptance": [round(share, 4) for share in best.acceptance],
@@ -242,11 +239,8 @@ def _document(
             "num_streams": options.num_streams,
             "num_plans": num_tried,
             "seed": options.seed,
-            "date": date.today().isoformat(),
-            "vllm_selfspec": __version__,
-            "vllm": versions.vllm_version(),
-            "hardware": cpu_name(),
             "dtype": options.dtype,
+            **provenance(options.command),
         },
     }
 

@@ -16,19 +16,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_selfspec import __version__, whole_file
+from vllm_selfspec import whole_file
+from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.config import Online
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.types import Ints
-from vllm_selfspec.engine import versions
 from vllm_selfspec.engine.vllm_args import target_of
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.step_cost import StepCost
@@ -264,11 +263,7 @@ class Saving:
             "model": self._target.name,
             "architecture": dict(self._target.architecture),
             "note": "found online, while serving",
-            "provenance": {
-                "date": date.today().isoformat(),
-                "vllm_selfspec": __version__,
-                "vllm": versions.vllm_version(),
-            },
+            "provenance": provenance(None),
         }
         text = f"{json.dumps(document, indent=2)}\n"
         whole_file.write_if_possible(text, self._file, "profile", self._failed_writes)
