@@ -35,7 +35,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "bytes": lambda file: write(MUCH.encode(), file),
     "profile.json": lambda file: whole_file.write_json({"note": MUCH}, file),
     "00000.safetensors": write_shard,
-    CURVE: lambda file: write_curve([0.1] * ROOM, "kl", file.parent),
+    CURVE: lambda file: write_curve([0.1] * ROOM, file.parent),
     CARD_FILE: lambda file: write_head(file.parent),
 }
 
