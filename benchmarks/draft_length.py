@@ -24,6 +24,7 @@ from vllm_selfspec.bench import report
 from vllm_selfspec.bench.arms import PLAIN, Arm
 from vllm_selfspec.bench.comparison import Load, compare, num_turns, to_dict
 from vllm_selfspec.bench.engines import Engine, Sampling, VllmEngine
+from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.bench.run import (
     KV_CACHE_BYTES,
@@ -31,7 +32,6 @@ from vllm_selfspec.bench.run import (
     conditions,
     describe,
     engine_settings,
-    find_model,
     measured_costs,
     prepare,
 )

@@ -28,9 +28,9 @@ from typing import Annotated, Any
 import typer
 from corpus import texts
 from rich.console import Console
-from widen import widen
 
 from vllm_selfspec.bench.provenance import command_line, provenance
+from vllm_selfspec.bench.widen import widen
 from vllm_selfspec.engine.spec_counters import SpecCounters
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from two_tasks_model import OUTPUT as TWO_TASKS
 from two_tasks_model import two_tasks_model
 
+from vllm_selfspec.bench.own_models import BENCHMARKS
 from vllm_selfspec.bench.page import markdown_table, new_plot
 from vllm_selfspec.bench.provenance import command_line, provenance
-from vllm_selfspec.bench.run import BENCHMARKS, prepare
+from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.engine.spec_counters import SpecCounters
 from vllm_selfspec.plan.draft_plan import DraftPlan

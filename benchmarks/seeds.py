@@ -21,8 +21,8 @@ import typer
 from rich.console import Console
 
 from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.own_models import OWN_MODELS
 from vllm_selfspec.bench.provenance import provenance
-from vllm_selfspec.bench.run import OWN_MODELS
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
 

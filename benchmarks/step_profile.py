@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
-from vllm_selfspec.bench.run import OWN_MODELS, find_model
 from vllm_selfspec.bench.tasks import load
 
 ROUNDS = 3

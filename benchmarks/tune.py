@@ -28,9 +28,10 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draft_and_verify
 
+from vllm_selfspec.bench.own_models import BENCHMARKS, find_model
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.provenance import provenance
-from vllm_selfspec.bench.run import BENCHMARKS, find_model, prepare
+from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet

@@ -30,10 +30,10 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_tasks import chat, code, sources_of
 from train_demo_model import block
-from widen import companions, digest
 
-from vllm_selfspec.bench.run import BENCHMARKS, REPOSITORY
+from vllm_selfspec.bench.own_models import BENCHMARKS, REPOSITORY
 from vllm_selfspec.bench.tasks import Prompt, token_ids
+from vllm_selfspec.bench.widen import companions, digest
 
 SOURCE = BENCHMARKS / "demo_model"
 OUTPUT = REPOSITORY / ".cache" / "two_tasks_model"

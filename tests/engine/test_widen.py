@@ -1,16 +1,14 @@
 """A widened model computes what its source does."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.models import DEMO_MODEL, VOCAB_SIZE, build_tiny_model
+from helpers.models import VOCAB_SIZE, build_tiny_model
+from vllm_selfspec.bench import widen as script
 
 # Two query heads per key/value head, and two of those: a copy that reads another head's
 # keys and values cannot stay unnoticed.
@@ -18,20 +16,6 @@ SMALL = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 # Query heads wider together than the hidden size.
 ODD_HEAD_DIM = {"hidden_size": 48, "head_dim": 20}
 BIASED = {"attention_bias": True, "mlp_bias": True}
-
-
-def load_script() -> ModuleType:
-    """`benchmarks/widen.py`, which is no package's module."""
-    path = DEMO_MODEL.parent / "widen.py"
-    spec = importlib.util.spec_from_file_location("widen", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["widen"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def build_source(directory: Path, **overrides: Any) -> Path:

@@ -6,7 +6,6 @@ ratios to plain vLLM, with the bound of each plan beside them.
 """
 
 import os
-import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
@@ -20,21 +19,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.demo_result import Result, print_results
 from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
 from vllm_selfspec.engine.workers import use_plan
-from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, bound, locate
+from vllm_selfspec.plan.cost import ModelWeights, bound
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
-WIDEN_SCRIPT = REPOSITORY / "benchmarks" / "widen.py"
-WIDENED_MODEL = REPOSITORY / ".cache" / "demo_model_x8"
-# 8 times wider costs 64 times as much: 9 M parameters become about 0.54 B.
-WIDEN_FACTOR = 8
 # Streams at a time, and how often the prompts are run so: one stream gives a sample a
 # prompt, eight give one for all of them.
 ROUNDS = {1: 1, 8: 3}
@@ -87,34 +81,13 @@ def run_demo(
     """
     console = Console(highlight=False)
     prepare_environment()
-    path = locate(model) if model else widened_demo_model(console)
+    path = find_model(model or "demo", None, console)
     arms = Arms(str(path), num_speculative_tokens, max_tokens, console)
     results = compare(arms, repeats, console)
     print_results(results, console)
     if output:
         save(results, output, arms)
         console.print(f"Saved to {output}")
-
-
-def widened_demo_model(console: Console) -> Path:
-    """The repository's demo model at the cost of a real one, made once.
-
-    Raises:
-        CheckpointError: If this is no clone of the repository.
-    """
-    if not WIDEN_SCRIPT.is_file() or not DEMO_MODEL.is_dir():
-        raise CheckpointError(
-            "the demo model is part of the repository, not of the installed package: "
-            "name a model, as in 'vllm-selfspec demo MODEL', or run 'make demo' in a "
-            "clone"
-        )
-    console.print(
-        f"Widening the demo model {WIDEN_FACTOR} times: same outputs, "
-        f"{WIDEN_FACTOR**2} times the cost ..."
-    )
-    widen = runpy.run_path(str(WIDEN_SCRIPT))["widen"]
-    path: Path = widen(DEMO_MODEL, WIDENED_MODEL, WIDEN_FACTOR)
-    return path
 
 
 def fixed_plans(target: TargetModel) -> dict[str, DraftPlan]:

@@ -5,7 +5,6 @@ settings.
 """
 
 import os
-import runpy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_selfspec.bench import report
+from vllm_selfspec.bench import own_models, report
 from vllm_selfspec.bench.arms import Arm, arms_of
 from vllm_selfspec.bench.comparison import (
     Comparison,
@@ -31,19 +30,11 @@ from vllm_selfspec.bench.engines import (
     VllmEngine,
 )
 from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import Task, load
-from vllm_selfspec.plan.cost import CheckpointError, ModelWeights, locate
-from vllm_selfspec.plan.exit_card import read_exit_card
+from vllm_selfspec.plan.cost import ModelWeights, locate
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-BENCHMARKS = REPOSITORY / "benchmarks"
-# Models of the repository, by name, and how often they are widened: 8 times makes
-# 0.54 B parameters for a CPU, 16 times 2.2 B for a GPU.
-OWN_MODELS = {"demo": "demo_model", "plain": "plain_model"}
-WIDEN_CPU, WIDEN_GPU = 8, 16
-# The small one gets a fiftieth of the target's weights, usual for a draft model.
-OWN_DRAFT_MODEL, DRAFT_PART = "small_model", 4
 KV_CACHE_BYTES = 512 << 20
 MAX_MODEL_LEN = 1024
 SEED = 0
@@ -137,24 +128,13 @@ def prepare() -> None:
     os.environ.setdefault("VLLM_PLUGINS", "selfspec")
 
 
-def find_model(name: str, widen: int | None, console: Console) -> Path:
-    """The checkpoint directory of `name`; one of our own is widened first, `widen`
-    times or as suits the machine."""
-    if name in OWN_MODELS:
-        return _widened(OWN_MODELS[name], widen or _usual_factor(), console)
-    return locate(name)
-
-
 def find_draft_model(options: Options, console: Console) -> Path | None:
     """The draft model for vLLM's `draft_model`, if there is one."""
     if "draft_model" not in options.groups:
         return None
     if options.draft_model is not None:
         return locate(options.draft_model)
-    if options.model in OWN_MODELS:
-        factor = max(1, (options.widen or _usual_factor()) // DRAFT_PART)
-        return _widened(OWN_DRAFT_MODEL, factor, console)
-    return None
+    return own_models.find_draft_model(options.model, options.widen, console)
 
 
 def _for_model(
@@ -164,32 +144,9 @@ def _for_model(
     directory = keys.get("trained_exit_layer", keys.get("exit_head"))
     if directory is None or options.model not in OWN_MODELS:
         return keys
-    head, source = Path(directory), BENCHMARKS / OWN_MODELS[options.model]
-    card = read_exit_card(head)
-    name = f"{model.name}_exit_{card.exit_layer}_{card.tensors[:8]}"
-    widen = runpy.run_path(str(BENCHMARKS / "widen.py"))["widen_exit_head"]
-    widened = str(widen(head, source, model, REPOSITORY / ".cache" / name))
+    widened = own_models.widened_exit_layer(Path(directory), options.model, model)
     kept = {key: value for key, value in keys.items() if key != "exit_head"}
-    return {**kept, "trained_exit_layer": widened}
-
-
-def _usual_factor() -> int:
-    from vllm.platforms import current_platform
-
-    return WIDEN_CPU if current_platform.is_cpu() else WIDEN_GPU
-
-
-def _widened(name: str, factor: int, console: Console) -> Path:
-    source = BENCHMARKS / name
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{name} is part of the repository, not of the installed package: name a "
-            "model, as in 'vllm-selfspec bench MODEL', or run in a clone"
-        )
-    console.print(f"Widening {name} {factor} times: same outputs, as costly as big ...")
-    widen = runpy.run_path(str(BENCHMARKS / "widen.py"))["widen"]
-    path: Path = widen(source, REPOSITORY / ".cache" / f"{name}_x{factor}", factor)
-    return path
+    return {**kept, "trained_exit_layer": str(widened)}
 
 
 def find_arms(

@@ -26,6 +26,7 @@ from rich.console import Console
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench import serve_report
 from vllm_selfspec.bench.arms import PLAIN, Arm
+from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.run import (
     SEED,
     Options,
@@ -34,7 +35,6 @@ from vllm_selfspec.bench.run import (
     engine_settings,
     find_arms,
     find_draft_model,
-    find_model,
     prepare,
     progress_bar,
 )

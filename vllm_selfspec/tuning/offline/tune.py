@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_selfspec import whole_file
+from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.provenance import provenance
-from vllm_selfspec.bench.run import find_model, prepare
+from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.plan.draft_plan import DraftPlan

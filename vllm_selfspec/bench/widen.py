@@ -13,7 +13,7 @@ alike: query head j reads key/value head j // group, and both are copies of a pa
 belonged together. A tied embedding would have to be divided as LM head but not as
 embedding, so it is untied.
 
-    python benchmarks/widen.py MODEL_DIR OUT_DIR --factor 8
+    python -m vllm_selfspec.bench.widen MODEL_DIR OUT_DIR --factor 8
 """
 
 import hashlib
@@ -306,7 +306,7 @@ def main(
 ) -> None:
     """Write a Llama FACTOR times as wide as MODEL that computes the same logits.
 
-    Example: python benchmarks/widen.py benchmarks/demo_model wide --factor 8
+    Example: python -m vllm_selfspec.bench.widen benchmarks/demo_model wide --factor 8
     """
     try:
         widen(model, output, factor, dtype)
