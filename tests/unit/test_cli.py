@@ -1,5 +1,6 @@
 """`vllm-selfspec` shows a plan without loading the model, and errors in one line."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -348,3 +349,19 @@ def test_neither_import_nor_show_loads_torch_or_vllm(model: str, use: str) -> No
         check=True,
     )
     assert result.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "tune", "train-exit"])
+def test_a_command_that_runs_a_model_says_that_vllm_is_missing(
+    command: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "vllm" else found(name, *args),
+    )
+    more = ["--prompts", "code", "-o", "out"] if command == "train-exit" else []
+    done = invoke(command, model, *more)
+    assert done.exit_code == 1
+    assert f"{command} runs the model by vLLM, which is not installed" in done.output

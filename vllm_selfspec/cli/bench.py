@@ -8,6 +8,7 @@ import typer
 from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
 from vllm_selfspec.cli.options import arm_groups, json_object, numbers
+from vllm_selfspec.cli.packages import raise_if_no_vllm
 
 EPILOG = (
     "Example: vllm-selfspec bench my_model --methods plain,selfspec,ngram "
@@ -142,6 +143,7 @@ def bench(
     from vllm_selfspec.bench.tasks import SHIPPED
 
     with errors_in_one_line():
+        raise_if_no_vllm("bench")
         loads = [
             Load(n, num_prompts if n == 1 else max(num_prompts, per_stream * n))
             for n in numbers("--concurrency", concurrency, int, 1)

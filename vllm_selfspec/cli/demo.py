@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_selfspec.cli.errors import errors_in_one_line
+from vllm_selfspec.cli.packages import raise_if_no_vllm
 from vllm_selfspec.config import DEFAULT_NUM_SPECULATIVE_TOKENS
 from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS
 
@@ -46,6 +47,7 @@ def demo(
     from vllm_selfspec.bench.demo import run_demo
 
     with errors_in_one_line():
+        raise_if_no_vllm("demo")
         run_demo(
             model=model,
             max_tokens=max_tokens,

@@ -7,6 +7,7 @@ import typer
 
 from vllm_selfspec.bench.serve import ServerError
 from vllm_selfspec.bench.tasks import TaskError
+from vllm_selfspec.cli.packages import MissingPackageError
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import CheckpointError
@@ -19,7 +20,14 @@ from vllm_selfspec.whole_file import WriteError
 
 # What the user wrote is wrong, like an unknown option; the rest is the model's fault.
 USAGE_ERRORS = (ConfigError, PlanError, ProfileError, TaskError)
-FAILURES = (ServerError, TuneError, TextsError, TrainError, WriteError)
+FAILURES = (
+    MissingPackageError,
+    ServerError,
+    TuneError,
+    TextsError,
+    TrainError,
+    WriteError,
+)
 REFUSALS = (
     UnsupportedModelError,
     CheckpointError,

@@ -8,6 +8,7 @@ import typer
 from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
 from vllm_selfspec.cli.options import numbers, parse_exit_layer
+from vllm_selfspec.cli.packages import raise_if_no_vllm
 
 EPILOG = (
     "Example: vllm-selfspec train-exit my_model --prompts my_prompts.jsonl "
@@ -122,6 +123,7 @@ def train_exit(
     from vllm_selfspec.training.trainer import Recipe
 
     with errors_in_one_line():
+        raise_if_no_vllm("train-exit")
         texts = TextOptions(
             max_tokens=max_tokens,
             temperatures=tuple(numbers("--temperature", temperature, float, 0)),

