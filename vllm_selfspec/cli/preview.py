@@ -62,7 +62,7 @@ class Preview:
         """Resolves the user's keys against the model on disk or on the Hub.
 
         Raises:
-            XXortedModelError: The model cannot be drafted for.
+            UnsupportedModelError: The model cannot be drafted for.
             CheckpointError: The model cannot be found or read.
         """
         config = SelfSpecConfig.parse(keys)
