@@ -155,8 +155,8 @@ def test_the_grid_has_plans_lengths_and_the_memory_they_take(
     ("flags", "message"),
     [
         (["--methods", "selfspec,eagle"], "--methods takes plain, selfspec, ngram"),
-        (["--streams", "1;4"], "--streams takes numbers such as 1,4,8"),
-        (["--streams", "0,4"], "--streams takes numbers from 1"),
+        (["--concurrency", "1;4"], "--concurrency takes numbers such as 1,4,8"),
+        (["--concurrency", "0,4"], "--concurrency takes numbers from 1"),
         (["--temperature", "-1"], "--temperature takes numbers from 0"),
         (["--prompts", "cod"], "prompts are one of"),
         (["no_such_model_directory/x"], "no_such_model_directory"),
