@@ -135,6 +135,8 @@ def served(tiny_models: dict[str, str]) -> Iterator[Served]:
     pytest.importorskip("grpc_reflection", reason="needs ray[serve]")
     from ray import serve
 
+    # Of Ray's processes, which take over its ten seconds to start on a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "300")
     ray.init(
         num_cpus=NUM_REPLICAS,
         include_dashboard=False,
