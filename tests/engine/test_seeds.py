@@ -138,6 +138,23 @@ def test_a_seeded_request_that_is_preempted_goes_on_as_plain_vllms(
     assert counter(llm, "vllm:num_preemptions") > before
 
 
+@pytest.mark.skipif(IS_V2, reason="its noise has no generator")
+def test_a_prompt_in_chunks_leaves_a_seed_where_it_was(
+    model: str, engines: Engines
+) -> None:
+    """Plain vLLM's engine stops there, on a CPU; in one piece it is the reference."""
+    spec = {"num_speculative_tokens": 4, **SKIP_SETS["half"]}
+    spec["draft_sample_method"] = "probabilistic"
+    llm = engines.get(model, spec, max_num_batched_tokens=32)
+    prompts, sampling = prompts_of(3, shortest=60), company_of("alone", ASKED["T=1"])
+    sampling = [*sampling, params(None, **ASKED["T=1"]), params(9, **ASKED["top_p"])]
+    expected, _ = run(engines.get(model), prompts, sampling)
+    found, counts = run(llm, prompts, sampling)
+    for which in (0, 2):
+        assert token_ids(found)[which] == token_ids(expected)[which]
+    assert counts.draft_tokens
+
+
 def test_the_same_seed_gives_the_same_text_in_other_company(
     model: str, engines: Engines
 ) -> None:

@@ -212,6 +212,22 @@ def draw_as_plain_vllm_on_device(original: Function) -> Function:
     return _verify
 
 
+def keep_generators_of_unread_prompts(original: Function) -> Function:
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        if self.device.type != "cpu" or not uses_selfspec(self.vllm_config):
+            return original(self, grammar_output)
+        generators = self.input_batch.generators
+        is_dropped = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        rows = [row for row in generators if is_dropped[row]]
+        kept = {row: generators.pop(row) for row in rows}
+        try:
+            return original(self, grammar_output)
+        finally:
+            generators.update(kept)
+
+    return sample_tokens
+
+
 def sample_steps_without_drafts(original: Function) -> Function:
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         metadata = spec_decode_metadata

@@ -225,6 +225,17 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         module=_V1_RUNNER,
+        target="GPUModelRunner.sample_tokens",
+        parameters=("self", "grammar_output"),
+        replace=replacements.keep_generators_of_unread_prompts,
+        why="A prompt that is read in chunks draws a token after each, and takes the "
+        "draw back by the generator's offset, which a CPU's has not: a seeded request "
+        "with a long prompt stops the engine, with or without drafts. On a CPU it does "
+        "not draw until its prompt is read.",
+        remove_when="the V1 runner takes draws back on a CPU, too.",
+    ),
+    Seam(
+        module=_V1_RUNNER,
         target="GPUModelRunner._sample",
         parameters=("self", "logits", "spec_decode_metadata"),
         replace=replacements.sample_steps_without_drafts,
