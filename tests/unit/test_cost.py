@@ -60,6 +60,7 @@ def test_parts_of_a_real_checkpoint_add_up(tmp_path: Path, tied: bool) -> None:
         attention=(attention,) * NUM_LAYERS,
         mlp=(4 * (3 * mlp * hidden + hidden),) * NUM_LAYERS,
         head=4 * (VOCAB_SIZE * hidden + hidden),
+        weight_bytes=4,
     )
 
 

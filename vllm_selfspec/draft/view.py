@@ -8,20 +8,23 @@ loaded beside the target, is in the file of each axis.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models import supports_multimodal
 
 from vllm_selfspec.plan.axes import axis_named
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import Family, UnsupportedModelError, family_of
 from vllm_selfspec.plan.skip_set import SUBLAYERS
+from vllm_selfspec.served_config import plan_of
 
 # What attention, MLP and decoder layers of the supported families call their input.
 INPUT_NAMES = ("hidden_states", "x")
@@ -71,6 +74,22 @@ class SkippedLayer(_Skipped):
         return hidden_states, self._argument("residual", args, kwargs)
 
 
+class OwnHead(nn.Module):
+    """Stands for vLLM's `LogitsProcessor`: hands it another LM head.
+
+    Attributes:
+        copies: What it hands over, by the target's.
+    """
+
+    def __init__(self, processor: nn.Module, copies: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._processor, self.copies = processor, copies
+
+    def forward(self, lm_head: Any, *args: Any, **kwargs: Any) -> Any:
+        lm_head = getattr(lm_head, "base_layer", lm_head)  # of a LoRA layer
+        return self._processor(self.copies.get(lm_head, lm_head), *args, **kwargs)
+
+
 class ViewBuilder:
     """A draft view in the making: what axes change.
 
@@ -83,7 +102,7 @@ class ViewBuilder:
     """
 
     def __init__(self, target: Any, num_layers: int, family: Family) -> None:
-        path, layers = _find_layers(target, num_layers)
+        path, layers = find_layers(target, num_layers)
         self._family = family
         self.layers = nn.ModuleList(layers)
         self.model = _with_submodule(target, path.split("."), self.layers)
@@ -108,6 +127,18 @@ class ViewBuilder:
     def replace(self, index: int, layer: nn.Module) -> None:
         """Runs `layer` in place of one of the target's."""
         self.layers[index] = layer
+
+    def exchange(self, copies: Mapping[nn.Module, nn.Module]) -> None:
+        """Runs copies in place of modules within the layers, wherever they are."""
+        for index, layer in enumerate(self.layers):
+            self.layers[index] = _exchanged(layer, copies)
+
+    def exchange_head(self, copies: Mapping[nn.Module, nn.Module]) -> None:
+        """Computes logits with a copy of the LM head, whichever module that is."""
+        for module in self.own_modules:
+            for name, child in module._modules.items():
+                if isinstance(child, LogitsProcessor | LogitsProcessorWithLoRA):
+                    module._modules[name] = OwnHead(child, copies)
 
     def take_out_aux_hidden_states(self) -> None:
         """Does not hand out the states between layers, which the target may."""
@@ -180,7 +211,16 @@ class DraftView:
         return logits
 
 
-def _find_layers(target: Any, num_layers: int) -> tuple[str, nn.ModuleList]:
+def take_weights(target: nn.Module, vllm_config: Any) -> None:
+    """Lets the axes of the plan take what they need of a target that is loaded, while
+    its weights are as they were loaded."""
+    plan = plan_of(vllm_config)
+    for name, _ in plan.values:
+        if (taker := axis_named(name).taker) is not None:
+            resolve_name(taker)(plan, target, vllm_config)
+
+
+def find_layers(target: Any, num_layers: int) -> tuple[str, nn.ModuleList]:
     """The one list of the target's decoder layers, and its path in the model."""
     # Towers for images and audio have layers, too.
     multimodal = supports_multimodal(target)
@@ -212,8 +252,30 @@ def _with_submodule(module: nn.Module, path: list[str], new: nn.Module) -> Any:
     name, *rest = path
     if rest:
         new = _with_submodule(getattr(module, name), rest, new)
+    return _with_children(module, {name: new})
+
+
+def _exchanged(module: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """`module`, or a shallow copy of it in which copies stand for what they are of."""
+    if module in copies:
+        return copies[module]
+    children = {
+        name: new
+        for name, child in module.named_children()
+        # vLLM finds an attention layer, and its KV, by its name.
+        if not isinstance(child, AttentionLayerBase)
+        and (new := _exchanged(child, copies)) is not child
+    }
+    if not children:
+        return module
+    clone: nn.Module = _with_children(module, children)
+    return clone
+
+
+def _with_children(module: nn.Module, children: Mapping[str, nn.Module]) -> Any:
+    """A shallow copy of `module` with some children exchanged."""
     clone = copy.copy(module)
-    clone._modules = {**module._modules, name: new}
+    clone._modules = {**module._modules, **children}
     # vLLM's Transformers backend gives modules a forward of their own, bound to them.
     for key, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:

@@ -114,6 +114,33 @@ def keep_lengths_of_ranks(original: Function) -> Function:
     return _maybe_disable_dynamic_sd_for_data_parallel
 
 
+def take_weights(original: Function) -> Function:
+    def process_weights_after_loading(
+        model: Any, model_config: Any, target_device: Any
+    ) -> None:
+        from vllm.config import get_current_vllm_config_or_none
+
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and uses_selfspec(vllm_config):
+            from vllm_selfspec.draft.view import take_weights
+
+            take_weights(model, vllm_config)
+        original(model, model_config, target_device)
+
+    return process_weights_after_loading
+
+
+def refuse_new_weights(original: Function) -> Function:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if uses_selfspec(self.vllm_config):
+            from vllm_selfspec.draft.low_bit import raise_if_copied
+
+            raise_if_copied(self.vllm_config)
+        return original(self, *args, **kwargs)
+
+    return refuse
+
+
 def run_along(original: Function) -> Function:
     def execute_dummy_batch(self: Any) -> None:
         original(self)

@@ -99,6 +99,32 @@ SEAMS: tuple[Seam, ...] = (
         remove_when="a speculative method can say that its ranks may differ.",
     ),
     Seam(
+        module="vllm.model_executor.model_loader.base_loader",
+        target="process_weights_after_loading",
+        parameters=("model", "model_config", "target_device"),
+        replace=replacements.take_weights,
+        why="On CPU vLLM packs a linear layer's weight and leaves an empty one, and "
+        "some kernels of GPUs shuffle it. A copy in fewer bits is made of the weight "
+        "that was loaded.",
+        remove_when="a drafter is asked before the target's weights are processed.",
+    ),
+    Seam(
+        module="vllm.v1.worker.gpu_worker",
+        target="Worker.reload_weights",
+        parameters=("self", "args", "kwargs"),
+        replace=replacements.refuse_new_weights,
+        why="Weights that were exchanged at run time leave a copy of the former ones.",
+        remove_when="a drafter is told of new weights before they are processed.",
+    ),
+    Seam(
+        module="vllm.v1.worker.gpu_worker",
+        target="Worker.start_weight_update",
+        parameters=("self",),
+        replace=replacements.refuse_new_weights,
+        why="Weights that were exchanged at run time leave a copy of the former ones.",
+        remove_when="a drafter is told of new weights before they are processed.",
+    ),
+    Seam(
         module="vllm.v1.worker.gpu_worker",
         target="Worker.execute_dummy_batch",
         parameters=("self",),

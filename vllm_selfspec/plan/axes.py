@@ -6,12 +6,14 @@ process.
 """
 
 from vllm_selfspec.plan.axis import Axis
+from vllm_selfspec.plan.axis_draft_weights import DraftWeightsAxis
 from vllm_selfspec.plan.axis_exit_layer import ExitLayerAxis
 from vllm_selfspec.plan.axis_skip_layers import SkipLayersAxis
 
 AXES: list[Axis] = [
     SkipLayersAxis(),
     ExitLayerAxis(),
+    DraftWeightsAxis(),
 ]
 
 

@@ -46,6 +46,9 @@ class Axis(ABC):
         keys: The user's configuration keys, with their bounds and descriptions; each
             has a default, which means that the user says nothing.
         stored: Type and pydantic field of its value in a profile.
+        taker: What a value takes of the target's weights while those are as they were
+            loaded, before vLLM packs them: `module:name` of a callable of the plan, the
+            target and vLLM's configuration. Workers alone import it.
         loader: What every view with a value shares, as `module:name` of a callable
             that makes it once, when the target is loaded, from the value, the target
             and vLLM's configuration. Workers alone import it.
@@ -56,6 +59,7 @@ class Axis(ABC):
     name: ClassVar[str]
     keys: ClassVar[type[Keys]]
     stored: ClassVar[tuple[Any, Any]]
+    taker: ClassVar[str | None] = None
     loader: ClassVar[str | None] = None
     is_exchangeable: ClassVar[bool] = False
 
@@ -130,8 +134,9 @@ class Axis(ABC):
         """
         return draft
 
-    def extra_bytes(self, value: Any, target: StepCost) -> int:
-        """Weights that are kept beside the target's, whose bytes are given."""
+    def extra_bytes(self, value: Any, draft: StepCost, target: StepCost) -> int:
+        """Bytes of weights that are kept beside the target's; arguments as of `cost`,
+        in bytes."""
         return 0
 
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:

@@ -160,7 +160,7 @@ class ExitLayerAxis(Axis):
         """A layer of the target's class."""
         return draft.beside(PART, target.attention[-1] + target.mlp[-1])
 
-    def extra_bytes(self, value: Any, target: StepCost) -> int:
+    def extra_bytes(self, value: Any, draft: StepCost, target: StepCost) -> int:
         return round(target.attention[-1] + target.mlp[-1])
 
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:

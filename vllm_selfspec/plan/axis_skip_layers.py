@@ -4,6 +4,7 @@ An exit after layer N is the case in which all sublayers from N on are left out.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -100,7 +101,7 @@ class SkipLayersAxis(Axis):
             )
             for sublayer in SUBLAYERS
         )
-        return StepCost(attention, mlp, draft.head, draft.others)
+        return replace(draft, attention=attention, mlp=mlp)
 
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:
         return {

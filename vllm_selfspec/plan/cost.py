@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_selfspec.plan.step_cost import StepCost
 
@@ -68,6 +69,8 @@ NUM_EXPERTS = (
     "n_routed_experts",
     "moe_num_experts",
 )
+# Of a matrix that is not quantised, by its type.
+WEIGHT_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}
 NUM_CHOSEN = ("num_experts_per_tok", "moe_k")  # of them for a token
 
 
@@ -87,11 +90,13 @@ class ModelWeights:
         attention: Attention sublayer and the norm before it, by layer.
         mlp: MLP sublayer and the norm before it, by layer.
         head: Final norm and LM head.
+        weight_bytes: Bytes of one weight of a matrix; 0 where they are quantised.
     """
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
     head: int
+    weight_bytes: float = 2.0
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> "ModelWeights":
@@ -102,7 +107,8 @@ class ModelWeights:
         """
         sizes: Counter[tuple[str, int]] = Counter()
         expert_share = _expert_share(path)
-        for name, num_bytes in tensor_bytes(weight_files(path)):
+        files = weight_files(path)
+        for name, num_bytes in tensor_bytes(files):
             if TOWER.match(name):
                 continue
             share = expert_share if EXPERT.search(name) else 1.0
@@ -122,6 +128,7 @@ class ModelWeights:
             attention=tuple(sizes["attention", i] for i in indices),
             mlp=tuple(sizes["mlp", i] for i in indices),
             head=(head or tied) + norm,
+            weight_bytes=_weight_bytes(files),
         )
 
     @property
@@ -132,7 +139,9 @@ class ModelWeights:
     @property
     def step(self) -> StepCost:
         """The bytes that one decode step of the whole model reads."""
-        return StepCost(self.attention, self.mlp, self.head)
+        return StepCost(
+            self.attention, self.mlp, self.head, weight_bytes=self.weight_bytes
+        )
 
     @property
     def streamed(self) -> int:
@@ -151,6 +160,19 @@ def _part_of(name: str) -> tuple[str, int]:
         f"the LM head, last norm or embedding, but {name!r} is of none: use a "
         "checkpoint of a supported family"
     )
+
+
+def _weight_bytes(files: Iterable[Path]) -> float:
+    """Of the widest matrix of a layer; 0 if one is quantised."""
+    types = {
+        str(entry.get("dtype"))
+        for file in files
+        for name, entry in _header(file).items()
+        if LAYER.match(name) and len(entry.get("shape", ())) > 1
+    }
+    if not types <= WEIGHT_BYTES.keys():
+        return 0.0
+    return max((WEIGHT_BYTES[name] for name in types), default=2.0)
 
 
 def _expert_share(path: Path) -> float:
@@ -227,7 +249,7 @@ def tensor_bytes(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
                 raise _malformed(file, f"tensor {name!r:.80}") from error
 
 
-def _header(file: Path) -> dict[str, dict[str, list[int]]]:
+def _header(file: Path) -> dict[str, dict[str, Any]]:
     """The header: 8 bytes of length, little-endian, then JSON of that length."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -101,7 +101,11 @@ class DraftPlan:
 
     def extra_bytes(self, target: StepCost) -> int:
         """Weights that are kept beside the target's, whose bytes are given."""
-        return sum(axis_named(n).extra_bytes(value, target) for n, value in self.values)
+        draft, found = target, 0
+        for name, value in self.values:
+            found += axis_named(name).extra_bytes(value, draft, target)
+            draft = axis_named(name).cost(value, draft, target)
+        return found
 
     def choices(self, is_exchangeable: bool = False) -> dict[str, tuple[Any, ...]]:
         """What a search that starts from here may choose, by parameter; with

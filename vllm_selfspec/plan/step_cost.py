@@ -16,12 +16,14 @@ class StepCost:
         mlp: MLP sublayer and the norm before it, by layer.
         head: Final norm and LM head.
         others: What a draft runs that its target does not, by name.
+        weight_bytes: Bytes of one of the target's weights; 0 where it is quantised.
     """
 
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
     head: float
     others: dict[str, float] = field(default_factory=dict)
+    weight_bytes: float = 2.0
 
     @classmethod
     def uniform(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.plan.cost import CheckpointError
+from vllm_selfspec.plan.cost import NUM_EXPERTS, CheckpointError
 
 # Of a config.json: what must be the same for a skip set to mean the same.
 ARCHITECTURE_KEYS = (
@@ -35,11 +35,13 @@ class TargetModel:
         num_layers: Decoder layers.
         name: Path or Hub name, as the user gave it.
         architecture: The values of `ARCHITECTURE_KEYS`, as far as they are known.
+        has_experts: Whether MLPs are mixtures of experts.
     """
 
     num_layers: int
     name: str = ""
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    has_experts: bool = False
 
     @classmethod
     def read(cls, path: Path, name: str) -> "TargetModel":
@@ -72,7 +74,8 @@ class TargetModel:
         }
         if "num_attention_heads" in found:  # old configurations leave it out
             found.setdefault("num_key_value_heads", found["num_attention_heads"])
-        return cls(num_layers, name, found)
+        has_experts = any(config.get(key) for key in NUM_EXPERTS)
+        return cls(num_layers, name, found, has_experts)
 
     def differences(self, wanted: Mapping[str, Any]) -> list[str]:
         """Where it is another architecture, in words."""

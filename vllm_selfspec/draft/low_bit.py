@@ -1,0 +1,186 @@
+"""`LowBitCopies`: linear layers of the target with their weights in fewer bits.
+
+One rule: a copy is vLLM's own module with another `quant_method`. Sharding, biases,
+fused projections and adapters are therefore as in the target, and no model is known by
+name. Copies are taken while the target is loaded, because vLLM packs its weights next.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
+    FusedMoEMethodBase,
+)
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models import supports_multimodal
+
+from vllm_selfspec.draft.low_bit_linear import NoKernelError, low_bit_copy
+from vllm_selfspec.draft.view import find_layers
+from vllm_selfspec.plan.axis_draft_weights import SAME, DraftWeights
+from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.families import family_of
+from vllm_selfspec.plan.skip_set import SUBLAYERS
+from vllm_selfspec.served_config import plan_of, tunes_online
+
+logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
+
+
+@dataclass
+class LowBitCopies:
+    """What a draft view exchanges.
+
+    Attributes:
+        linears: Copies of linear layers, by the target's.
+        heads: The copy of the LM head, by the target's.
+        left: Why others were left as they are.
+    """
+
+    linears: dict[nn.Module, Any] = field(default_factory=dict)
+    heads: dict[nn.Module, Any] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+
+    def add(self, copies: dict[nn.Module, Any], module: Any, word: str) -> None:
+        """Makes a copy, if there is a kernel for it."""
+        try:
+            copies[module] = low_bit_copy(module, word)
+        except NoKernelError as error:
+            self.left.add(str(error))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        every = [*self.linears.values(), *self.heads.values()]
+        return sum(copy.quant_method.num_bytes for copy in every)
+
+
+# Between the loading of a target and the making of its draft view.
+_taken: WeakKeyDictionary[nn.Module, LowBitCopies] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def take_copies(plan: DraftPlan, target: nn.Module, vllm_config: VllmConfig) -> None:
+    """Copies what a plan runs, layer by layer."""
+    copies = LowBitCopies()
+    if vllm_config.quant_config is not None:
+        copies.left.add("weights that are quantised already")
+    else:
+        for module, word in _linears(plan, target, vllm_config, copies.left):
+            copies.add(copies.linears, module, word)
+        for module, word in _heads(plan["draft_weights"], target, vllm_config, copies):
+            copies.add(copies.heads, module, word)
+    _taken[_key(target)] = copies
+    logger.info_once(
+        "selfspec keeps %d linear layers and %d LM heads in fewer bits beside the "
+        "target: %.1f MB",
+        len(copies.linears),
+        len(copies.heads),
+        copies.num_bytes / 1e6,
+    )
+    for reason in sorted(copies.left):
+        logger.info_once("selfspec drafts with %s as they are", reason)
+
+
+def copies_of(
+    value: DraftWeights, target: nn.Module, vllm_config: VllmConfig
+) -> LowBitCopies:
+    """Those that were taken of a target.
+
+    Raises:
+        RuntimeError: If vLLM loaded it without processing its weights.
+    """
+    copies = _taken.pop(_key(target), None)
+    if copies is None:
+        raise RuntimeError(
+            "selfspec takes low-bit copies while vLLM processes the weights that it "
+            f"loaded, but load_format {vllm_config.load_config.load_format!r} brings "
+            "processed ones: use another, or leave out draft_weights"
+        )
+    return copies
+
+
+def raise_if_copied(vllm_config: VllmConfig) -> None:
+    """Refuses to exchange the weights of a target that has been copied."""
+    if "draft_weights" in dict(plan_of(vllm_config).values):
+        raise NotImplementedError(
+            "selfspec's low-bit copies are made when the target is loaded, and would "
+            "stay those of the former weights: leave out draft_weights to update or "
+            "reload weights at run time"
+        )
+
+
+def _key(target: nn.Module) -> nn.Module:
+    """LoRA wraps modules of a model; this one stays."""
+    return next(m for m in target.modules() if isinstance(m, nn.ModuleList))
+
+
+def _linears(
+    plan: DraftPlan, target: nn.Module, vllm_config: VllmConfig, left: set[str]
+) -> Iterator[tuple[nn.Module, str]]:
+    """The linear layers that a plan runs in fewer bits; with a search while serving,
+    which tries other skip sets, those of every layer."""
+    family = family_of(vllm_config.model_config.architecture)
+    _, layers = find_layers(target, plan.num_layers)
+    for index, layer in enumerate(layers):
+        for which in SUBLAYERS:
+            word = getattr(plan["draft_weights"], which)
+            is_skipped = index in getattr(plan.skip_set, which)
+            if word == SAME or (is_skipped and not tunes_online(vllm_config)):
+                continue
+            for linear in _within(getattr(layer, getattr(family, which)), left):
+                yield linear, word
+
+
+def _within(sublayer: nn.Module, left: set[str]) -> list[nn.Module]:
+    """The linear layers of a sublayer that its forward calls. With experts there are
+    none: what their router says must be what the target's says."""
+    modules = [*sublayer.modules()]
+    methods = [getattr(module, "quant_method", None) for module in modules]
+    if any(isinstance(method, FusedMoEMethodBase) for method in methods):
+        left.add("experts")
+        return []
+    of_attention = {
+        module
+        for attention in modules
+        if isinstance(attention, AttentionLayerBase)
+        for module in attention.modules()
+    }
+    return [
+        module
+        for module, method in zip(modules, methods, strict=True)
+        if isinstance(module, LinearBase)
+        and isinstance(method, UnquantizedLinearMethod)
+        if module not in of_attention
+    ]
+
+
+def _heads(
+    value: DraftWeights, target: Any, vllm_config: VllmConfig, copies: LowBitCopies
+) -> Iterator[tuple[nn.Module, str]]:
+    """The LM head, which is the embedding where the two are tied."""
+    if value.head == SAME:
+        return
+    config = vllm_config.model_config
+    if config.head_dtype != config.dtype:
+        copies.left.add("LM heads of another dtype")
+        return
+    model = target.get_language_model() if supports_multimodal(target) else target
+    embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [m for m in embeddings if isinstance(m, ParallelLMHead)] or embeddings
+    if len(heads) == 1 and isinstance(
+        heads[0].quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+    ):
+        yield heads[0], value.head
+    else:
+        copies.left.add("LM heads of another kind")

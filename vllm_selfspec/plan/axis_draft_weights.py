@@ -1,0 +1,176 @@
+"""The axis `draft_weights`: the target drafts with a copy of its own weights in fewer
+bits, as in QSpec.
+
+Drafting is bound by the bytes that a step reads, and hardly a token of a trained model
+depends on more than four bits of a weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from vllm_selfspec.plan.axis import Axis
+from vllm_selfspec.plan.errors import PlanError
+from vllm_selfspec.plan.keys import OBJECT, PATH, Keys
+from vllm_selfspec.plan.step_cost import StepCost
+from vllm_selfspec.plan.target_model import TargetModel
+
+if TYPE_CHECKING:
+    from vllm_selfspec.plan.draft_plan import DraftPlan
+
+SAME: Final = "same"
+INT8: Final = "int8"
+INT4: Final = "int4"
+WEIGHTS = (SAME, INT8, INT4)
+# int8 has a scale per output channel. int4 has for each group of weights a scale, and
+# as vLLM's CPU kernel keeps it a sum and a zero point, too; its GPU kernels need less.
+GROUP_SIZE = 128
+BYTES_PER_WEIGHT = {INT8: 1.0, INT4: 0.5 + (4 + 4 + 1) / GROUP_SIZE}
+
+Word = Literal["same", "int8", "int4"]
+
+
+class ByPart(Keys):
+    """Weights by part of the model."""
+
+    attention: Word = Field(default=SAME, description="Of attention sublayers.")
+    mlp: Word = Field(default=SAME, description="Of MLP sublayers.")
+    head: Word = Field(default=SAME, description="Of the LM head.")
+
+
+def _form_of(draft_weights: object) -> str | None:
+    if isinstance(draft_weights, str):
+        return PATH
+    return OBJECT if isinstance(draft_weights, Mapping | ByPart) else None
+
+
+class DraftWeightsKeys(Keys):
+    """What a user may write."""
+
+    draft_weights: Annotated[
+        Annotated[Word, Tag(PATH)] | Annotated[ByPart, Tag(OBJECT)],
+        Discriminator(_form_of),
+    ] = Field(
+        default=SAME,
+        description="Weights to draft with: 'same' (the target's own), or a copy of "
+        "them in 'int8' or 'int4', which takes memory; for all or by part "
+        '({"attention": "int8", "mlp": "int4", "head": "int4"}).',
+    )
+
+    @field_validator("draft_weights", mode="before")
+    @classmethod
+    def _has_kernels(cls, value: Any) -> Any:
+        words = value.values() if isinstance(value, Mapping) else [value]
+        if "fp8" in words:
+            raise ValueError(
+                "must be 'same', 'int8' or 'int4', but is 'fp8', for which vLLM has "
+                "kernels on some devices only: use 'int8', which reads as many bytes"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class DraftWeights:
+    """What each part drafts with: one of `WEIGHTS`.
+
+    Attributes:
+        attention: Attention sublayers.
+        mlp: MLP sublayers.
+        head: The LM head.
+    """
+
+    attention: str = SAME
+    mlp: str = SAME
+    head: str = SAME
+
+    @classmethod
+    def all_in(cls, word: str) -> "DraftWeights":
+        """The same for every part."""
+        return cls(word, word, word)
+
+    @property
+    def by_part(self) -> dict[str, str]:
+        """Of each part its word."""
+        return dict(vars(self))
+
+
+class DraftWeightsAxis(Axis):
+    """Its value is a `DraftWeights`."""
+
+    name = "draft_weights"
+    keys = DraftWeightsKeys
+    stored = (ByPart, Field(default=ByPart(), description="Weights to draft with."))
+    taker = "vllm_selfspec.draft.low_bit:take_copies"
+    loader = "vllm_selfspec.draft.low_bit:copies_of"
+
+    def neutral(self, num_layers: int) -> DraftWeights:
+        return DraftWeights()
+
+    def resolve(
+        self, config: Any, target: TargetModel, plan: "DraftPlan"
+    ) -> "DraftPlan":
+        if "draft_weights" not in config.model_fields_set:
+            return plan
+        value = self.from_json(config.draft_weights, target.num_layers)
+        if target.has_experts:  # vLLM's experts are no linear layers
+            value = replace(value, mlp=SAME)
+        return plan.with_value(self.name, value)
+
+    def cost(self, value: DraftWeights, draft: StepCost, target: StepCost) -> StepCost:
+        attention, mlp, head = (_share(word, target) for word in value.by_part.values())
+        return replace(
+            draft,
+            attention=tuple(cost * attention for cost in draft.attention),
+            mlp=tuple(cost * mlp for cost in draft.mlp),
+            head=draft.head * head,
+        )
+
+    def extra_bytes(
+        self, value: DraftWeights, draft: StepCost, target: StepCost
+    ) -> int:
+        """Of what the draft runs; as many as it then reads."""
+        if not target.weight_bytes:
+            return 0
+        copied = self.cost(value, draft, target).parts
+        return round(
+            sum(copied[p] for p, word in value.by_part.items() if word != SAME)
+        )
+
+    def to_json(self, value: DraftWeights) -> Any:
+        return value.by_part
+
+    def from_json(self, stored: Any, num_layers: int) -> DraftWeights:
+        if isinstance(stored, str):
+            return DraftWeights.all_in(_known(stored))
+        words = stored if isinstance(stored, Mapping) else stored.model_dump()
+        return DraftWeights(**{part: _known(word) for part, word in words.items()})
+
+    def words(self, value: DraftWeights) -> str:
+        first, *others = set(value.by_part.values())
+        if not others:
+            return f"weights in {first}"
+        listed = (f"{p} in {w}" for p, w in value.by_part.items() if w != SAME)
+        return f"weights of {', '.join(listed)}"
+
+    def build(self, value: DraftWeights, view: Any, loaded: Any) -> None:
+        view.exchange(loaded.linears)
+        view.exchange_head(loaded.heads)
+
+
+def _share(word: str, target: StepCost) -> float:
+    """Of the bytes of a part of the target, what its copy has. What is quantised
+    already is not copied."""
+    if word == SAME or not target.weight_bytes:
+        return 1.0
+    return BYTES_PER_WEIGHT[word] / target.weight_bytes
+
+
+def _known(word: str) -> str:
+    if word not in WEIGHTS:
+        raise PlanError(
+            f"draft_weights must be one of {', '.join(WEIGHTS)}, but a plan says "
+            f"{word!r}: write one of those"
+        )
+    return word
