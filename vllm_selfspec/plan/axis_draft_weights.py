@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from vllm_selfspec.plan.axis import Axis
 from vllm_selfspec.plan.errors import PlanError
-from vllm_selfspec.plan.keys import OBJECT, PATH, Keys
+from vllm_selfspec.plan.keys import OBJECT, PATH, Keys, shown
 from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -61,7 +61,12 @@ class DraftWeightsKeys(Keys):
 
     @field_validator("draft_weights", mode="before")
     @classmethod
-    def _has_kernels(cls, value: Any) -> Any:
+    def _is_a_word(cls, value: Any) -> Any:
+        if _form_of(value) is None:
+            raise ValueError(
+                f"is {shown(value)}, but must be 'same', 'int8', 'int4', or these by "
+                'part: write one, like "int4" or {"mlp": "int4"}'
+            )
         words = value.values() if isinstance(value, Mapping) else [value]
         if "fp8" in words:
             raise ValueError(
