@@ -14,7 +14,7 @@ from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_
 from helpers.environment import IS_SHORT, IS_V2
 from helpers.models import NUM_LAYERS, TINY, VOCAB_SIZE, build_tiny_model
 from helpers.reference import recorded_drafts, reference_draft
-from vllm_selfspec.plan.cost import ModelWeights, tensor_bytes, weight_files
+from vllm_selfspec.plan.cost import ModelWeights, read_headers, weight_files
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import FAMILIES
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -247,8 +247,8 @@ def test_show_knows_what_each_sublayer_reads(name: str, paths: dict[str, str]) -
     weights = ModelWeights.from_checkpoint(path)
     assert weights.num_layers == NUM_LAYERS
     assert min(*weights.attention, *weights.mlp, weights.head) > 0
-    tensors = tensor_bytes(weight_files(path))
-    stored = sum(size for tensor, size in tensors if ".wpe." not in tensor)
+    tensors = read_headers(weight_files(path)).items()
+    stored = sum(one.num_bytes for tensor, one in tensors if ".wpe." not in tensor)
     embedding = VOCAB_SIZE * TINY["hidden_size"] * 4
     if name in MIXTURES:  # a token does not run through all experts
         assert weights.streamed < stored - embedding

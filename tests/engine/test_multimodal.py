@@ -11,7 +11,7 @@ import torch
 from helpers.engines import Engines, greedy, run, token_ids
 from helpers.environment import IS_SHORT, IS_V2
 from helpers.models import NUM_LAYERS, TINY, build_tokenizer
-from vllm_selfspec.plan.cost import ModelWeights, tensor_bytes, weight_files
+from vllm_selfspec.plan.cost import ModelWeights, read_headers, weight_files
 from vllm_selfspec.plan.families import FAMILIES
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -210,8 +210,8 @@ def test_a_multimodal_model_is_known_by_its_text_model(
     weights = ModelWeights.from_checkpoint(Path(paths[name]))
     assert weights.num_layers == NUM_LAYERS
     text_model = sum(
-        size
-        for tensor, size in tensor_bytes(weight_files(Path(paths[name])))
+        header.num_bytes
+        for tensor, header in read_headers(weight_files(Path(paths[name]))).items()
         if tensor.startswith("language_model.")
     )
     embedding = TINY["hidden_size"] * 4 * target.architecture["vocab_size"]

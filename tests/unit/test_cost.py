@@ -167,17 +167,6 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
         cost.weight_files(tmp_path)
 
 
-def test_locate_returns_a_local_directory(tmp_path: Path) -> None:
-    assert cost.locate(str(tmp_path)) == tmp_path
-
-
-@pytest.mark.parametrize("model", ["nobody/nothing", "/no/such/place", "a b"])
-def test_locate_says_what_to_do_when_there_is_no_such_model(model: str) -> None:
-    with pytest.raises(CheckpointError, match="check the name") as error:
-        cost.locate(model)
-    assert model in str(error.value)
-
-
 def test_expected_tokens_is_the_geometric_sum() -> None:
     assert expected_tokens(0.5, 3) == 1 + 0.5 + 0.25 + 0.125
     assert expected_tokens(0.8, 4) == pytest.approx((1 - 0.8**5) / (1 - 0.8))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_selfspec.plan.cost import CheckpointError, locate
+from vllm_selfspec.plan.cost import CheckpointError
+from vllm_selfspec.plan.hub import locate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"

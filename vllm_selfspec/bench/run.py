@@ -33,7 +33,8 @@ from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import Task, load
-from vllm_selfspec.plan.cost import ModelWeights, locate
+from vllm_selfspec.plan.cost import ModelWeights
+from vllm_selfspec.plan.hub import locate
 
 KV_CACHE_BYTES = 512 << 20
 MAX_MODEL_LEN = 1024

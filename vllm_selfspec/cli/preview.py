@@ -19,10 +19,10 @@ from vllm_selfspec.plan.cost import (
     ModelWeights,
     bound,
     expected_tokens,
-    locate,
 )
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
+from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
 from vllm_selfspec.plan.skip_set import SUBLAYERS
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -66,10 +66,10 @@ class Preview:
             CheckpointError: The model cannot be found or read.
         """
         config = SelfSpecConfig.parse(keys)
-        path = locate(model)
+        path = locate(model, DESCRIPTION)
         target = TargetModel.read(path, model)
         family_of(target.class_name)
-        weights = ModelWeights.from_checkpoint(path)
+        weights = read_weights(model, path)
         if weights.num_layers != target.num_layers:
             raise CheckpointError(
                 f"config.json and weights must be of one model, but {str(path)!r} has "

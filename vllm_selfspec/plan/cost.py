@@ -7,7 +7,7 @@ not needed.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,34 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors file says of one of its tensors.
+
+    Attributes:
+        num_bytes: Of its data.
+        dtype: As safetensors names it, "BF16"; empty where it is not said.
+        shape: One number per dimension.
+    """
+
+    num_bytes: int
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "TensorHeader":
+        """By its entry in the header's JSON.
+
+        Raises:
+            TypeError: If the entry is of another form.
+            KeyError: If it does not say where the data lies.
+            ValueError: If one of its numbers is none.
+        """
+        begin, end = entry["data_offsets"]
+        shape = tuple(int(size) for size in entry.get("shape", ()))
+        return cls(int(end) - int(begin), str(entry.get("dtype", "")), shape)
+
+
+@dataclass(frozen=True)
 class ModelWeights:
     """Bytes that one decode step streams from memory, by part.
 
@@ -105,14 +133,24 @@ class ModelWeights:
         Raises:
             CheckpointError: If there are none, or a tensor's part is not known.
         """
+        return cls.from_headers(read_headers(weight_files(path)), path)
+
+    @classmethod
+    def from_headers(
+        cls, headers: Mapping[str, TensorHeader], path: Path
+    ) -> "ModelWeights":
+        """Adds up these tensors of the model whose config.json is in `path`.
+
+        Raises:
+            CheckpointError: If a tensor's part is not known, or one is missing.
+        """
         sizes: Counter[tuple[str, int]] = Counter()
         expert_share = _expert_share(path)
-        files = weight_files(path)
-        for name, num_bytes in tensor_bytes(files):
+        for name, header in headers.items():
             if TOWER.match(name):
                 continue
             share = expert_share if EXPERT.search(name) else 1.0
-            sizes[_part_of(name)] += round(share * num_bytes)
+            sizes[_part_of(name)] += round(share * header.num_bytes)
         indices = range(_num_layers(path, sizes))
         # Tied embeddings: the head is the embedding.
         head, tied, norm = (
@@ -128,7 +166,7 @@ class ModelWeights:
             attention=tuple(sizes["attention", i] for i in indices),
             mlp=tuple(sizes["mlp", i] for i in indices),
             head=(head or tied) + norm,
-            weight_bytes=_weight_bytes(files),
+            weight_bytes=_weight_bytes(headers),
         )
 
     @property
@@ -162,13 +200,12 @@ def _part_of(name: str) -> tuple[str, int]:
     )
 
 
-def _weight_bytes(files: Iterable[Path]) -> float:
+def _weight_bytes(headers: Mapping[str, TensorHeader]) -> float:
     """Of the widest matrix of a layer; 0 if one is quantised."""
     types = {
-        str(entry.get("dtype"))
-        for file in files
-        for name, entry in _header(file).items()
-        if LAYER.match(name) and len(entry.get("shape", ())) > 1
+        header.dtype
+        for name, header in headers.items()
+        if LAYER.match(name) and len(header.shape) > 1
     }
     if not types <= WEIGHT_BYTES.keys():
         return 0.0
@@ -232,21 +269,22 @@ def _index(file: Path) -> dict[str, str]:
     return shards
 
 
-def tensor_bytes(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
-    """Name and bytes of every tensor in these safetensors files.
+def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
+    """Every tensor in these safetensors files, by name.
 
     Raises:
         CheckpointError: If a file's header is not valid.
     """
+    found = {}
     for file in files:
         for name, entry in _header(file).items():
             if name == "__metadata__":
                 continue
             try:
-                begin, end = entry["data_offsets"]
-                yield name, int(end) - int(begin)
-            except (TypeError, KeyError, ValueError) as error:
+                found[name] = TensorHeader.of(entry)
+            except (TypeError, KeyError, ValueError, AttributeError) as error:
                 raise _malformed(file, f"tensor {name!r:.80}") from error
+    return found
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
@@ -270,39 +308,6 @@ def _malformed(file: Path, finding: str) -> CheckpointError:
     return CheckpointError(
         f"a checkpoint's files must be whole, but {str(file)!r} is malformed"
         f"{hint}: {finding}: download it again"
-    )
-
-
-def locate(model: str) -> Path:
-    """Directory of a model: itself if it is one, else that of its Hub snapshot.
-
-    Args:
-        model: A local directory, or the name of a repository on the Hugging Face Hub,
-            which is downloaded unless it is in the local cache.
-
-    Raises:
-        CheckpointError: If it is neither, or the Hub cannot be reached.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (ImportError, OSError) as error:  # the latter: offline, or no such model
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise _not_found(model, reason) from error
-    except ValueError as error:
-        raise _not_found(model, "it cannot be a name there") from error
-
-
-def _not_found(model: str, reason: str) -> CheckpointError:
-    return CheckpointError(
-        "a model is a local directory or a name on the Hugging Face Hub, but "
-        f"{model!r} is no directory and cannot be had from the Hub ({reason}): check "
-        "the name, or download it where there is a network"
     )
 
 

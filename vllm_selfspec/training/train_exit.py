@@ -18,9 +18,10 @@ from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import prepare, progress_bar
 from vllm_selfspec.bench.tasks import Prompt, load, token_ids
 from vllm_selfspec.config import ConfigError
-from vllm_selfspec.plan.cost import ModelWeights, locate
+from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import write_exit_head
+from vllm_selfspec.plan.hub import locate
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.training import report
