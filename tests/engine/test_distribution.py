@@ -223,6 +223,20 @@ def test_an_exit_layer_leaves_the_distribution_alone(
     assert p > FALSE_ALARM, f"{policy}, {method} drafts: p = {p:.2g}"
 
 
+@pytest.mark.parametrize(
+    "method", ["probabilistic"] if IS_PART else ["greedy", "probabilistic"]
+)
+def test_low_bit_weights_leave_the_distribution_alone(
+    method: str, model: str, engines: Engines
+) -> None:
+    spec = {"draft_weights": "int4", "num_speculative_tokens": 2}
+    spec |= {"draft_sample_method": method}
+    llm = engines.get(model, spec, max_num_seqs=256)
+    samples = samples_of(llm, SETTINGS["T=0.7"])
+    p = p_value(samples, exact(engines, model, SETTINGS["T=0.7"]))
+    assert p > FALSE_ALARM, f"{method} drafts: p = {p:.2g}"
+
+
 def accept_all_drafts(
     draft_token_ids: Any,
     num_draft_tokens: list[int],

@@ -104,6 +104,19 @@ def test_a_plan_survives_json_and_says_itself() -> None:
     assert str(plan_of({"draft_weights": "int4"})) == "weights in int4"
 
 
+def test_a_search_may_do_without_the_copy_of_a_part() -> None:
+    plan = plan_of({"draft_weights": BY_PART})
+    choices = {name: c for name, c in plan.choices().items() if "weights" in name}
+    assert choices == {
+        "weights.attention": ("same", "int8"),
+        "weights.mlp": ("same", "int4"),
+    }
+    assert plan.with_params(plan.params()) == plan
+    without = plan.with_params({"weights.mlp": "same"})
+    assert without["draft_weights"] == DraftWeights(attention="int8")
+    assert not any("weights" in name for name in DraftPlan(NUM_LAYERS).choices())
+
+
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2)])
 def test_bytes_do_not_depend_on_the_checkpoints_type(
     dtype: str, num_bytes: int, tmp_path: Path

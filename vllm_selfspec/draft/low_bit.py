@@ -28,7 +28,7 @@ from vllm.model_executor.models import supports_multimodal
 
 from vllm_selfspec.draft.low_bit_linear import NoKernelError, low_bit_copy
 from vllm_selfspec.draft.view import find_layers
-from vllm_selfspec.plan.axis_draft_weights import SAME, DraftWeights
+from vllm_selfspec.plan.axis_draft_weights import HEAD, SAME, DraftWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
 from vllm_selfspec.plan.skip_set import SUBLAYERS
@@ -42,50 +42,52 @@ class LowBitCopies:
     """What a draft view exchanges.
 
     Attributes:
-        linears: Copies of linear layers, by the target's.
-        heads: The copy of the LM head, by the target's.
+        parts: By part of the model, copies by what they are of.
         left: Why others were left as they are.
     """
 
-    linears: dict[nn.Module, Any] = field(default_factory=dict)
-    heads: dict[nn.Module, Any] = field(default_factory=dict)
+    parts: dict[str, dict[nn.Module, Any]] = field(
+        default_factory=lambda: {part: {} for part in DraftWeights().by_part}
+    )
     left: set[str] = field(default_factory=set)
 
-    def add(self, copies: dict[nn.Module, Any], module: Any, word: str) -> None:
+    def add(self, part: str, module: Any, word: str) -> None:
         """Makes a copy, if there is a kernel for it."""
         try:
-            copies[module] = low_bit_copy(module, word)
+            self.parts[part][module] = low_bit_copy(module, word)
         except NoKernelError as error:
             self.left.add(str(error))
 
     @property
     def num_bytes(self) -> int:
         """Of all of them."""
-        every = [*self.linears.values(), *self.heads.values()]
-        return sum(copy.quant_method.num_bytes for copy in every)
+        return sum(
+            copy.quant_method.num_bytes
+            for copies in self.parts.values()
+            for copy in copies.values()
+        )
 
 
 # Between the loading of a target and the making of its draft view.
 _taken: WeakKeyDictionary[nn.Module, LowBitCopies] = WeakKeyDictionary()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def take_copies(plan: DraftPlan, target: nn.Module, vllm_config: VllmConfig) -> None:
     """Copies what a plan runs, layer by layer."""
-    copies = LowBitCopies()
+    copies, words = LowBitCopies(), plan["draft_weights"].by_part
     if vllm_config.quant_config is not None:
         copies.left.add("weights that are quantised already")
     else:
-        for module, word in _linears(plan, target, vllm_config, copies.left):
-            copies.add(copies.linears, module, word)
-        for module, word in _heads(plan["draft_weights"], target, vllm_config, copies):
-            copies.add(copies.heads, module, word)
+        for part, module in _linears(plan, target, vllm_config, copies.left):
+            copies.add(part, module, words[part])
+        if words[HEAD] != SAME:
+            for module in _heads(target, vllm_config, copies.left):
+                copies.add(HEAD, module, words[HEAD])
     _taken[_key(target)] = copies
     logger.info_once(
-        "selfspec keeps %d linear layers and %d LM heads in fewer bits beside the "
-        "target: %.1f MB",
-        len(copies.linears),
-        len(copies.heads),
+        "selfspec keeps %d linear layers in fewer bits beside the target: %.1f MB",
+        sum(map(len, copies.parts.values())),
         copies.num_bytes / 1e6,
     )
     for reason in sorted(copies.left):
@@ -127,9 +129,9 @@ def _key(target: nn.Module) -> nn.Module:
 
 def _linears(
     plan: DraftPlan, target: nn.Module, vllm_config: VllmConfig, left: set[str]
-) -> Iterator[tuple[nn.Module, str]]:
-    """The linear layers that a plan runs in fewer bits; with a search while serving,
-    which tries other skip sets, those of every layer."""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers that a plan runs in fewer bits, with their parts; with a search
+    while serving, which tries other skip sets, those of every layer."""
     family = family_of(vllm_config.model_config.architecture)
     _, layers = find_layers(target, plan.num_layers)
     for index, layer in enumerate(layers):
@@ -139,7 +141,7 @@ def _linears(
             if word == SAME or (is_skipped and not tunes_online(vllm_config)):
                 continue
             for linear in _within(getattr(layer, getattr(family, which)), left):
-                yield linear, word
+                yield which, linear
 
 
 def _within(sublayer: nn.Module, left: set[str]) -> list[nn.Module]:
@@ -165,15 +167,11 @@ def _within(sublayer: nn.Module, left: set[str]) -> list[nn.Module]:
     ]
 
 
-def _heads(
-    value: DraftWeights, target: Any, vllm_config: VllmConfig, copies: LowBitCopies
-) -> Iterator[tuple[nn.Module, str]]:
+def _heads(target: Any, vllm_config: VllmConfig, left: set[str]) -> Iterator[nn.Module]:
     """The LM head, which is the embedding where the two are tied."""
-    if value.head == SAME:
-        return
     config = vllm_config.model_config
     if config.head_dtype != config.dtype:
-        copies.left.add("LM heads of another dtype")
+        left.add("an LM head of another dtype")
         return
     model = target.get_language_model() if supports_multimodal(target) else target
     embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
@@ -181,6 +179,6 @@ def _heads(
     if len(heads) == 1 and isinstance(
         heads[0].quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
     ):
-        yield heads[0], value.head
+        yield heads[0]
     else:
-        copies.left.add("LM heads of another kind")
+        left.add("an LM head of another kind")

@@ -155,12 +155,11 @@ class LoadedTarget:
     """
 
     def __init__(self, target: nn.Module, plan: DraftPlan, vllm_config: Any) -> None:
-        """For plans of which `plan` is the first; a value that needs something loaded
-        and is not in it can be drafted with no more."""
+        """For plans that need no more loaded than `plan`, the first."""
         self.target = target
         self._family = family_of(vllm_config.model_config.architecture)
         self._loaded = {
-            (name, value): resolve_name(loader)(value, target, vllm_config)
+            name: resolve_name(loader)(value, target, vllm_config)
             for name, value in plan.values
             if (loader := axis_named(name).loader) is not None
         }
@@ -169,8 +168,7 @@ class LoadedTarget:
         """The target, run as a plan says."""
         builder = ViewBuilder(self.target, plan.num_layers, self._family)
         for name, value in plan.values:
-            loaded = self._loaded.get((name, value))
-            axis_named(name).build(value, builder, loaded)
+            axis_named(name).build(value, builder, self._loaded.get(name))
         return DraftView(builder)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SAME: Final = "same"
 INT8: Final = "int8"
 INT4: Final = "int4"
+HEAD = "head"
 WEIGHTS = (SAME, INT8, INT4)
 # int8 has a scale per output channel. int4 has for each group of weights a scale, and
 # as vLLM's CPU kernel keeps it a sum and a zero point, too; its GPU kernels need less.
@@ -102,7 +103,7 @@ class DraftWeights:
 
 
 class DraftWeightsAxis(Axis):
-    """Its value is a `DraftWeights`."""
+    """Its value is a `DraftWeights`; its parameters are `weights.mlp` and the like."""
 
     name = "draft_weights"
     keys = DraftWeightsKeys
@@ -160,8 +161,29 @@ class DraftWeightsAxis(Axis):
         return f"weights of {', '.join(listed)}"
 
     def build(self, value: DraftWeights, view: Any, loaded: Any) -> None:
-        view.exchange(loaded.linears)
-        view.exchange_head(loaded.heads)
+        for part, word in value.by_part.items():
+            if word == SAME:
+                continue
+            if part == HEAD:
+                view.exchange_head(loaded.parts[part])
+            else:
+                view.exchange(loaded.parts[part])
+
+    def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:
+        """With and without the copies of each part that the search starts from."""
+        words = plan[self.name].by_part
+        return {_param(p): (SAME, word) for p, word in words.items() if word != SAME}
+
+    def params(self, value: DraftWeights) -> dict[str, Any]:
+        return {_param(part): word for part, word in value.by_part.items()}
+
+    def from_params(self, params: Mapping[str, Any], plan: "DraftPlan") -> DraftWeights:
+        words = {part: params[_param(part)] for part in plan[self.name].by_part}
+        return self.from_json(words, plan.num_layers)
+
+
+def _param(part: str) -> str:
+    return f"weights.{part}"
 
 
 def _share(word: str, target: StepCost) -> float:
