@@ -97,6 +97,18 @@ def test_a_compiled_exit_layer_has_the_kv_of_every_token(
     assert counts["accepted_tokens"] == counts["draft_tokens"] > 0
 
 
+@pytest.mark.skipif(IS_SHORT, reason="a minute: SELFSPEC_TEST_ALL=1")
+def test_low_bit_copies_of_a_compiled_target_draft_eagerly(
+    tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    weights = {"attention": "int8", "mlp": "int4", "head": "int4"}
+    plan = {"draft_weights": weights, "num_speculative_tokens": 4}
+    found = compared(tiny_models["qwen2"], tmp_path, plan)
+    assert not found["view is compiled"]
+    assert found["plain"][0] == found["compiled"][0] == found["eager"][0]
+    assert found["compiled"][1] == found["eager"][1], "other drafts are accepted"
+
+
 if __name__ == "__main__":
     model, root, plan = sys.argv[1:]
     cache = Path(root, "torch_compile_cache", "torch_aot_compile")

@@ -23,7 +23,7 @@ WARM_UP_TOKENS = 2  # of one token, torch would take the batch size for a consta
 @torch.inference_mode()
 def compile_view(view: DraftView, vllm_config: VllmConfig) -> None:
     """Compiles the parts of the view that vLLM compiles in the target; now, so that no
-    request waits for it. Idle where the target is not compiled.
+    request waits for it. Idle where the target is not, or the view may not be.
 
     Args:
         view: A draft view whose target is loaded.
@@ -35,7 +35,7 @@ def compile_view(view: DraftView, vllm_config: VllmConfig) -> None:
         if isinstance(module, TorchCompileWithNoGuardsWrapper)
         and not module.do_not_compile
     ]
-    if not parts:
+    if not parts or not view.may_compile:
         return
     draft_config = copy.copy(vllm_config)  # another key for the same settings
     draft_config.additional_config = {

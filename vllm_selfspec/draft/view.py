@@ -99,7 +99,10 @@ class ViewBuilder:
         layers: Its decoder layers, in a list of the view's own.
         own_modules: The modules on the way from `model` to `layers`. They are the
             view's, not the target's.
+        may_compile: Whether the view drafts the same when it is compiled.
     """
+
+    may_compile = True
 
     def __init__(self, target: Any, num_layers: int, family: Family) -> None:
         path, layers = find_layers(target, num_layers)
@@ -179,13 +182,14 @@ class DraftView:
         model: The target as a module of the view's own; its forward and its
             `compute_logits` are the target's own where no axis exchanged them.
         own_modules: See `ViewBuilder`.
+        may_compile: See `ViewBuilder`.
         is_compiled: Whether `model` runs compiled code; see `compile`.
         attn_layer_names: vLLM's names of the attention layers that run.
     """
 
     def __init__(self, built: ViewBuilder) -> None:
         self.model, self.own_modules = built.model, built.own_modules
-        self.is_compiled = False
+        self.may_compile, self.is_compiled = built.may_compile, False
         self.attn_layer_names = frozenset(
             module.layer_name
             for module in built.layers.modules()
