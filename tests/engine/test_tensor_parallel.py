@@ -21,9 +21,8 @@ TWO: dict[str, Any] = {
 NUM_DRAFTS = 3
 NUM_PROMPTS, MAX_TOKENS = (4, 12) if IS_V2 else (8, 24)
 PLANS: list[dict[str, Any]] = [{"attention": [1], "mlp": [1, 2]}, {}]
-HEADS = {"shared head": None, "own head": 0}
 if IS_PART:  # in the interpreter each takes long
-    PLANS, HEADS = PLANS[:1], {"shared head": None}
+    PLANS = PLANS[:1]
 IN_FULL = pytest.mark.skipif(
     IS_V2 and IS_SHORT, reason="two minutes in the interpreter: make test-all"
 )
@@ -59,18 +58,16 @@ def test_greedy_text_is_plain_vllms(
 @IN_FULL
 @pytest.mark.v2
 @pytest.mark.shows("Engine", "tensor parallelism, exit head")
-@pytest.mark.parametrize("rank", HEADS.values(), ids=HEADS)
 def test_an_exit_layer_drafts_as_in_one_worker(
-    rank: int | None, tiny_models: dict[str, str], engines: Engines, tmp_path: Path
+    tiny_models: dict[str, str], engines: Engines, tmp_path: Path
 ) -> None:
     model, prompts = tiny_models["qwen3"], prompts_of(NUM_PROMPTS)
-    head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head", rank)
+    head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head")
     spec = {"exit_head": str(head), "num_speculative_tokens": NUM_DRAFTS}
     _, expected = run(engines.get(model, spec), prompts, greedy(MAX_TOKENS))
     _, counts = run(engines.get(model, spec, **TWO), prompts, greedy(MAX_TOKENS))
     assert counts == expected
-    assert (counts.acceptance == 1) is (rank is None)
-    assert counts.accepted_tokens
+    assert counts.acceptance == 1, "it runs what the target runs"
 
 
 @pytest.mark.shows(
