@@ -180,10 +180,15 @@ def compare(arms: Arms, repeats: int, console: Console) -> list[Result]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Generating", total=total)
+
+        def advance() -> None:
+            progress.advance(task)
+            done = round(progress.tasks[task].completed)
+            if not console.is_terminal and done % max(1, total // 10) == 0:
+                console.print(f"Generating: {done} of {total} runs")  # no bar in a log
+
         for num_streams in ROUNDS:
-            samples = _run_in_turns(
-                arms, turns[num_streams], lambda: progress.advance(task)
-            )
+            samples = _run_in_turns(arms, turns[num_streams], advance)
             plain[num_streams] = samples.pop(PLAIN)
             # Plain vLLM's own texts at one stream are what its others are held to.
             same = _num_same(plain[1], plain[num_streams])
