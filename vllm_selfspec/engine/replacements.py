@@ -54,10 +54,12 @@ def limit_per_row(original: Function) -> Function:
 
 
 def propose(original: Function) -> Function:
+    signature = inspect.signature(original)
+
     def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not uses_selfspec(self.vllm_config):
             return original(self, *args, **kwargs)
-        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        call = signature.bind(self, *args, **kwargs).arguments
         drafts = self.drafter.propose_for_runner(
             self,
             call["scheduler_output"],
@@ -208,8 +210,10 @@ def keep_seeds_apart(original: Function) -> Function:
 
 
 def draw_as_plain_vllm(original: Function) -> Function:
+    signature = inspect.signature(original)
+
     def rejection_sample(*args: Any, **kwargs: Any) -> Any:
-        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        call = signature.bind(*args, **kwargs).arguments
         seeded = getattr(call["sampling_metadata"], "seeded", None)
         output_token_ids = original(*args, **kwargs)
         if seeded is not None:
@@ -221,9 +225,11 @@ def draw_as_plain_vllm(original: Function) -> Function:
 
 
 def draw_as_plain_vllm_on_device(original: Function) -> Function:
+    signature = inspect.signature(original)
+
     def _verify(self: Any, *args: Any, **kwargs: Any) -> Any:
         logits, *sampled = original(self, *args, **kwargs)
-        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        call = signature.bind(self, *args, **kwargs).arguments
         states, reqs = self.sampler.sampling_states, call["idx_mapping_np"]
         has_seeds = is_in_use() and states.any_explicit_seed(reqs)
         if not has_seeds or self.watermark_key is not None:
