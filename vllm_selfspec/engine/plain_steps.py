@@ -15,13 +15,8 @@ from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.engine.request_fields import needs_plain_steps
 
 
-class PlainSteps:
-    """What every scheduler of an engine with selfspec gets; to be mixed into one of
-    vLLM's.
-
-    Attributes:
-        undrafted: The statistics that count such requests and steps.
-    """
+class OfScheduler:
+    """To be mixed into one of vLLM's schedulers: what it then finds there."""
 
     vllm_config: Any
     log_stats: bool
@@ -30,6 +25,15 @@ class PlainSteps:
     dynamic_sd_lookup: list[int] | None
     num_spec_tokens: int
     max_num_running_reqs: int
+
+
+class PlainSteps(OfScheduler):
+    """What every scheduler of an engine with selfspec gets; to be mixed into one of
+    vLLM's.
+
+    Attributes:
+        undrafted: The statistics that count such requests and steps.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -26,7 +26,7 @@ from vllm_selfspec.draft_length.goodput import NO_PROMPTS, Goodput, Prompts
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.engine.measure import measure_costs, measure_sublayers
-from vllm_selfspec.engine.plain_steps import PlainSteps
+from vllm_selfspec.engine.plain_steps import OfScheduler, PlainSteps
 from vllm_selfspec.served_config import plan_of
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -235,17 +235,10 @@ class DraftPlanner:
         self.stats.publish("scheduler", self.goodput.beliefs)
 
 
-class _Planning:
+class _Planning(OfScheduler):
     """What both schedulers get; to be mixed into one of vLLM's."""
 
     costs: StepCosts
-    vllm_config: Any
-    log_stats: bool
-    requests: dict[str, Request]
-    running: list[Request]
-    dynamic_sd_lookup: list[int] | None
-    num_spec_tokens: int
-    max_num_running_reqs: int
     max_model_len: int
     max_num_scheduled_tokens: int
     waiting: RequestQueue
