@@ -9,6 +9,7 @@ from vllm_selfspec.plan.cost import (
     CheckpointError,
     ModelWeights,
     TensorHeader,
+    read_headers,
     weight_files,
 )
 
@@ -50,16 +51,13 @@ def read_weights(model: str, path: Path) -> ModelWeights:
         CheckpointError: If there are none, a tensor's part is not known, or the Hub
             cannot be reached.
     """
-    if Path(model).is_dir() or _has_weights(path):
-        return ModelWeights.from_checkpoint(path)
-    return ModelWeights.from_headers(_headers_on_hub(model, path), path)
-
-
-def _has_weights(path: Path) -> bool:
     try:
-        return bool(weight_files(path))
+        files = weight_files(path)
     except CheckpointError:
-        return False
+        if Path(model).is_dir():
+            raise
+        return ModelWeights.from_headers(_headers_on_hub(model, path), path)
+    return ModelWeights.from_headers(read_headers(files), path)
 
 
 def _headers_on_hub(model: str, path: Path) -> dict[str, TensorHeader]:
