@@ -45,12 +45,10 @@ class DraftPlan:
 
     def with_value(self, name: str, value: Any) -> "DraftPlan":
         """With another value of one axis, and what that implies for others."""
-        plan = self._with(name, value)
-        for axis in AXES:
-            plan = axis.completed(plan)
-        return plan
+        return self.implying(name, value)._completed()
 
-    def _with(self, name: str, value: Any) -> "DraftPlan":
+    def implying(self, name: str, value: Any) -> "DraftPlan":
+        """`with_value` for an axis that completes a plan: asks no other axis."""
         values = {**dict(self.values), axis_named(name).name: value}
         return DraftPlan(
             self.num_layers,
@@ -62,9 +60,11 @@ class DraftPlan:
             ),
         )
 
-    def implying(self, name: str, value: Any) -> "DraftPlan":
-        """`with_value` for an axis that completes a plan: asks no other axis."""
-        return self._with(name, value)
+    def _completed(self) -> "DraftPlan":
+        plan = self
+        for axis in AXES:
+            plan = axis.completed(plan)
+        return plan
 
     def __getitem__(self, name: str) -> Any:
         """The value of an axis."""
@@ -128,10 +128,8 @@ class DraftPlan:
         """
         every, plan = {**self.params(), **params}, self
         for axis in AXES:
-            plan = plan._with(axis.name, axis.from_params(every, self))
-        for axis in AXES:
-            plan = axis.completed(plan)
-        return plan
+            plan = plan.implying(axis.name, axis.from_params(every, self))
+        return plan._completed()
 
     def candidates(self, is_exchangeable: bool = False) -> Iterator["DraftPlan"]:
         """Plans worth a try before any search that starts from here."""

@@ -29,10 +29,7 @@ def changed(plan: DraftPlan, choices: Sequence[Choice]) -> DraftPlan | None:
 
 def neighbours(plan: DraftPlan) -> Iterator[DraftPlan]:
     """What differs from a plan in one choice."""
-    for choice in other_choices(plan):
-        neighbour = changed(plan, [choice])
-        if neighbour is not None:
-            yield neighbour
+    yield from single_changes(plan).values()
 
 
 def single_changes(plan: DraftPlan) -> dict[Choice, DraftPlan]:
