@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from helpers.engines import KV_CACHE_BYTES, Engines, greedy, prompts_of, run, token_ids
+from helpers.engines import SETTINGS, Engines, greedy, prompts_of, run, token_ids
 from helpers.environment import IS_SHORT, IS_V2
 from helpers.models import NUM_LAYERS
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -22,14 +22,6 @@ SPEC = {
     "exit_layer": NUM_LAYERS // 2,
     "draft_length": "fixed",
     "num_speculative_tokens": 3,
-}
-SETTINGS: dict[str, Any] = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 256,
-    "max_num_seqs": 8,
-    "kv_cache_memory_bytes": KV_CACHE_BYTES,
-    "disable_log_stats": False,
 }
 MAX_TOKENS = 12 if IS_V2 else 24
 # Two engines on two cores: each keeps to one.

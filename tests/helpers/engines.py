@@ -13,6 +13,15 @@ from helpers.models import VOCAB_SIZE
 from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
 
 KV_CACHE_BYTES = 16 << 20
+# Of a tiny model, whose text is to be compared to the token.
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    "disable_log_stats": False,
+}
 
 
 class Engines:
@@ -34,16 +43,7 @@ class Engines:
         """
         from vllm import LLM
 
-        settings: dict[str, Any] = {
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "max_num_seqs": 8,
-            "kv_cache_memory_bytes": KV_CACHE_BYTES,
-            "disable_log_stats": False,
-            "seed": 0,
-            **kwargs,
-        }
+        settings = {**SETTINGS, "seed": 0, **kwargs}
         key = repr((model, spec, sorted(settings.items(), key=str)))
         if key not in self._engines:
             config = None
