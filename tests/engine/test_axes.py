@@ -58,7 +58,7 @@ class Shift(Axis):
     def cost(self, value: int, draft: StepCost, target: StepCost) -> StepCost:
         return draft.beside(NAME, target.total * value / 1000)
 
-    def extra_bytes(self, value: int, target: StepCost) -> int:
+    def extra_bytes(self, value: int, draft: StepCost, target: StepCost) -> int:
         return value
 
     def choices(self, plan: DraftPlan) -> Mapping[str, tuple[Any, ...]]:
