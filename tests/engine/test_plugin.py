@@ -39,6 +39,8 @@ DRAFTING = {
     "draft.v2_graphs",
     "draft.v2_speculator",
     "draft.exit_layer",
+    "draft.low_bit",
+    "draft.low_bit_linear",
 }
 OF_THE_PLUGIN = (
     "plugin",

@@ -200,9 +200,17 @@ def test_every_class_fits_those_it_extends_in_each_release(
 def test_what_the_planning_scheduler_reads_is_there_in_each_release(
     version: str,
 ) -> None:
-    module = ast.parse((PACKAGE / "engine/scheduler.py").read_text())
-    (ours,) = [n for n in module.body if getattr(n, "name", "") == "_Planning"]
-    annotated = [node for node in ours.body if isinstance(node, ast.AnnAssign)]
+    modules = [
+        ast.parse((PACKAGE / f"engine/{name}.py").read_text())
+        for name in ("plain_steps", "scheduler")
+    ]
+    ours = {getattr(n, "name", ""): n for module in modules for n in module.body}
+    annotated = [
+        node
+        for mixin in (ours["OfScheduler"], ours["_Planning"])
+        for node in mixin.body
+        if isinstance(node, ast.AnnAssign)
+    ]
     names = {ast.unparse(node.target) for node in annotated} - {"costs"}  # ours
     path = Path(*SCHEDULER[0].split(".")).with_suffix(".py")
     source = (source_of(version) / path).read_text()

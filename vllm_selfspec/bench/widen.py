@@ -22,14 +22,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
 
 from vllm_selfspec.plan.cost import WEIGHTS, CheckpointError, weight_files
 from vllm_selfspec.plan.exit_card import (
@@ -39,8 +36,11 @@ from vllm_selfspec.plan.exit_card import (
 )
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
+if TYPE_CHECKING:
+    import torch
+
 ARCHITECTURES = ["LlamaForCausalLM"]
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float32")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What the output was made from, so that a second call can be idle. A new meaning of the
 # output needs a new FORMAT.
@@ -103,8 +103,10 @@ def widen(source: Path, output: Path, factor: int, dtype: str = "bfloat16") -> P
 def _write(
     directory: Path, source: Path, config: dict[str, Any], stamp: dict[str, Any]
 ) -> None:
+    from safetensors.torch import save_file
+
     factor, dtype = stamp["factor"], stamp["dtype"]
-    weights = widened_weights(source, config, factor, DTYPES[dtype])
+    weights = widened_weights(source, config, factor, _torch_dtype(dtype))
     save_file(weights, directory / WEIGHTS, {"format": "pt"})  # transformers wants it
     _write_json(directory / "config.json", widened_config(config, factor, dtype))
     _write_json(directory / STAMP, stamp)
@@ -208,8 +210,8 @@ def widened_config(config: dict[str, Any], factor: int, dtype: str) -> dict[str,
 
 
 def widened_weights(
-    source: Path, config: dict[str, Any], factor: int, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+    source: Path, config: dict[str, Any], factor: int, dtype: "torch.dtype"
+) -> dict[str, "torch.Tensor"]:
     """All tensors of the wide model, the untied LM head among them."""
     weights = dict(_tensors(source))
     if config.get("tie_word_embeddings"):
@@ -220,7 +222,15 @@ def widened_weights(
     return {name: widen_tensor(name, w.to(dtype), factor) for name, w in steps}
 
 
-def _tensors(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def _tensors(source: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+    from safetensors import safe_open
+
     for file in weight_files(source):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
@@ -228,7 +238,7 @@ def _tensors(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensors.get_tensor(name)
 
 
-def widen_tensor(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
+def widen_tensor(name: str, weight: "torch.Tensor", factor: int) -> "torch.Tensor":
     """One widened tensor.
 
     Args:
@@ -264,6 +274,8 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
         ExitHeadError: If the head is damaged, or not of `source`.
         WidenError: If `wide` is not made of `source`.
     """
+    from safetensors.torch import load_file, save
+
     card = read_exit_card(head)
     card.check_fits(TargetModel.read(source, str(source)), source)
     stamp = read_stamp(wide) or {}
@@ -272,7 +284,7 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
             f"a head is widened for a model that was widened from its target {source}, "
             f"but {wide} was not: widen that first"
         )
-    factor, dtype = int(stamp["factor"]), DTYPES[stamp["dtype"]]
+    factor, dtype = int(stamp["factor"]), _torch_dtype(stamp["dtype"])
     tensors = {
         name: widen_tensor(name, tensor.to(dtype), factor)
         for name, tensor in load_file(head / TENSORS_FILE).items()
