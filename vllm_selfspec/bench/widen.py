@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.plan.cost import WEIGHTS, CheckpointError, weight_files
 from vllm_selfspec.plan.exit_card import (
     TENSORS_FILE,
@@ -108,8 +109,9 @@ def _write(
     factor, dtype = stamp["factor"], stamp["dtype"]
     weights = widened_weights(source, config, factor, _torch_dtype(dtype))
     save_file(weights, directory / WEIGHTS, {"format": "pt"})  # transformers wants it
-    _write_json(directory / "config.json", widened_config(config, factor, dtype))
-    _write_json(directory / STAMP, stamp)
+    wide = widened_config(config, factor, dtype)
+    whole_file.write_json(wide, directory / "config.json")
+    whole_file.write_json(stamp, directory / STAMP)
     for file in companions(source):
         shutil.copy(file, directory)
 
@@ -302,10 +304,6 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
         save(tensors, {"format": "pt"}),
     )
     return output
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main(
