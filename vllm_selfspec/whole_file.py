@@ -16,6 +16,8 @@ from typing import Any
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
+_logged: set[str] = set()  # kinds of files that this process has failed to write
+
 
 class WriteError(OSError):
     """A file that could not be written; it is what it was before."""
@@ -103,7 +105,7 @@ def write_if_possible(
         content: Of the file.
         file: To be written.
         what: Names such files in the log and in `failed_writes`.
-        failed_writes: Counts failures; the first one of each kind is logged.
+        failed_writes: Counts failures; the first of each kind in a process is logged.
         syncs: As of `replacing`.
     """
     try:
@@ -115,7 +117,8 @@ def write_if_possible(
 def count_failure(what: str, error: OSError, failed_writes: Counter[str]) -> None:
     """Counts a failed write while serving, and logs the first of its kind."""
     failed_writes[what] += 1
-    if failed_writes[what] == 1:
+    if what not in _logged:
+        _logged.add(what)
         logger.warning(
             "selfspec serves on without its %s: %s. From now on failures are only "
             "counted, in vllm:selfspec_failed_writes",

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from helpers.full_disk import full_disk
+from vllm_selfspec import whole_file
 from vllm_selfspec.draft.stats import DIRECTORY, DraftStats, MetricsCollector
 
 
@@ -140,6 +141,7 @@ def test_a_full_disk_costs_counts_until_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(DIRECTORY, str(tmp_path))
+    monkeypatch.setattr(whole_file, "_logged", set())
     found = stats(lengths={2: 1})
     found._write("part")
     (file,) = tmp_path.iterdir()

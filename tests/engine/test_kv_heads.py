@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,21 @@ NOTHING = {"skip_layers": {"attention": [], "mlp": []}, "num_speculative_tokens"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-NeoX, whose attention has one KV head for every query head."""
-    return build_tiny_model(
-        "gpt_neox",
-        tmp_path_factory.mktemp("whole"),
-        hidden_size=HIDDEN,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=None,
-        head_dim=None,
-    )
+    """A GPT-NeoX, whose attention has one KV head for every query head.
+
+    Made in a process of its own: where vLLM has served a GPT-NeoX, Transformers' class
+    is not what it was.
+    """
+    keys = {
+        "hidden_size": HIDDEN,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": None,
+        "head_dim": None,
+    }
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        directory = tmp_path_factory.mktemp("whole")
+        made = process.submit(build_tiny_model, "gpt_neox", directory, **keys)
+        return made.result()
 
 
 @pytest.fixture(scope="module")

@@ -111,8 +111,9 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
 
 
 def test_serving_goes_on_without_what_cannot_be_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(whole_file, "_logged", set())
     failed: Counter[str] = Counter()
     file = tmp_path / "f"
     with full_disk(ROOM):
