@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from vllm_selfspec.draft_length.best_lengths import best_lengths
 from vllm_selfspec.draft_length.costs import StepCosts
-from vllm_selfspec.draft_length.goodput import Goodput, best_lengths
+from vllm_selfspec.draft_length.goodput import Goodput
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
     StopRule,

@@ -32,6 +32,8 @@ from vllm_selfspec.plan.profile import (
     read_profile,
 )
 from vllm_selfspec.plan.skip_set import DEFAULT_SKIP_RATIO, SkipSet
+from vllm_selfspec.plan.source import Source
+from vllm_selfspec.plan.sources import MODEL, SOURCES, source_named
 from vllm_selfspec.plan.target_model import TargetModel
 
 METHOD = "selfspec"
@@ -66,19 +68,27 @@ class Online(Keys):
 
 
 class SelfSpecConfig(Keys):
-    """The keys of `{"method": "selfspec", ...}` that are no axis's."""
+    """The keys of `{"method": "selfspec", ...}` that are no axis's and no source's."""
 
     skip_layers: Any  # an axis's, with words that name a whole plan
 
     method: Literal["selfspec"] = Field(
         default="selfspec", description="Chooses self-speculative decoding."
     )
+    draft_source: str = Field(
+        default=AUTO,
+        description="Where draft tokens come from: 'model' (the target drafts for "
+        "itself, by the keys below), 'context' (copies of what followed a request's "
+        "last tokens before), or 'auto' (for each request whichever brings most; the "
+        "model alone where steps are scheduled ahead of the device, as the V2 model "
+        "runner does).",
+    )
     num_speculative_tokens: int = Field(
         default=DEFAULT_NUM_SPECULATIVE_TOKENS,
         ge=1,
         le=MAX_NUM_SPECULATIVE_TOKENS,
         strict=True,
-        description="Tokens drafted per request and step at most.",
+        description="Tokens that the model drafts per request and step at most.",
     )
     online: Online = Field(
         default_factory=Online,
@@ -105,6 +115,16 @@ class SelfSpecConfig(Keys):
         "[first, last, tokens] with both ends included; 0 drafts nothing. Sizes "
         "beyond the last entry take that entry.",
     )
+
+    @field_validator("draft_source")
+    @classmethod
+    def _is_a_source(cls, name: str) -> str:
+        known = [AUTO, *(source.name for source in SOURCES)]
+        if name not in known:
+            raise ValueError(
+                f"is {shown(name)}, but must be one of {', '.join(known)}: write that"
+            )
+        return name
 
     @field_validator("num_speculative_tokens_per_batch_size", mode="before")
     @classmethod
@@ -146,6 +166,25 @@ class SelfSpecConfig(Keys):
             )
         return self
 
+    @model_validator(mode="after")
+    def _keys_are_of_what_drafts(self) -> "SelfSpecConfig":
+        for source in SOURCES:
+            own = set(source.keys.model_fields)
+            if source.name == MODEL:  # the axes say how it drafts
+                own = {key for axis in AXES for key in axis.keys.model_fields}
+            said = sorted(own & self.model_fields_set)
+            if said and not self.may_use(source):
+                raise ValueError(
+                    f"{said[0]} is of source {source.name!r}, but draft_source is "
+                    f"{shown(self.draft_source)}: make it 'auto' or {source.name!r}, "
+                    f"or remove {said[0]}"
+                )
+        return self
+
+    def may_use(self, source: Source) -> bool:
+        """Whether the user lets a source draft."""
+        return self.draft_source in (AUTO, source.name)
+
     @property
     def is_online(self) -> bool:
         """Whether the skip set is looked for while serving."""
@@ -165,13 +204,16 @@ class SelfSpecConfig(Keys):
 
 
 def config_type() -> type[SelfSpecConfig]:
-    """`SelfSpecConfig` with the keys of each axis in the table."""
-    return _config_type(tuple(AXES))
+    """`SelfSpecConfig` with the keys of each axis and source in the tables."""
+    return _config_type(tuple(AXES), tuple(SOURCES))
 
 
 @cache
-def _config_type(axes: tuple[Axis, ...]) -> type[SelfSpecConfig]:
-    bases: Any = (*(axis.keys for axis in axes), SelfSpecConfig)
+def _config_type(
+    axes: tuple[Axis, ...], sources: tuple[Source, ...]
+) -> type[SelfSpecConfig]:
+    keys = [*(axis.keys for axis in axes), *(source.keys for source in sources)]
+    bases: Any = (*(one for one in keys if one is not Keys), SelfSpecConfig)
     found: type[SelfSpecConfig] = create_model("SelfSpecConfig", __base__=bases)
     return found
 
@@ -203,6 +245,8 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> ChosenPlan:
         PlanError: If the model has no such parts, or the keys do not go together.
         ProfileError: If a profile is missing, malformed or of another model.
     """
+    if not config.may_use(source_named(MODEL)):
+        return ChosenPlan(DraftPlan(target.num_layers), "draft_source")
     said = _said(config)
     chosen = _start(config, target, has_axes=bool(said))
     plan = chosen.plan

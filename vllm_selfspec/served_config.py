@@ -26,6 +26,33 @@ def plans_draft_lengths(vllm_config: Any) -> bool:
     return _policy(vllm_config) == "goodput"
 
 
+def plans_in_worker(vllm_config: Any) -> bool:
+    """Whether that is done in the worker, once a step has sampled: where steps are
+    scheduled one after the other. Otherwise the scheduler does, ahead of the device."""
+    is_async = vllm_config.scheduler_config.async_scheduling
+    return plans_draft_lengths(vllm_config) and not is_async
+
+
+def num_model_tokens(vllm_config: Any) -> int:
+    """The most that the model drafts for a request and step; 0 where it does not."""
+    return int(vllm_config.additional_config["selfspec"]["num_model_tokens"])
+
+
+def sources_of(vllm_config: Any) -> dict[str, dict[str, Any]]:
+    """The draft sources by name, with the values of their keys."""
+    found: dict[str, dict[str, Any]] = vllm_config.additional_config["selfspec"][
+        "sources"
+    ]
+    return found
+
+
+def has_free_sources(vllm_config: Any) -> bool:
+    """Whether anything but the model drafts; the tokens must then be on the host."""
+    from vllm_selfspec.plan.sources import MODEL
+
+    return uses_selfspec(vllm_config) and bool(sources_of(vllm_config).keys() - {MODEL})
+
+
 def needs_v1_runner(vllm_config: Any) -> str | None:
     """What the V2 runner's CUDA graphs of drafts would hold, and must not; or None."""
     if tunes_online(vllm_config):
@@ -43,6 +70,12 @@ def tunes_online(vllm_config: Any) -> bool:
 def stops_rows(vllm_config: Any) -> bool:
     """Whether single rows stop drafting; lengths are then known on the host alone."""
     return _policy(vllm_config) not in (None, "goodput", "fixed")
+
+
+def needs_host_tokens(vllm_config: Any) -> bool:
+    """Whether tokens must be on the host before the next step is scheduled: to stop
+    single rows, or to look at what free sources have."""
+    return stops_rows(vllm_config) or has_free_sources(vllm_config)
 
 
 def _policy(vllm_config: Any) -> str | None:

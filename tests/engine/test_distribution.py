@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.engines import Engines, run, token_ids, with_costs
+from helpers.engines import Engines, planner_of, run, token_ids, with_costs
 from helpers.environment import IS_PART, IS_V2
 from helpers.exit_heads import build_exit_head
 from helpers.models import DEMO_MODEL, build_tiny_model
 from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.draft_length.best_lengths import Mix
 
 pytestmark = pytest.mark.v2
 FALSE_ALARM = 1e-6
@@ -165,6 +166,56 @@ def test_rows_that_stop_drafting_leave_the_distribution_alone(
     samples = samples_of(llm, SETTINGS["T=1"])
     p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
     assert p > FALSE_ALARM, f"{policy}, {method} drafts: p = {p:.2g}"
+
+
+def mixing(engines: Engines, model: str, method: str, monkeypatch: Any) -> Any:
+    """An engine in which a coin decides whether a row that can copy does."""
+    rng = np.random.default_rng(0)
+
+    def by_coin(model: Any, free: Any, *_: Any) -> Mix:
+        is_free = (free > 0).any(axis=1) & (rng.random(len(model)) < 0.5)
+        lengths = np.where(is_free, np.minimum((free > 0).sum(axis=1), 2), 2)
+        return Mix(lengths.astype(np.int64), is_free)
+
+    monkeypatch.setattr("vllm_selfspec.draft_length.goodput.best_mix", by_coin)
+    spec = {"exit_layer": 2, "num_speculative_tokens": 2, "draft_sample_method": method}
+    spec |= {"draft_source": "auto", "prompt_lookup_min": 1}
+    return engines.get(model, spec, max_num_seqs=256, async_scheduling=False)
+
+
+@pytest.mark.parametrize(
+    "method", ["probabilistic"] if IS_PART else ["greedy", "probabilistic"]
+)
+def test_rows_that_copy_beside_rows_that_draft_leave_the_distribution_alone(
+    method: str, model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = mixing(engines, model, method, monkeypatch)
+    stats = planner_of(llm).stats
+    before = dict(stats.drafted)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    for name in ("model", "context"):
+        assert stats.drafted[name] - before.get(name, 0) > NUM_SAMPLES / 10
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"{method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.skipif(IS_V2, reason="its few samples show greater errors alone")
+def test_the_test_catches_copies_that_are_taken_for_draws(
+    model: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_selfspec.draft.mixed_probs import MixedProbs
+
+    llm = mixing(engines, model, "probabilistic", monkeypatch)
+    right = MixedProbs.__getitem__
+
+    def spread(self: Any, key: Any) -> Any:
+        return 0.7 * right(self, key) + 0.3 / VOCAB_SIZE
+
+    monkeypatch.setattr(MixedProbs, "__getitem__", spread)
+    samples = samples_of(llm, SETTINGS["T=1"])
+    assert p_value(samples, exact(engines, model, SETTINGS["T=1"])) < FALSE_ALARM, (
+        "wrong distributions of copies went unnoticed"
+    )
 
 
 @pytest.mark.skipif(IS_V2, reason="its few samples show greater errors alone")

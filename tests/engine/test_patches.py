@@ -135,7 +135,7 @@ def test_a_generation_through_the_registry_needs_no_seam(
 ) -> None:
     from vllm import SamplingParams
 
-    keys = {"exit_layer": 2, "num_speculative_tokens": 3}
+    keys = {"exit_layer": 2, "num_speculative_tokens": 3, "draft_source": "model"}
     prompts = prompts_of(3)
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     expected, counts = run(engines.get(tiny_models["llama"], keys), prompts, params)
@@ -160,13 +160,15 @@ def test_a_generation_through_the_registry_needs_no_seam(
     assert all(any(word in name for word in rest) for name in attached), attached
 
 
+COPIES = [16, 16]  # the longest draft, and the slots for it
 SAID_OF_FLAGS: list[tuple[list[str], Any]] = [
-    (["--speculative-config", "selfspec"], ["selfspec", 4, 4]),
-    (["--spec-method", "selfspec", "--spec-tokens", "3"], ["selfspec", 3, 3]),
+    (["--speculative-config", "selfspec"], ["selfspec", *COPIES]),
+    (["--spec-method", "selfspec", "--spec-tokens", "3"], ["selfspec", *COPIES]),
     (
         [
             "--speculative-config",
-            '{"method": "selfspec", "exit-layer": 1, "num_speculative_tokens": 2}',
+            '{"method": "selfspec", "exit-layer": 1, "num_speculative_tokens": 2, '
+            '"draft_source": "model"}',
         ],
         ["selfspec", 2, 2],
     ),

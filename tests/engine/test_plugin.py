@@ -41,6 +41,10 @@ DRAFTING = {
     "draft.exit_layer",
     "draft.low_bit",
     "draft.low_bit_linear",
+    "draft.mixed_probs",
+    "draft.row_planner",
+    "draft.v1_step",
+    "draft.v2_planned",
 }
 OF_THE_PLUGIN = (
     "plugin",
@@ -52,6 +56,7 @@ OF_THE_PLUGIN = (
     "engine.seams",
     "engine.versions",
 )
+NUM_COPIED = 16  # the longest draft where tokens are on the host: that of a copy
 EVERYWHERE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
 
 
@@ -232,8 +237,9 @@ def test_every_way_to_write_it_gives_the_plan_that_was_meant(
     plan = config.additional_config[METHOD]
     assert DraftPlan.from_dict(plan["plan"]).skip_set == skip_set
     assert plan["plan"]["num_layers"] == 4
-    assert config.speculative_config.num_speculative_tokens == k
+    assert plan["num_model_tokens"] == k
     assert config.num_lookahead_tokens == k, "draft KV needs slots of its own"
+    assert config.speculative_config.num_speculative_tokens == NUM_COPIED
 
 
 @pytest.mark.parametrize(
@@ -324,7 +330,7 @@ def test_a_second_configuration_from_the_same_arguments_is_the_same(model: str) 
     args = args_of(model, "--spec-method", "selfspec", "--spec-tokens", "3")
     first, second = args.create_engine_config(), args.create_engine_config()
     assert first.additional_config == second.additional_config
-    assert second.speculative_config.num_speculative_tokens == 3
+    assert second.additional_config[METHOD]["num_model_tokens"] == 3
 
 
 def test_the_plan_is_part_of_the_compile_cache_key(model: str) -> None:

@@ -1,11 +1,13 @@
-"""The planning scheduler: what it plans, cuts and learns."""
+"""Planning draft lengths, in the scheduler or in the worker."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helpers.engines import (
     Engines,
+    planner_of,
     prompts_of,
     run,
     scheduler_of,
@@ -14,15 +16,12 @@ from helpers.engines import (
 )
 from helpers.environment import IS_V2
 from vllm_selfspec.draft.stats import DraftStats
+from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
+from vllm_selfspec.draft_length.best_lengths import Prompts
 from vllm_selfspec.draft_length.costs import StepCosts
-from vllm_selfspec.draft_length.goodput import Goodput, Prompts
+from vllm_selfspec.draft_length.goodput import Goodput
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
-from vllm_selfspec.engine.scheduler import (
-    Arrivals,
-    DraftPlanner,
-    PlanningScheduler,
-    foreseen,
-)
+from vllm_selfspec.engine.scheduler import DraftPlanner, PlanningScheduler
 
 NUM_DRAFTS = 4
 SPEC: dict[str, Any] = {
@@ -124,7 +123,7 @@ def test_the_workers_measure_their_costs_at_start_up(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
     llm = engines.get(tiny_models["llama"], SPEC)
-    costs = scheduler_of(llm).planner.goodput.costs
+    costs = planner_of(llm).goodput.costs
     for rows in (1, 8, 40):
         assert float(costs.draft(rows)) > 0 and 0 < float(costs.verify(rows)) < 10
 
@@ -153,30 +152,31 @@ def test_where_drafts_are_cheap_all_of_them_are_made(
     assert counts.draft_tokens > 3 * counts.drafts, counts
 
 
+@pytest.mark.v2
 def test_drafts_beyond_a_requests_length_are_not_verified(
     tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = engines.get(tiny_models["llama"], SPEC)
     with_costs(llm, CHEAP, monkeypatch)
-    planner, planned = scheduler_of(llm).planner, []
-    plan = DraftPlanner.plan
+    goodput, planned = planner_of(llm).goodput, []
+    plan = goodput.plan
 
-    def uneven(self: Any, room_of: dict[str, int], *others: Any) -> int:
-        steps = plan(self, room_of, *others)
-        self.lengths = {r: min(k, i) for i, (r, k) in enumerate(self.lengths.items())}
-        planned.append(sum(self.lengths.values()))
-        return steps
+    def uneven(slots: Any, room: Any, *others: Any) -> Any:
+        found = plan(slots, room, *others)
+        found.lengths = np.minimum(found.lengths, np.arange(len(found.lengths)))
+        planned.append(int(found.lengths.sum()))
+        return found
 
-    monkeypatch.setattr(DraftPlanner, "plan", uneven)
+    monkeypatch.setattr(goodput, "plan", uneven)
+    num_tokens = 8 if IS_V2 else 20
     expected, _ = run(
-        engines.get(tiny_models["llama"]), prompts_of(4), greedy(max_tokens=20)
+        engines.get(tiny_models["llama"]), prompts_of(4), greedy(max_tokens=num_tokens)
     )
-    found, counts = run(llm, prompts_of(4), greedy(max_tokens=20))
+    found, counts = run(llm, prompts_of(4), greedy(max_tokens=num_tokens))
     assert token_ids(found) == token_ids(expected)
     # What was planned in the last step of a request is not verified any more.
     assert 0 < counts.draft_tokens <= sum(planned)
     assert counts.draft_tokens < 4 * counts.drafts
-    assert planner is scheduler_of(llm).planner
 
 
 def test_a_schedule_of_the_users_bounds_the_lengths(
@@ -196,7 +196,7 @@ def test_data_parallel_engines_have_every_length_that_graphs_are_captured_by(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    spec = {"method": "selfspec", **SPEC}
+    spec = {"method": "selfspec", "draft_source": "model", **SPEC}
     args = EngineArgs(
         tiny_models["llama"],
         dtype="float32",
@@ -208,8 +208,8 @@ def test_data_parallel_engines_have_every_length_that_graphs_are_captured_by(
     assert [tuple(entry) for entry in found] == schedule_of_all(NUM_DRAFTS)
 
 
-def test_a_scheduler_of_the_users_plans_no_lengths(
-    tiny_models: dict[str, str], engines: Engines
+def test_a_scheduler_of_the_users_is_left_alone(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -219,8 +219,12 @@ def test_a_scheduler_of_the_users_plans_no_lengths(
     llm = engines.get(tiny_models["llama"], SPEC, scheduler_cls=Own)
     assert isinstance(scheduler_of(llm), Own)
     assert not isinstance(scheduler_of(llm), PlanningScheduler)
+    with_costs(llm, CHEAP, monkeypatch)
     _, counts = run(llm, prompts_of(2), greedy())
-    assert counts.draft_tokens > 3 * counts.drafts, "drafts have full length then"
+    assert counts.draft_tokens > 3 * counts.drafts
+    with_costs(llm, DEAR, monkeypatch)
+    _, counts = run(llm, prompts_of(2), greedy())
+    assert counts.draft_tokens == 0, "the worker plans"
 
 
 def test_what_was_planned_is_shown_among_vllms_metrics(
@@ -232,7 +236,7 @@ def test_what_was_planned_is_shown_among_vllms_metrics(
     llm = engines.get(tiny_models["llama"], SPEC, served_model_name="shown")
     with_costs(llm, CHEAP, monkeypatch)
     run(llm, prompts_of(3), greedy())
-    scheduler_of(llm).planner.stats._written -= 60  # it is time
+    planner_of(llm).stats._written -= 60  # it is time
     run(llm, prompts_of(3), greedy())
     samples = {
         (sample.name, *sorted(sample.labels.values())): sample.value

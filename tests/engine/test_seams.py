@@ -134,14 +134,14 @@ SPECULATOR = (
 )
 # What the classes that extend one of vLLM's extend, nearest first.
 BASES = {
-    "_Planning": (SCHEDULER,),
-    "PlanningScheduler": (SCHEDULER,),
-    "PlanningAsyncScheduler": (
+    "PlainSteps": (SCHEDULER,),
+    "PlanningScheduler": (
         ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
         SCHEDULER,
     ),
     "DrawingSpeculator": SPECULATOR,
     "SelfSpecSpeculator": SPECULATOR,
+    "PlannedSpeculator": SPECULATOR,
     "RowStoppingSpeculator": SPECULATOR,
     "DraftGraphManager": (
         (
@@ -167,7 +167,9 @@ def test_every_class_fits_those_it_extends_in_each_release(
         "draft/v2_drawing.py",
         "draft/v2_speculator.py",
         "draft/v2_graphs.py",
+        "draft/v2_planned.py",
         "draft/v2_row_stops.py",
+        "engine/plain_steps.py",
         "engine/scheduler.py",
     )
     modules = [ast.parse((PACKAGE / file).read_text()) for file in files]
@@ -207,7 +209,7 @@ def test_what_the_planning_scheduler_reads_is_there_in_each_release(
     ours = {getattr(n, "name", ""): n for module in modules for n in module.body}
     annotated = [
         node
-        for mixin in (ours["OfScheduler"], ours["_Planning"])
+        for mixin in (ours["OfScheduler"], ours["PlanningScheduler"])
         for node in mixin.body
         if isinstance(node, ast.AnnAssign)
     ]
@@ -384,8 +386,9 @@ def test_lookahead_is_vllms_own_unless_asked_for() -> None:
 
     ours = replaced("VllmConfig.num_lookahead_tokens", Config.num_lookahead_tokens)
     assert ours.__get__(Config(additional_config={}, num_speculative_tokens=3)) == 7
-    asked = Config(additional_config={"selfspec": {}}, num_speculative_tokens=3)
-    assert ours.__get__(asked) == 3
+    own = {"selfspec": {"num_model_tokens": 3}}
+    asked = Config(additional_config=own, num_speculative_tokens=16)
+    assert ours.__get__(asked) == 3, "copies have their slots when they are verified"
 
 
 @pytest.mark.parametrize(

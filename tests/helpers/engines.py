@@ -39,7 +39,8 @@ class Engines:
         """The `vllm.LLM` of this configuration. `spec` is the speculative config.
 
         Unless it says otherwise the draft length is fixed, because on tiny models
-        nothing is worth drafting, and drafts are greedy, as most tests are.
+        nothing is worth drafting; drafts are greedy, as most tests are; and the model
+        alone drafts, because most tests are of that.
         """
         from vllm import LLM
 
@@ -51,6 +52,7 @@ class Engines:
                 config = {
                     "method": "selfspec",
                     "draft_length": "fixed",
+                    "draft_source": "model",
                     "draft_sample_method": "greedy",
                     **spec,
                 }
@@ -101,9 +103,20 @@ def with_costs(llm: Any, costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_selfspec.draft_length.goodput import Goodput
 
     scheduler = scheduler_of(llm)
-    limits = (scheduler.max_num_running_reqs, scheduler.num_spec_tokens)
-    scheduler.planner.goodput = Goodput(*limits, StepCosts(*costs))
+    planner = planner_of(llm)
+    if planner is getattr(scheduler, "planner", None):
+        limits = (scheduler.max_num_running_reqs, scheduler.num_spec_tokens)
+        planner.goodput = Goodput(*limits, StepCosts(*costs))
+    else:
+        planner.use_costs(StepCosts(*costs))
     monkeypatch.setattr(StepCosts, "observe", lambda *_: None)
+
+
+def planner_of(llm: Any) -> Any:
+    """What plans draft lengths: the scheduler's where it runs ahead of the device, and
+    otherwise the worker's."""
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    return getattr(scheduler_of(llm), "planner", None) or drafter_of(runner).planner
 
 
 def drafter_of(runner: Any) -> Any:

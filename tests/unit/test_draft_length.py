@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from vllm_selfspec.draft_length.acceptance import Acceptance
-from vllm_selfspec.draft_length.costs import StepCosts, cleaned
-from vllm_selfspec.draft_length.goodput import (
+from vllm_selfspec.draft_length.best_lengths import (
     MARGIN,
-    Goodput,
     Prompts,
     best_lengths,
+    best_mix,
     best_uniform_length,
 )
+from vllm_selfspec.draft_length.costs import StepCosts, cleaned
+from vllm_selfspec.draft_length.goodput import TRY_EVERY, Goodput, Proposed
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
     Thompson,
@@ -175,7 +176,85 @@ def test_a_request_that_is_never_right_is_not_drafted_for() -> None:
     assert found[0] > 0 == found[1]
 
 
+# Mixed sources
+
+
+def mixed_rate(
+    choice: Any, model: Any, free: Any, of: StepCosts, num_reqs: int
+) -> float:
+    """Tokens per second of a choice of (source, length) for each row."""
+    chances = [(model, free)[is_free][r][:k] for r, (is_free, k) in enumerate(choice)]
+    drafting = [k for is_free, k in choice if not is_free and k]
+    seconds = float(of.verify(num_reqs + sum(k for _, k in choice)))
+    if drafting:
+        seconds += max(drafting) * float(of.draft(len(drafting)))
+    return (num_reqs + sum(c.sum() for c in chances)) / seconds
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_choice_of_sources_is_much_better_than_the_one_made(seed: int) -> None:
+    """Each row takes the source that brings more at every number of steps, which is
+    not always best of all, but never far from it."""
+    random = np.random.default_rng(seed)
+    of = costs(free_rows=random.uniform(2, 12), draft=random.uniform(0.05, 0.5))
+    model = np.cumprod(random.uniform(0.3, 1.0, (3, 3)), axis=1)
+    free = np.cumprod(random.uniform(0.0, 1.0, (3, 4)), axis=1)
+    free[random.integers(3)] = 0.0  # nothing is proposed there
+    ways = [(False, k) for k in range(4)] + [(True, k) for k in range(1, 5)]
+    best = max(
+        mixed_rate(choice, model, free, of, 3)
+        for choice in itertools.product(ways, repeat=3)
+    )
+    mix = best_mix(model, free, of)
+    made = zip(mix.is_free.tolist(), mix.lengths.tolist(), strict=True)
+    assert mixed_rate([*made], model, free, of, 3) > 0.95 * best
+
+
+def test_where_all_rows_copy_no_step_is_run() -> None:
+    model, free = np.full((2, 3), 0.9), np.full((2, 6), 0.95)
+    of = costs(free_rows=64)
+    mix = best_mix(np.cumprod(model, axis=1), np.cumprod(free, axis=1), of)
+    assert mix.is_free.all() and mix.lengths.min() > 3
+
+
+def test_a_row_without_a_proposal_is_drafted_for_by_the_model() -> None:
+    model, free = np.full((2, 3), 0.9), np.array([[0.95] * 6, [0.0] * 6])
+    of = costs(free_rows=64, draft=0.05)
+    mix = best_mix(np.cumprod(model, axis=1), np.cumprod(free, axis=1), of)
+    assert mix.is_free[0] and not mix.is_free[1]
+    assert mix.lengths[0] > 3 >= mix.lengths[1] > 0
+
+
+def test_a_kind_that_was_given_up_is_tried_again_and_found_out() -> None:
+    plan = Goodput(1, 4, costs(), max_free=8, num_kinds=2)
+    nothing, room = np.zeros(1, int), np.array([8])
+    for _ in range(20):
+        plan.acceptance.observe(at(0), np.array([4]), np.array([4]))
+        plan.free.observe(at(0), np.array([8]), nothing, np.array([1]))
+    copied = [0, 0]
+    for good in (False, True):
+        for _ in range(20 * TRY_EVERY):
+            found = plan.plan(
+                at(0), room, proposed=Proposed(np.array([8]), np.array([1]))
+            )
+            if found.is_free[0]:
+                copied[good] += 1
+                kept = found.lengths if good else nothing
+                plan.free.observe(at(0), found.lengths, kept, np.array([1]))
+    assert copied[False] <= 20, "once in a while"
+    assert copied[True] > 10 * TRY_EVERY
+
+
 # Acceptance
+
+
+def test_kinds_of_drafts_are_told_apart() -> None:
+    found = Acceptance(num_slots=2, max_drafts=3, num_kinds=2)
+    for _ in range(100):
+        found.observe(at(0, 1), np.array([3, 3]), np.array([0, 3]), np.array([0, 1]))
+    found.admit(0)
+    bad, good = (found.survival(at(0), np.array([kind]))[0] for kind in (0, 1))
+    assert bad[0] < 0.05 and good[2] > 0.85
 
 
 def test_a_new_request_is_taken_to_be_like_those_before_it() -> None:

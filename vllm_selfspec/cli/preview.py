@@ -24,6 +24,7 @@ from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
 from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
 from vllm_selfspec.plan.skip_set import SUBLAYERS
+from vllm_selfspec.plan.sources import SOURCES, source_named
 from vllm_selfspec.plan.target_model import TargetModel
 
 TABLE_K = (1, 2, 4, 8)
@@ -48,6 +49,7 @@ class Preview:
         plan: The plan vLLM would draft with.
         source: Where that is from, in words.
         weights: Bytes of the model's parts.
+        sources: Names of the draft sources.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Preview:
     plan: DraftPlan
     source: str
     weights: ModelWeights
+    sources: tuple[str, ...]
 
     @classmethod
     def of(cls, model: str, keys: dict[str, Any]) -> "Preview":
@@ -78,7 +81,8 @@ class Preview:
             )
         chosen = resolve_plan(config, target)
         plan, source = chosen.plan, chosen.source
-        return cls(model, target.class_name, keys, plan, source, weights)
+        sources = tuple(one.name for one in SOURCES if config.may_use(one))
+        return cls(model, target.class_name, keys, plan, source, weights, sources)
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +122,7 @@ class Preview:
             "architecture": self.architecture,
             "num_layers": self.num_layers,
             "skippable_sublayers": list(SUBLAYERS),
+            "sources": list(self.sources),
             "plan": {"source": self.source, **self.plan.to_dict()},
             "extra_bytes": self.plan.extra_bytes(self.weights.step),
             "streamed_bytes": {
@@ -161,6 +166,7 @@ class Preview:
             "architecture": f"{self.architecture}, {self.num_layers} layers",
             "may be skipped": f"{family.attention} and {family.mlp} of every layer, "
             f"but not all {2 * self.num_layers} of them",
+            "drafted by": "; ".join(source_named(one).words for one in self.sources),
             "draft plan": self.plan.outline(),
             "chosen by": self.source,
             **self._extra(),

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from vllm_selfspec import served_config
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.options import stop_rule
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_length.stop_rules import StopRule
-from vllm_selfspec.draft_length.types import Floats, Ints
-from vllm_selfspec.served_config import draft_length_of
+from vllm_selfspec.draft_length.types import Bools, Floats, Ints
 
 
 class RowStops:
@@ -37,8 +37,9 @@ class RowStops:
     def of(cls, vllm_config: Any) -> "RowStops | None":
         """As configured; None where no policy stops single rows."""
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        most = vllm_config.speculative_config.num_speculative_tokens
-        rule = stop_rule(draft_length_of(vllm_config), max_num_reqs, most)
+        most = served_config.num_model_tokens(vllm_config)
+        options = served_config.draft_length_of(vllm_config)
+        rule = stop_rule(options, max_num_reqs, most)
         return (
             None if rule is None else cls(rule, max_num_reqs, DraftStats(vllm_config))
         )
@@ -48,6 +49,7 @@ class RowStops:
         req_ids: Sequence[str],
         drafted: Ints,
         num_sampled: Ints,
+        is_model: Bools,
     ) -> None:
         """Learns from a verification.
 
@@ -56,6 +58,8 @@ class RowStops:
             drafted: Draft tokens of each that were verified, `[num_reqs]`.
             num_sampled: Tokens that this step emitted for each, 0 where the prompt goes
                 on, `[num_reqs]`.
+            is_model: Whether they were the model's, `[num_reqs]`; of others nothing is
+                learnt.
         """
         self._slots.keep(req_ids)
         for req_id in req_ids:
@@ -63,7 +67,7 @@ class RowStops:
                 self._rule.admit(self._slots.add(req_id))
         samples = num_sampled > 0
         self.stats.lengths.update(drafted[samples].tolist())
-        seen = np.flatnonzero(samples & (drafted > 0))
+        seen = np.flatnonzero(samples & is_model & (drafted > 0))
         if len(seen):
             self._rule.observe(
                 self._slots.of([req_ids[row] for row in seen]),

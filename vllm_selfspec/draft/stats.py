@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -41,6 +42,8 @@ class DraftStats:
         lengths: How often a request had so many draft tokens verified in a step.
         steps: Decode steps by what was planned after them: `drafting`, `plain` (nothing
             was worth drafting) or `trial` (to find out whether it is again).
+        drafted: Draft tokens that were verified, by source.
+        accepted: How many of them were accepted, by source.
         stops: Why rows stopped drafting: `rule` or `limit`.
         undrafted: `requests` that ask for what verification does not carry, and `steps`
             that verified nothing because of them.
@@ -55,6 +58,8 @@ class DraftStats:
         self.model_name = served if isinstance(served, str) else served[0]
         self.lengths: Counter[int] = Counter()
         self.steps: Counter[str] = Counter()
+        self.drafted: Counter[str] = Counter()
+        self.accepted: Counter[str] = Counter()
         self.stops: Counter[str] = Counter()
         self.undrafted: Counter[str] = Counter()
         self.draft_seconds = 0.0
@@ -69,6 +74,8 @@ class DraftStats:
             "model_name": self.model_name,
             "lengths": dict(self.lengths),
             "steps": dict(self.steps),
+            "drafted": dict(self.drafted),
+            "accepted": dict(self.accepted),
             "stops": dict(self.stops),
             "undrafted": dict(self.undrafted),
             "draft_seconds": self.draft_seconds,
@@ -173,6 +180,8 @@ class Snapshot(BaseModel):
     model_name: str
     lengths: dict[Length, Count]
     steps: dict[str, Count]
+    drafted: dict[str, Count]
+    accepted: dict[str, Count]
     stops: dict[str, Count]
     undrafted: dict[str, Count]
     draft_seconds: NonNegativeFloat
@@ -216,6 +225,40 @@ class MetricsCollector:
             logger.warning("selfspec shows no metrics of %s: %s", file, describe(error))
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """One of `Snapshot`'s counters, as Prometheus shows it."""
+
+    of: str
+    name: str
+    help: str
+    label: str
+
+
+COUNTS = (
+    _Counts("steps", "steps", "Decode steps by what was planned after them.", "kind"),
+    _Counts(
+        "drafted",
+        "source_draft_tokens",
+        "Draft tokens that were verified, by where they came from.",
+        "source",
+    ),
+    _Counts(
+        "accepted",
+        "source_accepted_tokens",
+        "Draft tokens that were accepted, by where they came from.",
+        "source",
+    ),
+    _Counts("stops", "stops", "Rows that stopped drafting, by reason.", "reason"),
+    _Counts(
+        "undrafted",
+        "undrafted",
+        "Requests that verification does not carry, and steps without drafts for them.",
+        "what",
+    ),
+)
+
+
 def families(snapshots: Sequence[Snapshot]) -> list[Any]:
     """The metrics, added up over the snapshots of each model."""
     from prometheus_client.core import (
@@ -229,21 +272,12 @@ def families(snapshots: Sequence[Snapshot]) -> list[Any]:
         "Draft tokens that a request had verified in a step.",
         labels=["model_name"],
     )
-    steps = CounterMetricFamily(
-        PREFIX + "steps",
-        "Decode steps by what was planned after them.",
-        labels=["model_name", "kind"],
-    )
-    stops = CounterMetricFamily(
-        PREFIX + "stops",
-        "Rows that stopped drafting, by reason.",
-        labels=["model_name", "reason"],
-    )
-    undrafted = CounterMetricFamily(
-        PREFIX + "undrafted",
-        "Requests that verification does not carry, and steps without drafts for them.",
-        labels=["model_name", "what"],
-    )
+    counters = {
+        one: CounterMetricFamily(
+            PREFIX + one.name, one.help, labels=["model_name", one.label]
+        )
+        for one in COUNTS
+    }
     seconds = CounterMetricFamily(
         PREFIX + "draft_seconds", "Time of draft steps.", labels=["model_name"]
     )
@@ -253,23 +287,26 @@ def families(snapshots: Sequence[Snapshot]) -> list[Any]:
         labels=["model_name", "what"],
     )
     for model, own in _by_model(snapshots).items():
-        believed: dict[str, list[float]] = {}
-        for snapshot in own:
-            for what, value in snapshot.gauges.items():
-                believed.setdefault(what, []).append(value)
-        for what, values in believed.items():
-            beliefs.add_metric([model, what], mean(values))
+        for what, value in _beliefs(own).items():
+            beliefs.add_metric([model, what], value)
         counts = _total(snapshot.lengths for snapshot in own)
         total = sum(k * n for k, n in counts.items())
         lengths.add_metric([model], _buckets(counts), total)
-        for kind, value in _total(snapshot.steps for snapshot in own).items():
-            steps.add_metric([model, kind], value)
-        for reason, value in _total(snapshot.stops for snapshot in own).items():
-            stops.add_metric([model, reason], value)
-        for kind, value in _total(snapshot.undrafted for snapshot in own).items():
-            undrafted.add_metric([model, kind], value)
+        for one, family in counters.items():
+            found = _total(getattr(snapshot, one.of) for snapshot in own)
+            for label, value in found.items():
+                family.add_metric([model, label], value)
         seconds.add_metric([model], sum(snapshot.draft_seconds for snapshot in own))
-    return [lengths, steps, stops, undrafted, seconds, beliefs]
+    return [lengths, *counters.values(), seconds, beliefs]
+
+
+def _beliefs(snapshots: Sequence[Snapshot]) -> dict[str, float]:
+    """The mean of each gauge, of those that have it."""
+    believed: dict[str, list[float]] = {}
+    for snapshot in snapshots:
+        for what, value in snapshot.gauges.items():
+            believed.setdefault(what, []).append(value)
+    return {what: mean(values) for what, values in believed.items()}
 
 
 def _failures(counts: Iterable[Mapping[str, int]]) -> Any:

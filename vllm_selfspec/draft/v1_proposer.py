@@ -26,9 +26,16 @@ from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
+from vllm_selfspec.draft.mixed_probs import MixedProbs
+from vllm_selfspec.draft.row_planner import RowPlanner
 from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.sampler import DraftSampler
 from vllm_selfspec.draft.seeded import for_rows, rewound
+from vllm_selfspec.draft.v1_step import (
+    num_drafted_in,
+    num_tokens_left,
+    sampled_step,
+)
 from vllm_selfspec.draft.view import DraftView, LoadedTarget
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.served_config import plan_of
@@ -49,7 +56,7 @@ class Drafts:
     """
 
     token_ids: list[list[int]]
-    probs: torch.Tensor | None = None
+    probs: torch.Tensor | MixedProbs | None = None
     req_ids: list[str] | None = None
 
 
@@ -63,6 +70,8 @@ class SelfSpecProposer:
         self._max_model_len = vllm_config.model_config.max_model_len
         self.sampler = DraftSampler(vllm_config)
         self._ranks = DPRanks(vllm_config.parallel_config)
+        self._num_model_tokens = served_config.num_model_tokens(vllm_config)
+        self.planner = RowPlanner.of(vllm_config)
         self._stops = RowStops.of(vllm_config)
         self.tuner = _tuner_of(vllm_config)
         self._target: LoadedTarget
@@ -70,6 +79,8 @@ class SelfSpecProposer:
 
     def load_model(self, target: nn.Module) -> None:
         """Builds the draft view. vLLM calls it once the target is loaded."""
+        if not self._num_model_tokens:
+            return
         kv_heads.raise_if_misread(target, self._vllm_config)
         plan = plan_of(self._vllm_config)
         self._target = LoadedTarget(target, plan, self._vllm_config)
@@ -145,19 +156,28 @@ class SelfSpecProposer:
             sampled_token_ids: The tokens this step emitted, by request.
             sampling_metadata: Of the running batch.
         """
-        num_drafts = self._num_drafts(
-            runner.input_batch,
-            sampled_token_ids,
-            scheduler_output.num_spec_tokens_to_schedule,
-        )
         req_ids = runner.input_batch.req_ids
+        num_sampled = np.array([*map(len, sampled_token_ids)], np.int64)
         if self._stops is not None or self.tuner is not None:
-            self._learn(runner, scheduler_output, sampled_token_ids)
+            self._learn(runner, scheduler_output, num_sampled)
+        room = self._room(
+            runner, num_sampled, scheduler_output.num_spec_tokens_to_schedule
+        )
+        free: list[list[int]] = [[] for _ in req_ids]
+        if self.planner is None:
+            num_drafts = np.minimum(room, self._num_model_tokens)
+        else:
+            if not self.planner.is_uniform:
+                room = np.minimum(room, num_tokens_left(runner))
+            step = sampled_step(runner, scheduler_output, num_sampled, room)
+            plan = self.planner.plan(step)
+            num_drafts = plan.model
+            free = [one.token_ids.tolist() for one in plan.proposals]
         rows = np.flatnonzero(num_drafts)
         self._ranks.agree(int(num_drafts.max(initial=0)), len(rows))
         if not len(rows):
             self._run_along(runner, 0)
-            return Drafts([[] for _ in sampled_token_ids])
+            return Drafts(free)
         _set_loras(runner, rows)
         batch = self._draft_batch(runner, rows, num_drafts[rows])
         sampling = for_rows(sampling_metadata, rows)
@@ -168,35 +188,32 @@ class SelfSpecProposer:
         self._run_along(runner, token_ids.shape[1])
         if self._stops is not None:
             num_drafts[rows] = self._stops.lengths
-        return _to_drafts(token_ids, probs, rows, num_drafts, req_ids)
+        return _to_drafts(token_ids, probs, rows, num_drafts, req_ids, free)
 
     def _learn(
-        self,
-        runner: Any,
-        scheduler_output: Any,
-        sampled_token_ids: Sequence[Sequence[int]],
+        self, runner: Any, scheduler_output: Any, num_sampled: np.ndarray
     ) -> None:
-        """Tells those who go by it what became of the last drafts."""
+        """Tells those who go by it what became of the model's last drafts."""
         req_ids = runner.input_batch.req_ids
-        drafted = scheduler_output.scheduled_spec_decode_tokens
-        num_drafted = np.array([len(drafted.get(req_id, ())) for req_id in req_ids])
-        num_emitted = np.array([*map(len, sampled_token_ids)])
+        num_drafted = num_drafted_in(scheduler_output, req_ids)
+        is_model = np.ones(len(req_ids), bool)
+        if self.planner is not None:
+            is_model = ~self.planner.took_free_tokens(req_ids)
         if self._stops is not None:
-            self._stops.observe(req_ids, num_drafted, num_emitted)
+            self._stops.observe(req_ids, num_drafted, num_sampled, is_model)
         if self.tuner is not None:
             # Without a token emitted it is a prompt that is still read.
-            is_first_accepted = num_emitted[(num_drafted > 0) & (num_emitted > 0)] > 1
+            verified = is_model & (num_drafted > 0) & (num_sampled > 0)
+            is_first_accepted = num_sampled[verified] > 1
             self._tune(self.tuner, runner, scheduler_output, is_first_accepted.tolist())
 
-    def _num_drafts(
-        self, input_batch: Any, sampled_token_ids: Sequence[Sequence[int]], k: int
-    ) -> np.ndarray:
-        """How many tokens each running request may draft, `[num_reqs]`."""
-        num_reqs = len(sampled_token_ids)
-        has_sampled = np.fromiter(map(bool, sampled_token_ids), bool, num_reqs)
+    def _room(self, runner: Any, num_sampled: np.ndarray, most: int) -> np.ndarray:
+        """How many tokens may be drafted for each running request, `[num_reqs]`."""
+        num_reqs = len(num_sampled)
         # A drafted token must itself still fit into the context.
-        room = self._max_model_len - input_batch.num_tokens_no_spec[:num_reqs]
-        return np.where(has_sampled, np.clip(room, 0, k), 0).astype(np.int64)
+        num_tokens = runner.input_batch.num_tokens_no_spec[:num_reqs]
+        room = np.clip(self._max_model_len - num_tokens, 0, most)
+        return np.where(num_sampled > 0, room, 0).astype(np.int64)
 
     def _draft_batch(
         self, runner: Any, rows: np.ndarray, num_drafts: np.ndarray
@@ -332,13 +349,20 @@ def _to_drafts(
     rows: np.ndarray,
     num_drafts: np.ndarray,
     req_ids: Sequence[str],
+    free: list[list[int]],
 ) -> Drafts:
-    """Spreads the drafted rows over all running requests."""
-    drafts: list[list[int]] = [[] for _ in num_drafts]
+    """Spreads the drafted rows over all running requests, between those that took free
+    tokens."""
+    is_free = [row for row, tokens in enumerate(free) if tokens]
+    drafts = [*free]
     for row, tokens in zip(rows, token_ids.tolist(), strict=True):
         drafts[row] = tokens[: num_drafts[row]]
-    row_req_ids = [req_ids[row] for row in rows]
-    return Drafts(drafts, probs, None if probs is None else row_req_ids)
+    if probs is None:
+        return Drafts(drafts)
+    row_req_ids = [req_ids[row] for row in (*rows, *is_free)]
+    if not is_free:
+        return Drafts(drafts, probs, row_req_ids)
+    return Drafts(drafts, MixedProbs(probs, [free[r] for r in is_free]), row_req_ids)
 
 
 def _tuner_of(vllm_config: Any) -> "OnlineTuner | None":

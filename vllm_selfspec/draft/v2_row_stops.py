@@ -14,17 +14,19 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_selfspec import served_config
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.draft.row_planner import RowPlan, RowPlanner
 from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.truncation import scaled
+from vllm_selfspec.draft.v2_planned import PlannedSpeculator, num_drafted_in
 from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
 from vllm_selfspec.draft_length.types import Ints
+from vllm_selfspec.plan.source import NOTHING
 
 
 def make_speculator(
@@ -44,11 +46,13 @@ def make_speculator(
     served_config.mark_in_use()
     if served_config.stops_rows(vllm_config):
         return RowStoppingSpeculator(vllm_config, device)
+    if RowPlanner.of(vllm_config) is not None:
+        return PlannedSpeculator(vllm_config, device)
     return SelfSpecSpeculator(vllm_config, device)
 
 
-class RowStoppingSpeculator(SelfSpecSpeculator):
-    """`SelfSpecSpeculator` with one CUDA graph for each draft step, and a stop rule
+class RowStoppingSpeculator(PlannedSpeculator):
+    """`PlannedSpeculator` with one CUDA graph for each draft step, and a stop rule
     between them."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -56,8 +60,7 @@ class RowStoppingSpeculator(SelfSpecSpeculator):
         stops = RowStops.of(vllm_config)
         assert stops is not None
         self._stops = stops
-        self._drafting: Ints = np.zeros(0, np.int64)  # rows that sampled
-        self._row_lengths: Ints = self._drafting
+        self._drafting: Ints = np.zeros(0, np.int64)  # rows that the model drafts for
         # The draft's probability of the tokens that it has just drawn.
         self._confidence = self.temperature.new_zeros(self.max_num_reqs)
 
@@ -66,28 +69,25 @@ class RowStoppingSpeculator(SelfSpecSpeculator):
         # One graph of all steps could not be left half way.
         self.supports_decode_metadata_update = False
 
-    def _begin(
-        self, input_batch: InputBatch, num_sampled: torch.Tensor, num_drafts: int
-    ) -> int:
+    def _planned(
+        self, input_batch: InputBatch, sampled: Ints, num_drafts: int
+    ) -> RowPlan:
         """Tells the stop rule what was verified; rows without a sampled token draft
         nothing."""
-        verified = input_batch.num_draft_tokens_per_req
-        sampled = num_sampled.cpu().numpy().astype(np.int64)  # waits for the device
-        self._stops.observe(
-            input_batch.req_ids,
-            np.zeros_like(sampled) if verified is None else verified.astype(np.int64),
-            sampled,
-        )
-        self._drafting = np.flatnonzero(sampled)
-        req_ids = [input_batch.req_ids[row] for row in self._drafting]
-        self._stops.begin(req_ids, np.full(len(req_ids), num_drafts))
-        self._row_lengths = np.zeros(len(sampled), np.int64)
-        return num_drafts if req_ids else 0
-
-    def cut(self, drafts: DraftTokenIds) -> DraftTokenIds:
-        """`drafts` of the last propose, each no longer than its row drafted."""
-        rows = zip(drafts.draft_token_ids, self._row_lengths, strict=True)
-        return DraftTokenIds(drafts.req_ids, [row[:length] for row, length in rows])
+        req_ids = input_batch.req_ids
+        is_model = np.ones(len(req_ids), bool)
+        if self.planner is not None:
+            is_model = ~self.planner.took_free_tokens(req_ids)
+        self._stops.observe(req_ids, num_drafted_in(input_batch), sampled, is_model)
+        if self.planner is not None:
+            plan = super()._planned(input_batch, sampled, num_drafts)
+        else:
+            most = min(num_drafts, self._num_model_tokens)
+            plan = RowPlan(np.where(sampled > 0, most, 0), [NOTHING] * len(req_ids))
+        self._drafting = np.flatnonzero(plan.model)
+        drafting = [req_ids[row] for row in self._drafting]
+        self._stops.begin(drafting, plan.model[self._drafting])
+        return plan
 
     def _run_steps(self, dummy_run: bool) -> Callable[..., None]:
         return super()._run_steps(dummy_run) if dummy_run else self._until_stopped

@@ -33,6 +33,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 )
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_selfspec import served_config
 from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
@@ -61,11 +62,10 @@ class SelfSpecSpeculator(DrawingSpeculator):
             self.max_num_reqs, 1 + self.num_speculative_steps
         )
         self.hidden_states = self.hidden_states.new_empty(self.max_num_reqs, 0)
+        self._num_model_tokens = served_config.num_model_tokens(vllm_config)
         self._ranks = DPRanks(vllm_config.parallel_config)
         # A rank without requests needs no drafts; it makes those that others need.
-        self._num_dummy_drafts = (
-            self.num_speculative_steps if self._ranks.is_alone else 0
-        )
+        self._num_dummy_drafts = self._num_model_tokens if self._ranks.is_alone else 0
         self._view: DraftView
 
     def load_draft_model(
@@ -220,7 +220,14 @@ class SelfSpecSpeculator(DrawingSpeculator):
         self, input_batch: InputBatch, num_sampled: torch.Tensor, num_drafts: int
     ) -> int:
         """Called before drafting; returns how many tokens at most."""
-        return num_drafts
+        return min(num_drafts, self._num_model_tokens)
+
+    def use_request_states(self, states: Any) -> None:
+        """The runner's; not needed where nothing looks at tokens."""
+
+    def cut(self, drafts: Any) -> Any:
+        """vLLM's `DraftTokenIds`, as long as each row drafted: all alike."""
+        return drafts
 
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
         """What `num_rows` rows cost, to be timed: the target's forward and LM head, and

@@ -28,7 +28,7 @@ MIN_CHANCE, MAX_CHANCE = 0.005, 0.98
 
 
 class Acceptance:
-    """Acceptance by request and draft position.
+    """Acceptance by request, kind of draft, and draft position.
 
     With q_i the population's chance that draft token i is accepted when those before it
     were, request r is given the chance
@@ -40,58 +40,81 @@ class Acceptance:
 
         b_r <- b_r + sum (y_i - p_ri) / (OWN_PRECISION + sum p_ri (1 - p_ri)),
 
-    the sum in the denominator being over all trials of the request, fading.
+    the sum in the denominator being over all trials of the request, fading. Drafts of
+    different kinds, such as copies of what was found by long and by short matches, have
+    a q of their own; a request's b is of all of them.
     """
 
-    def __init__(self, num_slots: int, max_drafts: int) -> None:
+    def __init__(self, num_slots: int, max_drafts: int, num_kinds: int = 1) -> None:
         """For `num_slots` requests at a time, and drafts of up to `max_drafts`."""
-        self._tried = np.zeros(max_drafts)  # by position, of all requests
-        self._taken = np.zeros(max_drafts)
+        self._tried = np.zeros((num_kinds, max_drafts))  # by position, of all requests
+        self._taken = np.zeros((num_kinds, max_drafts))
         self._own = np.zeros(num_slots)  # b
         self._known = np.zeros(num_slots)  # the sum in the denominator
+        self._population = self._estimate()
 
     def admit(self, slot: int) -> None:
         """A new request takes the place `slot`."""
         self._own[slot] = self._known[slot] = 0.0
 
     def population(self) -> Floats:
-        """q, `[max_drafts]`. A position hardly tried is taken to be like the one before
-        it."""
-        found = np.zeros(self._tried.size)
-        before, weight = FIRST_GUESS, GUESS_TRIALS
-        for i, (taken, tried) in enumerate(zip(self._taken, self._tried, strict=True)):
-            before = (taken + weight * before) / (tried + weight)
-            found[i], weight = before, NEIGHBOUR_TRIALS
+        """q of the first kind, `[max_drafts]`. A position hardly tried is taken to be
+        like the one before it."""
+        found: Floats = self._population[0]
         return found
 
-    def _chances(self, slots: Slots) -> Floats:
+    def _estimate(self) -> Floats:
+        """q, `[num_kinds, max_drafts]`."""
+        found = np.zeros_like(self._tried)
+        before, weight = np.full(len(found), FIRST_GUESS), GUESS_TRIALS
+        for i in range(found.shape[1]):
+            before = (self._taken[:, i] + weight * before) / (
+                self._tried[:, i] + weight
+            )
+            found[:, i], weight = before, NEIGHBOUR_TRIALS
+        return found
+
+    def _chances(self, slots: Slots, kinds: Ints | None) -> Floats:
         """p, `[n, max_drafts]`."""
-        usual = np.clip(self.population(), MIN_CHANCE, MAX_CHANCE)
+        rows = np.zeros(len(slots), np.int64) if kinds is None else kinds
+        usual = np.clip(self._population[rows], MIN_CHANCE, MAX_CHANCE)
         own = self._own[slots, None]
         found: Floats = np.clip(sigmoid(logit(usual) + own), MIN_CHANCE, MAX_CHANCE)
         return found
 
-    def survival(self, slots: Slots) -> Floats:
-        """Chance that draft tokens 1 to i are all accepted, `[n, max_drafts]`."""
-        return np.cumprod(self._chances(slots), axis=1, dtype=np.float64)
+    def survival(self, slots: Slots, kinds: Ints | None = None) -> Floats:
+        """Chance that draft tokens 1 to i are all accepted, `[n, max_drafts]`.
 
-    def observe(self, slots: Slots, drafted: Ints, accepted: Ints) -> None:
+        Args:
+            slots: The requests, `[n]`.
+            kinds: Of their drafts, `[n]`; None where all are of the first.
+        """
+        return np.cumprod(self._chances(slots, kinds), axis=1, dtype=np.float64)
+
+    def observe(
+        self, slots: Slots, drafted: Ints, accepted: Ints, kinds: Ints | None = None
+    ) -> None:
         """Learns from a verification.
 
         Args:
             slots: The requests that were in it, `[n]`.
             drafted: Their verified draft tokens, 0 where none were, `[n]`.
             accepted: How many of them were accepted, `[n]`.
+            kinds: Of their drafts, `[n]`; None where all are of the first.
         """
-        tried, taken = trials(drafted, accepted, self._tried.size)
-        chance = self._chances(slots)
+        tried, taken = trials(drafted, accepted, self._tried.shape[1])
+        chance = self._chances(slots, kinds)
         known = (1 - FADE) * self._known[slots] + (tried * chance * (1 - chance)).sum(
             axis=1
         )
         moved = (tried * (taken - chance)).sum(axis=1) / (OWN_PRECISION + known)
         self._own[slots] = (1 - FADE) * self._own[slots] + moved
         self._known[slots] = known
-        num_tried = tried.sum(axis=0)
+        rows = np.zeros(len(slots), np.int64) if kinds is None else kinds
+        num_tried, num_taken = np.zeros_like(self._tried), np.zeros_like(self._tried)
+        np.add.at(num_tried, rows, tried)
+        np.add.at(num_taken, rows, taken)
         memory = np.exp(-num_tried / POPULATION_TRIALS)
         self._tried = memory * self._tried + num_tried
-        self._taken = memory * self._taken + taken.sum(axis=0)
+        self._taken = memory * self._taken + num_taken
+        self._population = self._estimate()

@@ -16,6 +16,7 @@ import torch
 
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.served_config import num_model_tokens
 
 # Rows to measure; beyond, costs go on as between the last two. Costs rise in steps, as
 # kernels change with the number of rows, and a draft is right at the edge of one: so
@@ -53,8 +54,9 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
         step = partial(drafter.dummy_step, runner, n)
+        num_drafts = NUM_DRAFTS if num_model_tokens(config) else 0
         alone, drafting = seconds_of(
-            [partial(step, 0), partial(step, NUM_DRAFTS)], repeats
+            [partial(step, 0), partial(step, num_drafts)], repeats
         )
         verify.append(alone)
         # Noise must not make a draft step cost nothing.

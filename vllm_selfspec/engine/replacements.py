@@ -6,8 +6,9 @@ from typing import Any
 from vllm_selfspec.engine.patcher import Function
 from vllm_selfspec.served_config import (
     is_in_use,
+    needs_host_tokens,
     needs_v1_runner,
-    stops_rows,
+    num_model_tokens,
     uses_selfspec,
 )
 
@@ -38,7 +39,7 @@ def take_our_keys(original: Function) -> Function:
 def reserve_draft_slots(original: property) -> property:
     def num_lookahead_tokens(self: Any) -> int:
         if uses_selfspec(self):
-            return int(self.num_speculative_tokens)
+            return num_model_tokens(self)
         return int(original.__get__(self))
 
     return property(num_lookahead_tokens)
@@ -95,7 +96,7 @@ def allow_v2_runner(original: Function) -> Function:
 
 def allow_async_scheduling(original: Function) -> Function:
     def __post_init__(self: Any) -> None:
-        is_async = uses_selfspec(self) and not stops_rows(self)
+        is_async = uses_selfspec(self) and not needs_host_tokens(self)
         if not (is_async and self.use_v2_model_runner):
             original(self)
             return
@@ -169,6 +170,7 @@ def share_request_states(original: Function) -> Function:
         if uses_selfspec(self.vllm_config):
             self.speculator.use_sampling_states(self.sampler.sampling_states)
             self.speculator.use_loras_of(self)
+            self.speculator.use_request_states(self.req_states)
 
     return load_model
 
@@ -188,7 +190,7 @@ def tell_whose_verified_rows_are(original: Function) -> Function:
 def hand_over_row_lengths(original: Function) -> Function:
     def take_draft_token_ids(self: Any) -> Any:
         drafts = original(self)
-        if drafts is None or not stops_rows(self.vllm_config):
+        if drafts is None or not uses_selfspec(self.vllm_config):
             return drafts
         return self.speculator.cut(drafts)
 

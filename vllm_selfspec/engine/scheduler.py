@@ -1,8 +1,10 @@
 """Says, step by step, how many draft tokens each request gets.
 
-One rule: vLLM's schedulers stay as they are. A subclass of whichever one vLLM chose
-names the number of draft steps before a step is run, cuts each request's drafts to its
-own length before they are verified, and tells the controller what came of it.
+One rule: vLLM's schedulers stay as they are. Where steps are scheduled ahead of the
+device, a subclass of vLLM's scheduler names the number of draft steps before a step is
+run, cuts each request's drafts to its own length before they are verified, and tells
+the controller what came of it. Where they are scheduled one after the other, the worker
+decides when it knows more: see `draft.row_planner`.
 """
 
 import copy
@@ -15,49 +17,52 @@ import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_selfspec import served_config
+from vllm_selfspec.draft.row_planner import uniform_lengths
 from vllm_selfspec.draft.stats import DraftStats
+from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
+from vllm_selfspec.draft_length.best_lengths import NO_PROMPTS, Prompts
 from vllm_selfspec.draft_length.costs import StepCosts, cleaned
-from vllm_selfspec.draft_length.goodput import NO_PROMPTS, Goodput, Prompts
-from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
+from vllm_selfspec.draft_length.goodput import Goodput
+from vllm_selfspec.draft_length.options import schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.engine.measure import measure_costs, measure_sublayers
 from vllm_selfspec.engine.plain_steps import OfScheduler, PlainSteps
-from vllm_selfspec.served_config import plan_of
+from vllm_selfspec.engine.workers import use_costs
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
-# How fast what is known of prompts that come unforeseen follows the last steps.
-ARRIVAL_RATE = 0.05
-
 
 def prepare(vllm_config: Any, executor: Any) -> None:
-    """Names the scheduler, and measures what forwards cost for what decides by it: the
-    scheduler, and workers that look for a better skip set.
+    """Measures what forwards cost, and hands it to what decides by it: the scheduler,
+    which is named here, or the workers.
 
     Args:
         vllm_config: Of the engine; its scheduler is not made yet.
         executor: vLLM's, with workers that are ready to run.
     """
-    costs = None
-    if served_config.tunes_online(vllm_config):
-        from vllm_selfspec.tuning.online import tuner as online
-
-        costs = measured(executor)
-        plan = plan_of(vllm_config)
-        sublayers = executor.collective_rpc(measure_sublayers)
-        told = online.costs_of(copy.deepcopy(costs), plan, sublayers)
-        executor.collective_rpc(online.start, args=(told,))
     # vLLM warns of schedulers that it does not know. These are its own, and every
     # release that is supported was tried with them.
     logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
-    if served_config.plans_draft_lengths(vllm_config):
-        _choose(vllm_config, executor, costs)
+    tunes = served_config.tunes_online(vllm_config)
+    if tunes or served_config.plans_draft_lengths(vllm_config):
+        costs = measured(executor)
+        if tunes:
+            _start_tuning(vllm_config, executor, costs)
+        _plan_by(costs, vllm_config, executor)
     _add_plain_steps(vllm_config.scheduler_config)
+
+
+def _start_tuning(vllm_config: Any, executor: Any, costs: StepCosts) -> None:
+    from vllm_selfspec.tuning.online import tuner as online
+
+    plan = served_config.plan_of(vllm_config)
+    sublayers = executor.collective_rpc(measure_sublayers)
+    told = online.costs_of(copy.deepcopy(costs), plan, sublayers)
+    executor.collective_rpc(online.start, args=(told,))
 
 
 def _add_plain_steps(config: Any) -> None:
@@ -71,19 +76,32 @@ def _add_plain_steps(config: Any) -> None:
         config.scheduler_cls = type(found.__name__, (PlainSteps, found), named)
 
 
-def _choose(vllm_config: Any, executor: Any, costs: StepCosts | None) -> None:
-    """Names the planning scheduler in place of the one that vLLM would take.
+def _plan_by(costs: StepCosts, vllm_config: Any, executor: Any) -> None:
+    """Lets the workers plan draft lengths, or a scheduler in place of the one that vLLM
+    would take.
 
-    A scheduler class of the user's own is left alone; drafts then have full length.
+    A scheduler class of the user's own that runs ahead of the device is left alone;
+    drafts then have full length.
     """
-    config = vllm_config.scheduler_config
-    planning = {Scheduler: PlanningScheduler, AsyncScheduler: PlanningAsyncScheduler}
-    found = config.get_scheduler_cls()
-    if found in planning:
-        named = {"costs": costs or measured(executor), "__module__": __name__}
-        config.scheduler_cls = type("PlanningScheduler", (planning[found],), named)
-    elif not has_schedule_of_users(vllm_config):
-        vllm_config.speculative_config.num_speculative_tokens_per_batch_size = None
+    config, speculative_config = (
+        vllm_config.scheduler_config,
+        vllm_config.speculative_config,
+    )
+    if not served_config.plans_draft_lengths(vllm_config):
+        return
+    if served_config.plans_in_worker(vllm_config):
+        executor.collective_rpc(use_costs, args=(costs,))
+    elif config.get_scheduler_cls() is AsyncScheduler:
+        named = {"costs": costs, "__module__": __name__}
+        bases = (PlanningScheduler,)
+        config.scheduler_cls = type("PlanningScheduler", bases, named)
+        return
+    if not has_schedule_of_users(vllm_config):
+        # Whatever the number of requests, the full length. With no schedule at all
+        # vLLM would fill new requests up with placeholders for drafts.
+        most, num_drafts = config.max_num_seqs, vllm_config.num_speculative_tokens
+        schedule = [(1, most, num_drafts)]
+        speculative_config.num_speculative_tokens_per_batch_size = schedule
 
 
 def has_schedule_of_users(vllm_config: Any) -> bool:
@@ -114,59 +132,6 @@ def measured(executor: Any) -> StepCosts:
         time.perf_counter() - started,
     )
     return StepCosts(num_rows[0], verify, draft)
-
-
-def uniform_lengths(vllm_config: Any) -> list[int]:
-    """The lengths a whole batch may have where CUDA graphs hold whole decode batches;
-    empty where there are none, and each request may have its own."""
-    if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-        return []
-    return captured_lengths(vllm_config.num_speculative_tokens)
-
-
-def foreseen(num_left: int, num_waiting: int, num_rows: int, most: int) -> int:
-    """Rows of prompts that the step after this one will have.
-
-    Args:
-        num_left: Of prompts that are under way.
-        num_waiting: Of the prompt that is next in line; 0 if there is none.
-        num_rows: Of this step.
-        most: That a step may have.
-    """
-    # What would have fitted into this step waits for something else, such as KV blocks.
-    if num_rows + num_waiting > most:
-        num_left += num_waiting
-    return min(num_left, most)
-
-
-class Arrivals:
-    """Foretells the rows of prompts in the next step.
-
-    What waits is known. For the rest it goes by how often steps that decoded had
-    prompts in them that nobody knew of when their drafts were planned.
-    """
-
-    def __init__(self) -> None:
-        self._chance = self._num_rows = 0.0
-        self._foreseen = 0
-
-    def next(self, decodes: bool, num_rows: int, num_foreseen: int) -> Prompts:
-        """After a step.
-
-        Args:
-            decodes: Whether it has more than prompts in it.
-            num_rows: Rows of prompts in it.
-            num_foreseen: Rows that the next step will have.
-        """
-        if decodes and not self._foreseen:
-            self._chance += ARRIVAL_RATE * ((num_rows > 0) - self._chance)
-            if num_rows:  # the first one is all that is known
-                rate = ARRIVAL_RATE if self._num_rows else 1.0
-                self._num_rows += rate * (num_rows - self._num_rows)
-        self._foreseen = num_foreseen
-        if num_foreseen:
-            return Prompts(num_foreseen, 1.0)
-        return Prompts(round(self._num_rows), self._chance)
 
 
 class DraftPlanner:
@@ -200,7 +165,7 @@ class DraftPlanner:
         self._slots.keep(running)
         for req_id in room_of:
             if req_id not in self._slots:
-                self.goodput.acceptance.admit(self._slots.add(req_id))
+                self.goodput.admit(self._slots.add(req_id))
         plan = self.goodput.plan(
             self._slots.of([*room_of]),
             np.array([*room_of.values()], np.int64),
@@ -235,13 +200,11 @@ class DraftPlanner:
         self.stats.publish("scheduler", self.goodput.beliefs)
 
 
-class _Planning(OfScheduler):
-    """What both schedulers get; to be mixed into one of vLLM's."""
+class PlanningScheduler(OfScheduler, AsyncScheduler):
+    """vLLM's scheduler that runs ahead of the worker, planning; drafts stay there, and
+    are known here by their number alone."""
 
     costs: StepCosts
-    max_model_len: int
-    max_num_scheduled_tokens: int
-    waiting: RequestQueue
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -271,7 +234,12 @@ class _Planning(OfScheduler):
         prompts = self._prompts(scheduler_output.num_scheduled_tokens)
         num_steps = self.planner.plan(room_of, running, prompts)
         scheduler_output.num_spec_tokens_to_schedule = min(most, num_steps)
-        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+        super()._update_after_schedule(scheduler_output)
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[req_id]
+            if request.spec_token_ids:
+                length = self.planner.lengths.get(req_id, 0)
+                request.spec_token_ids = request.spec_token_ids[:length]
 
     def _prompts(self, num_scheduled: Mapping[str, int]) -> Prompts:
         """Rows of prompts that the step after this one may have."""
@@ -306,9 +274,7 @@ class _Planning(OfScheduler):
     ) -> Any:
         """vLLM's; what came of the drafts is told to the planner first."""
         self._observe(scheduler_output, model_runner_output)
-        found = super().update_from_output(  # type: ignore[misc]
-            scheduler_output, model_runner_output
-        )
+        found = super().update_from_output(scheduler_output, model_runner_output)
         self._updated = time.perf_counter() if self.requests else None
         if self.log_stats:
             self.planner.publish()
@@ -341,31 +307,3 @@ def _samples(request: Request, num_tokens: int) -> bool:
     """Whether a step with `num_tokens` of it reaches its newest token."""
     computed: int = request.num_computed_tokens + num_tokens
     return computed >= int(request.num_tokens)
-
-
-class PlanningScheduler(_Planning, Scheduler):
-    """vLLM's scheduler, planning; drafts come to it as tokens."""
-
-    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """vLLM's, with each request's drafts cut to its length."""
-        lengths = self.planner.lengths
-        draft_token_ids.draft_token_ids = [
-            tokens[: lengths.get(req_id, 0)]
-            for req_id, tokens in zip(
-                draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
-            )
-        ]
-        super().update_draft_token_ids(draft_token_ids)
-
-
-class PlanningAsyncScheduler(_Planning, AsyncScheduler):
-    """vLLM's scheduler that runs ahead of the worker, planning; drafts stay there, and
-    are known here by their number alone."""
-
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        super()._update_after_schedule(scheduler_output)
-        for req_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests[req_id]
-            if request.spec_token_ids:
-                length = self.planner.lengths.get(req_id, 0)
-                request.spec_token_ids = request.spec_token_ids[:length]

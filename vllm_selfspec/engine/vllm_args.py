@@ -8,6 +8,7 @@ vLLM's compile-cache key.
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from vllm_selfspec.draft_length.options import (
 )
 from vllm_selfspec.engine.support import raise_if_refused, raise_if_unsupported
 from vllm_selfspec.plan.axis import Deployment
+from vllm_selfspec.plan.axis_skip_layers import AUTO
+from vllm_selfspec.plan.sources import MODEL, SOURCES, source_named
 from vllm_selfspec.plan.target_model import TargetModel
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -110,19 +113,22 @@ def _resolve(
     raise_if_refused(chosen.plan, deployment)
     if config.is_online:
         _raise_if_not_tunable(parallel_config)
-    if isinstance(config.draft_length, STOPPING):
-        _schedule_after_drafting(engine_args, config.draft_length)
+    sources = _sources(config, engine_args)
     draft_stats.share_directory()
-    logger.info("selfspec drafts with: %s (%s)", chosen.plan, chosen.source)
+    _log(chosen, sources)
+    num_model_tokens = _num_drafts(config, chosen) if MODEL in sources else 0
     engine_args.additional_config = {
         **engine_args.additional_config,
         METHOD: {
             "plan": chosen.plan.to_dict(),
             "draft_length": config.draft_length.model_dump(),
             "online": _online(config),
+            "sources": sources,
+            "num_model_tokens": num_model_tokens,
         },
     }
-    num_drafts = _num_drafts(config, chosen)
+    longest = [source_named(name).max_tokens(sources[name]) for name in sources]
+    num_drafts = max(num_model_tokens, *longest)
     return {
         "num_speculative_tokens": num_drafts,
         "draft_sample_method": config.draft_sample_method,
@@ -161,16 +167,56 @@ def target_of(model_config: Any) -> TargetModel:
     )
 
 
-def _schedule_after_drafting(engine_args: Any, policy: Any) -> None:
-    """Switches asynchronous scheduling off: a step that is scheduled before the rows of
-    the last one stop would verify, and reserve, the full length for each."""
+def _sources(config: SelfSpecConfig, engine_args: Any) -> dict[str, dict[str, Any]]:
+    """The sources that draft, with the values of their keys.
+
+    With 'auto' those that need the tokens on the host are used where they are there
+    anyway: asynchronous scheduling, which they would switch off, is worth more to the
+    V2 runner's users than copies to most.
+    """
+    sources = [source for source in SOURCES if config.may_use(source)]
+    stops = isinstance(config.draft_length, STOPPING)
+    if config.draft_source == AUTO and not stops and _runs_ahead(engine_args):
+        sources = [source for source in sources if source.name == MODEL]
+    free = [source.name for source in sources if source.name != MODEL]
+    if stops:
+        what = f"draft_length {config.draft_length.policy!r} stops single requests"
+        _schedule_after_drafting(engine_args, f"{what} while they draft")
+    elif free:
+        what = f"draft_source {free[0]!r} looks at the newest tokens"
+        _schedule_after_drafting(engine_args, what)
+    return {source.name: source.options(config) for source in sources}
+
+
+def _runs_ahead(engine_args: Any) -> bool:
+    """Whether steps would be scheduled ahead of the device: vLLM will say so for sure
+    when the configuration is whole."""
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if engine_args.async_scheduling is False:
+        return False
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
+        return bool(engine_args.async_scheduling) or HAS_TRITON
+    return bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+
+
+def _schedule_after_drafting(engine_args: Any, what: str) -> None:
+    """Switches asynchronous scheduling off: a step that is scheduled before the drafts
+    of the last one are known would verify, and reserve, the full length for each."""
     if engine_args.async_scheduling:
         raise ConfigError(
-            f"draft_length {policy.policy!r} stops single requests while they draft, "
-            "so a step is scheduled after that, but async_scheduling is True: leave it "
-            "out, or use draft_length 'goodput' or 'fixed'"
+            f"{what}, so a step is scheduled after that, but async_scheduling is True: "
+            "leave it out, or use draft_source 'model' with draft_length 'goodput' or "
+            "'fixed'"
         )
     engine_args.async_scheduling = False
+
+
+def _log(chosen: ChosenPlan, sources: Mapping[str, Any]) -> None:
+    free = [source_named(name).words for name in sources if name != MODEL]
+    model = [f"{chosen.plan} ({chosen.source})"] if MODEL in sources else []
+    logger.info("selfspec drafts with: %s", "; ".join([*model, *free]))
 
 
 def _num_drafts(config: SelfSpecConfig, chosen: ChosenPlan) -> int:

@@ -2,9 +2,17 @@
 
 from typing import Any
 
+from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
 
 def use_plan(worker: Any, plan: DraftPlan) -> None:
     """Has a V1 worker draft by another plan."""
     worker.model_runner.drafter.use_plan(plan)
+
+
+def use_costs(worker: Any, costs: StepCosts) -> None:
+    """Has a worker plan draft lengths by what forwards were measured to take."""
+    runner = worker.model_runner
+    drafter = getattr(runner, "speculator", None) or runner.drafter
+    drafter.planner.use_costs(costs)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_selfspec import whole_file
+from vllm_selfspec import served_config, whole_file
 from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.config import Online
 from vllm_selfspec.draft.stats import DraftStats
@@ -135,7 +135,7 @@ class OnlineTuner:
         return cls(
             plan_of(vllm_config),
             options,
-            vllm_config.speculative_config.num_speculative_tokens,
+            served_config.num_model_tokens(vllm_config),
             vllm_config.scheduler_config.max_num_seqs,
             save,
             stats,

@@ -1,0 +1,289 @@
+"""`RowPlanner`: what each row of a batch drafts, decided where its tokens are known.
+
+One rule: it decides between a verification and the drafts that follow it, in the
+worker. That is where free sources can look at the newest tokens; and where steps are
+scheduled one after the other, nobody has to know earlier. (Where they are scheduled
+ahead of the device, `engine.scheduler` decides, and there is the model alone.)
+
+Ranks of a tensor-parallel group decide alike, because they see the same tokens and take
+the first one's word for what a step took.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from vllm.distributed.parallel_state import get_tp_group
+
+from vllm_selfspec import served_config
+from vllm_selfspec.draft.free_sources import FreeSources, Request
+from vllm_selfspec.draft.stats import DraftStats
+from vllm_selfspec.draft_length.arrivals import Arrivals
+from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.goodput import Goodput, Plan, Proposed
+from vllm_selfspec.draft_length.options import captured_lengths
+from vllm_selfspec.draft_length.slots import Slots
+from vllm_selfspec.draft_length.types import Bools, Ints
+from vllm_selfspec.plan.source import NOTHING, Proposal
+
+# Where the policy does not go by costs, a row takes the source whose tokens are
+# expected to be accepted more: verifying costs the same whatever is verified, and
+# drafting next to nothing.
+NO_COSTS = ((1, 2), (1.0, 1.0), (1e-6, 1e-6))
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """A step that has sampled and not drafted yet, in either model runner's terms.
+
+    Attributes:
+        req_ids: Its requests, `[num_reqs]`.
+        running: All requests of the worker, those that this step left out, too.
+        num_sampled: Tokens that it emitted, 0 where a prompt goes on, `[num_reqs]`.
+        num_drafted: Draft tokens that it verified, `[num_reqs]`.
+        room: The most each request may draft, `[num_reqs]`.
+        num_rows: Rows of its forward.
+        num_prompt_rows: How many of them are of prompts.
+        num_prompt_left: Rows that those prompts have left.
+        token_ids_of: All tokens of the request in a row.
+    """
+
+    req_ids: Sequence[str]
+    running: Iterable[str]
+    num_sampled: Ints
+    num_drafted: Ints
+    room: Ints
+    num_rows: int
+    num_prompt_rows: int
+    num_prompt_left: int
+    token_ids_of: Callable[[int], np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        req_ids: Sequence[str],
+        running: Iterable[str],
+        num_sampled: Ints,
+        num_drafted: Ints,
+        room: Ints,
+        num_scheduled: Ints,
+        num_left: Ints,
+        token_ids_of: Callable[[int], np.ndarray],
+    ) -> "SampledStep":
+        """From what runners know.
+
+        Args:
+            num_scheduled: Rows of each request, `[num_reqs]`.
+            num_left: Known tokens that each still has to read, `[num_reqs]`.
+        """
+        decodes = (num_sampled > 0) & (num_scheduled == 1 + num_drafted)
+        return cls(
+            req_ids,
+            running,
+            num_sampled,
+            num_drafted,
+            np.where(num_sampled > 0, room, 0),
+            int(num_scheduled.sum()),
+            int(num_scheduled[~decodes].sum()),
+            int(num_left[num_sampled == 0].sum()),
+            token_ids_of,
+        )
+
+
+@dataclass
+class RowPlan:
+    """What the rows of a batch draft.
+
+    Attributes:
+        model: Draft tokens of the model, `[num_reqs]`.
+        proposals: Free tokens of the others; nothing for those of the model.
+    """
+
+    model: Ints
+    proposals: list[Proposal] = field(default_factory=list)
+
+    @property
+    def is_free(self) -> Bools:
+        """Which rows take free tokens, `[num_reqs]`."""
+        return np.array([len(one.token_ids) > 0 for one in self.proposals], bool)
+
+
+class RowPlanner:
+    """`Goodput` in the terms of a batch.
+
+    Attributes:
+        goodput: What decides; None until costs were measured.
+        stats: What was planned, and what came of it.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        """As configured. By measured costs it plans from `use_costs` on."""
+        self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self._max_drafts = served_config.num_model_tokens(vllm_config)
+        self._sources = FreeSources(served_config.sources_of(vllm_config))
+        self._goes_by_costs = served_config.plans_draft_lengths(vllm_config)
+        self._uniform = [] if self._sources.num_kinds else uniform_lengths(vllm_config)
+        parallel_config = vllm_config.parallel_config
+        self._has_ranks = parallel_config.tensor_parallel_size > 1
+        # Data-parallel ranks in lockstep wait for each other: a step's time is that of
+        # the slowest, with as many draft steps as any of them planned.
+        self._is_timed = parallel_config.data_parallel_size == 1
+        self.stats = DraftStats(vllm_config)
+        self._counts_lengths = not served_config.stops_rows(vllm_config)
+        self._slots = Slots(self._max_num_reqs)
+        self._arrivals = Arrivals()
+        self._kinds: dict[str, int] = {}  # of free tokens, to be verified
+        self._plan = RowPlan(np.zeros(0, np.int64))
+        self._started: float | None = None  # when the last step had sampled
+        self.goodput: Goodput | None = None
+        if not self._goes_by_costs:
+            self.use_costs(StepCosts(*NO_COSTS))
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "RowPlanner | None":
+        """As configured; None where nothing is to be decided here."""
+        plans = served_config.plans_in_worker(vllm_config)
+        has_free = bool(FreeSources(served_config.sources_of(vllm_config)).num_kinds)
+        return cls(vllm_config) if plans or has_free else None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all requests get one length."""
+        return bool(self._uniform)
+
+    def took_free_tokens(self, req_ids: Sequence[str]) -> Bools:
+        """Whether what was last planned for each request are free tokens, `[n]`."""
+        return np.array([req_id in self._kinds for req_id in req_ids], bool)
+
+    def use_costs(self, costs: StepCosts) -> None:
+        """Plans by these costs, knowing nothing of requests."""
+        self.goodput = Goodput(
+            self._max_num_reqs,
+            self._max_drafts,
+            costs,
+            self._uniform,
+            self._sources.max_tokens,
+            max(1, self._sources.num_kinds),
+        )
+
+    def plan(self, step: SampledStep) -> RowPlan:
+        """What is drafted after a step; first learns from what it verified."""
+        assert self.goodput is not None, "drafts come after costs were measured"
+        self._admit(self.goodput, step)
+        self._observe(self.goodput, step)
+        prompts = self._arrivals.next(
+            bool((step.num_sampled > 0).any()),
+            step.num_prompt_rows,
+            step.num_prompt_left,
+        )
+        rows = np.flatnonzero(step.room > 0)
+        slots = self._slots.of([step.req_ids[row] for row in rows])
+        requests = [Request(step.req_ids[r], step.token_ids_of(r)) for r in rows]
+        proposals, kinds = [NOTHING] * len(rows), np.zeros(len(rows), np.int64)
+        if self._sources.num_kinds:
+            found = self._sources.propose(requests, slots, self.goodput.free)
+            proposals, kinds = found
+        num_free = np.array([len(one.token_ids) for one in proposals], np.int64)
+        proposed = Proposed(num_free, kinds) if num_free.any() else None
+        plan = self.goodput.plan(slots, step.room[rows], prompts, proposed)
+        if not self._goes_by_costs:
+            own_room = np.minimum(step.room[rows], self._max_drafts)
+            plan.lengths = np.where(plan.is_free, plan.lengths, own_room)
+        self._count(plan)
+        self._plan = self._spread(plan, rows, proposals, len(step.req_ids))
+        is_free = plan.is_free & (plan.lengths > 0)
+        self._kinds = {
+            step.req_ids[row]: int(kind)
+            for row, kind in zip(rows[is_free], kinds[is_free], strict=True)
+        }
+        return self._plan
+
+    def _admit(self, goodput: Goodput, step: SampledStep) -> None:
+        self._slots.keep(step.running)
+        for req_id in step.req_ids:
+            if req_id not in self._slots:
+                goodput.admit(self._slots.add(req_id))
+
+    def _observe(self, goodput: Goodput, step: SampledStep) -> None:
+        """Learns from what was verified, and from what it took."""
+        rows = np.flatnonzero(step.num_sampled > 0)
+        req_ids = [step.req_ids[row] for row in rows]
+        slots = self._slots.of(req_ids)
+        kinds = np.array([self._kinds.get(req_id, -1) for req_id in req_ids], np.int64)
+        drafted, accepted = step.num_drafted[rows], step.num_sampled[rows] - 1
+        is_free = kinds >= 0
+        goodput.acceptance.observe(slots, drafted * ~is_free, accepted * ~is_free)
+        if is_free.any():
+            goodput.free.observe(
+                slots, drafted * is_free, accepted * is_free, np.maximum(kinds, 0)
+            )
+        if self._counts_lengths:
+            self.stats.lengths.update(drafted.tolist())
+        for kind, num, kept in zip(kinds, drafted, accepted, strict=True):
+            name = self._sources.names[kind] if kind >= 0 else "model"
+            self.stats.drafted[name] += int(num)
+            self.stats.accepted[name] += int(min(kept, num))
+        self._observe_time(goodput, step)
+        if not self._has_ranks or get_tp_group().is_first_rank:
+            self.stats.publish("rows", goodput.beliefs)
+
+    def _observe_time(self, goodput: Goodput, step: SampledStep) -> None:
+        """From one sampled step to the next are the drafts of the first and the
+        verification of the second."""
+        now, before = time.perf_counter(), self._started
+        self._started = now
+        is_decode = not step.num_prompt_rows and bool((step.num_sampled > 0).all())
+        is_known = before is not None and self._goes_by_costs and self._is_timed
+        if not (is_decode and is_known):
+            return
+        model = self._plan.model
+        goodput.costs.observe(
+            step.num_rows,
+            int((model > 0).sum()),
+            int(model.max(initial=0)),
+            self._agreed(now - (before or now)),
+        )
+
+    def _agreed(self, seconds: float) -> float:
+        """As the first rank of the tensor-parallel group has it."""
+        if not self._has_ranks:
+            return seconds
+        group, said = get_tp_group(), torch.tensor([seconds], dtype=torch.float64)
+        dist.broadcast(said, src=group.ranks[0], group=group.cpu_group)
+        return float(said)
+
+    def _count(self, plan: Plan) -> None:
+        assert self.goodput is not None
+        if not len(plan.lengths):
+            return
+        drafting = "trial" if plan.is_trial else "drafting"
+        self.stats.steps[drafting if plan.lengths.any() else "plain"] += 1
+        num_rows = int(((plan.lengths > 0) & ~plan.is_free).sum())
+        if num_rows and self._goes_by_costs:
+            seconds = float(self.goodput.costs.draft(num_rows))
+            self.stats.draft_seconds += plan.num_steps * seconds
+
+    def _spread(
+        self, plan: Plan, rows: Ints, proposals: Sequence[Proposal], num_reqs: int
+    ) -> RowPlan:
+        """Over all requests of the step."""
+        model, spread = np.zeros(num_reqs, np.int64), [NOTHING] * num_reqs
+        model[rows] = plan.lengths * ~plan.is_free
+        for row, proposal, length, is_free in zip(
+            rows, proposals, plan.lengths, plan.is_free, strict=True
+        ):
+            if is_free:
+                spread[row] = Proposal(proposal.token_ids[:length], proposal.kind)
+        return RowPlan(model, spread)
+
+
+def uniform_lengths(vllm_config: Any) -> list[int]:
+    """The lengths a whole batch may have where CUDA graphs hold whole decode batches;
+    empty where there are none, and each request may have its own."""
+    if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return []
+    return captured_lengths(served_config.num_model_tokens(vllm_config))

@@ -1,0 +1,52 @@
+"""What the V1 runner knows of a step that has sampled, in terms of `SampledStep`.
+
+One rule: it reads the runner after bookkeeping, when the newest tokens are in its
+arrays, and before anything is drafted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_selfspec.draft.row_planner import SampledStep
+from vllm_selfspec.draft_length.types import Ints
+
+
+def num_drafted_in(scheduler_output: Any, req_ids: Sequence[str]) -> Ints:
+    """Draft tokens that a step verified, `[num_reqs]`."""
+    drafted = scheduler_output.scheduled_spec_decode_tokens
+    return np.array([len(drafted.get(req_id, ())) for req_id in req_ids], np.int64)
+
+
+def sampled_step(
+    runner: Any, scheduler_output: Any, num_sampled: Ints, room: Ints
+) -> SampledStep:
+    """What the V1 runner knows of a step that has sampled."""
+    batch, num_reqs = runner.input_batch, len(num_sampled)
+    scheduled = scheduler_output.num_scheduled_tokens
+    num_scheduled = np.array([scheduled[req_id] for req_id in batch.req_ids], np.int64)
+    num_tokens = batch.num_tokens_no_spec[:num_reqs]
+    num_read = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
+    return SampledStep.of(
+        req_ids=batch.req_ids,
+        running=runner.requests,
+        num_sampled=num_sampled,
+        num_drafted=num_drafted_in(scheduler_output, batch.req_ids),
+        room=room,
+        num_scheduled=num_scheduled,
+        num_left=np.maximum(num_tokens - num_read, 0),
+        token_ids_of=lambda row: batch.token_ids_cpu[row, : num_tokens[row]],
+    )
+
+
+def num_tokens_left(runner: Any) -> Ints:
+    """Drafts that each request can use, `[num_reqs]`: a verification brings one token
+    more."""
+    batch = runner.input_batch
+    params = [runner.requests[req_id].sampling_params for req_id in batch.req_ids]
+    most = np.array([one.max_tokens for one in params], np.int64)
+    num_tokens = batch.num_tokens_no_spec[: len(most)]
+    num_output = num_tokens - batch.num_prompt_tokens[: len(most)]
+    found: Ints = np.maximum(most - num_output - 1, 0)
+    return found
