@@ -39,6 +39,7 @@ class Generation:
 
         config = {
             "method": "selfspec",
+            "draft_source": "model",
             "skip_layers": {},
             "num_speculative_tokens": MAX_DRAFTS,
             "draft_length": "threshold",

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from vllm_selfspec.bench import report
-from vllm_selfspec.bench.arms import PLAIN, Arm
+from vllm_selfspec.bench.arms import MODEL_ALONE, PLAIN, Arm
 from vllm_selfspec.bench.comparison import Load, compare, num_turns, to_dict
 from vllm_selfspec.bench.engines import Engine, Sampling, VllmEngine
 from vllm_selfspec.bench.own_models import find_model
@@ -53,14 +53,14 @@ SWING = (1, 16, 1)
 def arms() -> list[Arm]:
     """Plain vLLM first."""
     good = DraftPlan.skipping(SkipSet.early_exit(NUM_LAYERS, EXIT_LAYER))
-    exits = {"method": "selfspec", "exit_layer": EXIT_LAYER}
+    exits = {"method": "selfspec", **MODEL_ALONE, "exit_layer": EXIT_LAYER}
     most = {"draft_length": "goodput", "num_speculative_tokens": LENGTHS[-1]}
     found = [Arm(PLAIN, "plain")]
     for k in LENGTHS:
         config = {**exits, "draft_length": "fixed", "num_speculative_tokens": k}
         found.append(Arm(f"selfspec, k {k}", "selfspec", config, good))
     found.append(Arm("selfspec, goodput", "selfspec", {**exits, **most}, good))
-    wrong = {"method": "selfspec", "skip_layers": WRONG, **most}
+    wrong = {"method": "selfspec", **MODEL_ALONE, "skip_layers": WRONG, **most}
     plan = DraftPlan.skipping(SkipSet.from_dict(NUM_LAYERS, WRONG))
     found.append(Arm("selfspec, goodput, wrong draft", "selfspec", wrong, plan))
     return found

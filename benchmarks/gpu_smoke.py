@@ -120,7 +120,8 @@ class Engine:
 
         spec = None
         if plan != PLAIN:
-            spec = {"method": "selfspec", "draft_length": "fixed", **PLANS[plan]}
+            spec = {"method": "selfspec", "draft_source": "model", **PLANS[plan]}
+            spec["draft_length"] = "fixed"
         self.llm: Any = LLM(str(model), speculative_config=spec, **settings)
         self._counters = SpecCounters()
 

@@ -75,6 +75,7 @@ class Arm:
             str(model),
             speculative_config={
                 "method": "selfspec",
+                "draft_source": "model",
                 "draft_length": "fixed",
                 "num_speculative_tokens": NUM_DRAFTS,
                 **spec,

@@ -101,7 +101,8 @@ def engine(path: str, keys: Mapping[str, Any]) -> Any:
     """Started, and kept to the end."""
     from vllm import LLM
 
-    config = {"method": "selfspec", "num_speculative_tokens": NUM_DRAFTS}
+    config = {"method": "selfspec", "draft_source": "model"}
+    config |= {"num_speculative_tokens": NUM_DRAFTS}
     llm = LLM(
         path,
         speculative_config={**config, "draft_length": "fixed", **keys},

@@ -146,7 +146,7 @@ def main(
 
     console = Console(highlight=False)
     path = find_model(model, None, console)
-    config = {"method": "selfspec", "exit_layer": exit_layer}
+    config = {"method": "selfspec", "draft_source": "model", "exit_layer": exit_layer}
     config |= {"num_speculative_tokens": k, "draft_length": "fixed"}
     engines = {}
     for name, spec in {"plain": None, "selfspec": config}.items():

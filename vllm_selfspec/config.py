@@ -170,8 +170,8 @@ class SelfSpecConfig(Keys):
     def _keys_are_of_what_drafts(self) -> "SelfSpecConfig":
         for source in SOURCES:
             own = set(source.keys.model_fields)
-            if source.name == MODEL:  # the axes say how it drafts
-                own = {key for axis in AXES for key in axis.keys.model_fields}
+            if source.name == MODEL:
+                own = _keys_of_axes()
             said = sorted(own & self.model_fields_set)
             if said and not self.may_use(source):
                 raise ValueError(
@@ -180,6 +180,11 @@ class SelfSpecConfig(Keys):
                     f"or remove {said[0]}"
                 )
         return self
+
+    @property
+    def says_how_the_model_drafts(self) -> bool:
+        """Whether the user wrote a key of an axis."""
+        return bool(_keys_of_axes() & self.model_fields_set)
 
     def may_use(self, source: Source) -> bool:
         """Whether the user lets a source draft."""
@@ -253,6 +258,11 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> ChosenPlan:
     for axis in AXES:
         plan = axis.resolve(config, target, plan)
     return replace(chosen, plan=plan, source=chosen.source or ", ".join(said))
+
+
+def _keys_of_axes() -> set[str]:
+    """The keys that say how the model drafts."""
+    return {key for axis in AXES for key in axis.keys.model_fields}
 
 
 def _said(config: SelfSpecConfig) -> list[str]:

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from vllm_selfspec.engine.support import raise_if_unsupported
+from helpers.engines import Engines, greedy, planner_of, prompts_of, run, token_ids
+from helpers.models import build_tiny_model
+from vllm_selfspec.engine.support import (
+    raise_if_model_cannot_draft,
+    raise_if_unsupported,
+)
 from vllm_selfspec.plan.families import FAMILIES, UnsupportedModelError, family_of
 
 # What `raise_if_unsupported` reads of vLLM's two objects, as for a plain Llama.
@@ -34,6 +39,7 @@ def check(**changed: object) -> None:
     ]
     assert changed.keys() <= MODEL.keys() | PARALLEL.keys()
     raise_if_unsupported(*objects)
+    raise_if_model_cannot_draft(objects[0])
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
@@ -83,12 +89,12 @@ def refusal(
             "serve it without selfspec",
         ),
         refusal(
-            "multimodal models with M-RoPE",
+            "drafts of multimodal models with M-RoPE",
             {"uses_mrope": True},
             "with M-RoPE the text after an image goes on at positions that are not "
             "those of its tokens, by which a draft counts",
             "this model has it",
-            "serve it without selfspec",
+            "use draft_source 'context'",
         ),
         refusal(
             "pooling models",
@@ -105,11 +111,11 @@ def refusal(
             "use 1",
         ),
         refusal(
-            "models that are not in this table",
+            "drafts of models that are not in this table",
             {"architecture": "BloomForCausalLM"},
             "selfspec must know where a model's sublayers are",
             "this model is a BloomForCausalLM",
-            "serve it without --speculative-config selfspec",
+            "use draft_source 'context'",
         ),
     ],
 )
@@ -141,7 +147,6 @@ REFUSED = {
     ("mamba2", "Mamba2ForCausalLM"): "recurrent layers change their state",
     ("granitemoehybrid", "GraniteMoeHybridForCausalLM"): "recurrent layers change",
     ("whisper", "WhisperForConditionalGeneration"): "encoder-decoder model",
-    ("bloom", "BloomForCausalLM"): "but this model is a BloomForCausalLM",
 }
 
 
@@ -163,6 +168,34 @@ def test_a_real_configuration_is_refused_before_an_engine_starts(
     )
     with pytest.raises(UnsupportedModelError, match=REFUSED[model]):
         engine_args.create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("bloom")
+    return str(build_tiny_model("bloom", directory, tie_word_embeddings=True))
+
+
+@pytest.mark.v2
+@pytest.mark.shows("Engine", "models that cannot draft: copies alone")
+def test_a_model_that_cannot_draft_is_served_with_copies_alone(
+    bloom: str, engines: Engines
+) -> None:
+    prompts = [{"prompt_token_ids": [5, 9, 7, 3, 8, 1] * 3}, *prompts_of(2)]
+    params = greedy(16)
+    expected, _ = run(engines.get(bloom), prompts, params)
+    llm = engines.get(bloom, {"draft_source": "auto"})
+    found, counts = run(llm, prompts, params)
+    assert token_ids(found) == token_ids(expected)
+    assert counts.draft_tokens and not planner_of(llm).stats.drafted["model"]
+
+
+@pytest.mark.parametrize("keys", [{"draft_source": "model"}, {"exit_layer": 2}])
+def test_it_is_refused_where_it_was_told_to_draft(
+    keys: dict[str, Any], bloom: str, engines: Engines
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="this model is a BloomForCausalLM"):
+        engines.get(bloom, {"draft_source": "auto", **keys})
 
 
 def test_pipeline_parallelism_is_refused_before_an_engine_starts(

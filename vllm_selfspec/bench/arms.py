@@ -27,6 +27,8 @@ SUFFIX = {"method": "suffix", "num_speculative_tokens": 32}
 # Where the target samples, drafts drawn from a distribution are accepted more often.
 DRAWN = {"draft_sample_method": "probabilistic"}
 MOST_DRAFTS = 8  # that a controller of ours chooses from
+# Of plans that are compared with each other, only what the model drafts.
+MODEL_ALONE = {"draft_source": "model"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Arm:
         """Whether all its drafts have `k` tokens, so that v is the cost of one number
         of rows."""
         config = self.speculative_config or {}
-        return bool(config.get("draft_length", "fixed") == "fixed")
+        is_free = config.get("method") == METHOD and "draft_source" not in config
+        return not is_free and config.get("draft_length", "fixed") == "fixed"
 
 
 GROUPS = ("plain", "selfspec", "ngram", "suffix", "draft_model", "hf")
@@ -120,11 +123,21 @@ def arms_of(
 
 
 def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
-    """`auto`, and early exits after a quarter and a sixth of the layers, at fixed
-    lengths, the second at all of them; the first two with goodput lengths, too."""
+    """The bare flag, and copies alone; then what the model alone drafts: by `auto`, and
+    by early exits after a quarter and a sixth of the layers, at fixed lengths, the
+    second at all of them; the first two with goodput lengths, too."""
     num_layers = target.num_layers
     auto = resolve_plan(SelfSpecConfig.parse({}), target).plan
-    found = [_own("auto", {}, auto, lengths[0]), _own("auto", {}, auto)]
+    found = [
+        Arm("selfspec", "selfspec", {"method": METHOD}, auto),
+        Arm(
+            "selfspec, copies alone",
+            "selfspec",
+            {"method": METHOD, "draft_source": "context"},
+        ),
+        _own("auto", {}, auto, lengths[0]),
+        _own("auto", {}, auto),
+    ]
     for part, ks in ((4, lengths), (6, lengths[:1])):
         exit_layer = num_layers // part
         if not exit_layer:
@@ -139,7 +152,7 @@ def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
 
 def _own(name: str, keys: dict[str, Any], plan: DraftPlan, k: int | None = None) -> Arm:
     """One plan of ours at a fixed length, or with goodput lengths."""
-    config = {"method": METHOD, **keys, **DRAWN}
+    config = {"method": METHOD, **MODEL_ALONE, **keys, **DRAWN}
     if k is None:
         config |= {"draft_length": "goodput", "num_speculative_tokens": MOST_DRAFTS}
         return Arm(f"selfspec {name}, goodput", "selfspec", config, plan)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_selfspec import whole_file
+from vllm_selfspec.bench.arms import MODEL_ALONE
 from vllm_selfspec.bench.demo_result import Result, print_results
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.own_models import find_model
@@ -131,7 +132,7 @@ class Arms:
         else:
             self.settings["gpu_memory_utilization"] = 0.42  # two engines, one GPU
         self.plain = LLM(model, **self.settings)
-        config = {"method": METHOD, "num_speculative_tokens": k}
+        config = {"method": METHOD, **MODEL_ALONE, "num_speculative_tokens": k}
         config |= {"draft_length": "fixed"}  # so that a plan's bound can be told
         self.drafting = LLM(model, speculative_config=config, **self.settings)
         self._counters = SpecCounters()

@@ -66,18 +66,22 @@ class SelfSpecSpeculator(DrawingSpeculator):
         self._ranks = DPRanks(vllm_config.parallel_config)
         # A rank without requests needs no drafts; it makes those that others need.
         self._num_dummy_drafts = self._num_model_tokens if self._ranks.is_alone else 0
-        self._view: DraftView
+        self._view: DraftView | None = None  # where the model does not draft
+        self._attn_layer_names: frozenset[str] = frozenset()
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
         """The target minus the skip set. No weights and no KV cache are added."""
+        if not self._num_model_tokens:
+            return target_model
         kv_heads.raise_if_misread(target_model, self.vllm_config)
         plan = plan_of(self.vllm_config)
         loaded = LoadedTarget(target_model, plan, self.vllm_config)
-        self._view = loaded.view(plan)
-        compile_view(self._view, self.vllm_config)
-        return self._view.model
+        view = self._view = loaded.view(plan)
+        self._attn_layer_names = view.attn_layer_names
+        compile_view(view, self.vllm_config)
+        return view.model
 
     def set_attn(
         self,
@@ -103,7 +107,7 @@ class SelfSpecSpeculator(DrawingSpeculator):
             kv_cache_config,
             self.attn_vllm_config,
             self.device,
-            active_layer_names=set(self._view.attn_layer_names),
+            active_layer_names={*self._attn_layer_names},
         )
         self._configure_decode_metadata_update()
 
@@ -135,6 +139,8 @@ class SelfSpecSpeculator(DrawingSpeculator):
     def capture(self) -> None:
         """Captures the whole draft, or one step of it where metadata must be rebuilt
         between steps, for every batch size and every number of drafts."""
+        if self._view is None:
+            return
         assert self.decode_cudagraph_manager is not None
         self.idx_mapping.zero_()  # what dummy runs left may be out of bounds
         self.prepare_to_capture()
@@ -345,7 +351,7 @@ class SelfSpecSpeculator(DrawingSpeculator):
             num_tokens_across_dp=num_tokens_across_dp,
             slot_mapping=slot_mappings,
             batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
-            skip_compiled=not self._view.is_compiled,
+            skip_compiled=self._view is None or not self._view.is_compiled,
         ):
             hidden_states = self.model(
                 self.input_buffers.input_ids[:num_tokens],

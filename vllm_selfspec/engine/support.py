@@ -13,7 +13,7 @@ from vllm_selfspec.plan.families import UnsupportedModelError, family_of
 
 
 def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
-    """Refuses what a draft cannot run on.
+    """Refuses what no source can draft for.
 
     Args:
         model_config: vLLM's `ModelConfig` of the target.
@@ -30,14 +30,12 @@ def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
         ),
         "an encoder-decoder model's cross-attention is not part of a skip set: serve "
         "it without selfspec": model_config.is_encoder_decoder,
+        # Tiny Mamba2 and Falcon-H1 models give other texts on a CPU with n-grams, too.
         "recurrent layers change their state on every forward and cannot take a "
         "rejected draft back but by kernels of vLLM's for GPUs, where selfspec was not "
         "tried on them, and this model has some: serve it without selfspec": (
             model_config.is_hybrid or model_config.is_attention_free
         ),
-        "with M-RoPE the text after an image goes on at positions that are not those "
-        "of its tokens, by which a draft counts, and this model has it: serve it "
-        "without selfspec": model_config.uses_mrope,
         "only text generation can be drafted for, and the model runner is "
         f"{model_config.runner_type!r}: serve it without selfspec": (
             model_config.runner_type != "generate"
@@ -51,6 +49,20 @@ def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise UnsupportedModelError(f"selfspec: {reason}")
+
+
+def raise_if_model_cannot_draft(model_config: Any) -> None:
+    """Refuses a target that cannot draft for itself; other sources can for it.
+
+    Raises:
+        UnsupportedModelError: With the first reason found.
+    """
+    if model_config.uses_mrope:
+        raise UnsupportedModelError(
+            "selfspec: with M-RoPE the text after an image goes on at positions that "
+            "are not those of its tokens, by which a draft counts, and this model has "
+            "it: use draft_source 'context'"
+        )
     family_of(model_config.architecture)
 
 

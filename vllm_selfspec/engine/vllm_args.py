@@ -25,9 +25,15 @@ from vllm_selfspec.draft_length.options import (
     Goodput,
     schedule_of_all,
 )
-from vllm_selfspec.engine.support import raise_if_refused, raise_if_unsupported
+from vllm_selfspec.engine.support import (
+    raise_if_model_cannot_draft,
+    raise_if_refused,
+    raise_if_unsupported,
+)
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_skip_layers import AUTO
+from vllm_selfspec.plan.families import UnsupportedModelError
+from vllm_selfspec.plan.source_context import ContextSource
 from vllm_selfspec.plan.sources import MODEL, SOURCES, source_named
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -103,6 +109,7 @@ def _resolve(
     what `SpeculativeConfig` knows."""
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config)
+    config = _drafting(config, model_config)
     chosen = resolve_plan(config, target_of(model_config))
     deployment = Deployment(
         model_config,
@@ -134,6 +141,21 @@ def _resolve(
         "draft_sample_method": config.draft_sample_method,
         "num_speculative_tokens_per_batch_size": _schedule(config, num_drafts),
     }
+
+
+def _drafting(config: SelfSpecConfig, model_config: Any) -> SelfSpecConfig:
+    """The configuration; with copies alone where the target cannot draft for itself and
+    nobody said that it should."""
+    if not config.may_use(source_named(MODEL)):
+        return config
+    try:
+        raise_if_model_cannot_draft(model_config)
+    except UnsupportedModelError as error:
+        if config.draft_source != AUTO or config.says_how_the_model_drafts:
+            raise
+        logger.warning("%s. That is what it does now", error)
+        return config.model_copy(update={"draft_source": ContextSource.name})
+    return config
 
 
 def _raise_if_not_tunable(parallel_config: Any) -> None:

@@ -102,6 +102,6 @@ def family_of(architecture: str) -> Family:
         raise UnsupportedModelError(
             f"selfspec must know where a model's sublayers are, and does for "
             f"{', '.join(FAMILIES)}, but this model is a {architecture}: "
-            "serve it without --speculative-config selfspec"
+            "use draft_source 'context'"
         )
     return FAMILIES[architecture]

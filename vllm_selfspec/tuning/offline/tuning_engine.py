@@ -101,6 +101,7 @@ class TuningEngine:
         self._max_tokens = max_tokens
         config = {
             "method": "selfspec",
+            "draft_source": "model",
             "skip_layers": {},
             "num_speculative_tokens": num_drafts,
             "draft_length": "fixed",
