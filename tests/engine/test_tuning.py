@@ -293,11 +293,12 @@ def test_tune_survives_a_kill_and_writes_a_profile_that_vllm_takes(
     plan = DraftPlan.from_dict(config.additional_config["selfspec"]["plan"])
     assert plan == found.plan(NUM_LAYERS)
     k = found.figures.num_speculative_tokens
-    assert config.speculative_config.num_speculative_tokens == k
+    assert config.additional_config["selfspec"]["num_model_tokens"] == k
     config = EngineArgs(
         tiny_models["qwen3"], speculative_config={**spec, "num_speculative_tokens": 5}
     ).create_engine_config()
-    assert config.speculative_config.num_speculative_tokens == 5, "the user's word"
+    own = config.additional_config["selfspec"]
+    assert own["num_model_tokens"] == 5, "the user's word"
     with pytest.raises(ValueError, match="LlamaForCausalLM in place of Qwen3"):
         EngineArgs(tiny_models["llama"], speculative_config=spec).create_engine_config()
 

@@ -102,6 +102,8 @@ class Acceptance:
             accepted: How many of them were accepted, `[n]`.
             kinds: Of their drafts, `[n]`; None where all are of the first.
         """
+        if not (drafted.any() or self._known[slots].any() or self._own[slots].any()):
+            return  # nothing is seen, and nothing fades
         tried, taken = trials(drafted, accepted, self._tried.shape[1])
         chance = self._chances(slots, kinds)
         known = (1 - FADE) * self._known[slots] + (tried * chance * (1 - chance)).sum(

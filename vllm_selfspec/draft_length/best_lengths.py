@@ -4,7 +4,7 @@ One rule: a draft token must earn what it costs. On a machine with idle memory b
 that is little; on a busy one it is the work of a row, and then nothing is drafted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,23 +44,6 @@ class Mix:
 
     lengths: Ints
     is_free: Bools
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Ways to draft at most `deepest` tokens a request.
-
-    Attributes:
-        deepest: d, the number of draft steps.
-        num_drafting: Rows of each of them.
-        num_drafts: n, draft tokens of the batch, `[num_ways]`.
-        gain: How many of them are expected to be accepted, `[num_ways]`.
-    """
-
-    deepest: int
-    num_drafting: int
-    num_drafts: Ints
-    gain: Floats
 
 
 def best_lengths(
@@ -111,28 +94,31 @@ def best_mix(
     """
     num_reqs, max_drafts = model.shape
     width = max(max_drafts, free.shape[1])
-    least = _least_worth(costs, num_reqs)
+    found = _Best(num_reqs, num_reqs * width, costs, prompts)
     has_free = (free > 0).any(axis=1)
-    free_worth = np.maximum(free - least, 0).sum(axis=1)
-    free = _padded(free, width)
-    choices, mixes = [], []
+    free_worth = np.maximum(free - found.least_worth, 0).sum(axis=1)
+    # [num_reqs, max_drafts]: of the model's first tokens
+    worth = np.maximum(model - found.least_worth, 0).cumsum(axis=1)
+    may_draft = model[:, :1].any(axis=1)
+    mixes: list[tuple[Bools, Ints]] = []  # which rows copy; requests of the best tokens
+    chance = np.zeros((num_reqs, width))
     for deepest in range(1 - has_free.any(), max_drafts + 1):
-        kept = model[:, :deepest]
-        worth = np.maximum(kept - least, 0).sum(axis=1)
-        is_free = has_free & (free_worth >= worth)
-        drafts = ~is_free & (kept > 0).any(axis=1)
-        if deepest and not drafts.any():
+        least = worth[:, deepest - 1] if deepest else 0.0
+        is_free: Bools = has_free & (free_worth >= least)
+        num_drafting = int(np.count_nonzero(may_draft & ~is_free)) if deepest else 0
+        if deepest and not num_drafting:
             continue
-        chance = np.where(is_free[:, None], free, _padded(kept, width)).ravel()
-        order = np.argsort(-chance, kind="stable")[: np.count_nonzero(chance)]
-        gain = np.cumsum(chance[order])
-        num_drafts = np.arange(1, len(order) + 1)
-        choices.append(_Choice(deepest, int(drafts.sum()), num_drafts, gain))
+        chance[:] = 0.0
+        chance[:, :deepest] = model[:, :deepest]
+        chance[is_free] = 0.0
+        chance[is_free, : free.shape[1]] = free[is_free]
+        flat = chance.ravel()
+        order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
+        found.offer(len(mixes), deepest, num_drafting, np.cumsum(flat[order]))
         mixes.append((is_free, order // width))
-    chosen = _best(choices, num_reqs, costs, prompts)
-    if chosen is None:
+    if found.choice is None:
         return Mix(np.zeros(num_reqs, np.int64), np.zeros(num_reqs, bool))
-    which, num = chosen
+    which, num = found.choice
     is_free, request = mixes[which]
     return Mix(np.bincount(request[:num], minlength=num_reqs).astype(np.int64), is_free)
 
@@ -146,15 +132,13 @@ def best_uniform_length(
 ) -> Ints:
     """The same for one length of all requests, out of `lengths`: what can be replayed
     from a CUDA graph, which is captured for whole batches."""
-    choices = []
+    found = _Best(len(room), len(room) * survival.shape[1], costs, prompts)
     for length in lengths:
         tried = np.minimum(room, length)
-        kept = _within(survival, tried)
         if tried.any():
-            total, gain = np.array([tried.sum()]), np.array([kept.sum()])
-            choices.append(_Choice(length, len(room), total, gain))
-    chosen = _best(choices, len(room), costs, prompts)
-    return np.minimum(room, choices[chosen[0]].deepest if chosen else 0)
+            gain = np.array([_within(survival, tried).sum()])
+            found.offer(length, length, len(room), gain, int(tried.sum()))
+    return np.minimum(room, found.choice[0] if found.choice else 0)
 
 
 def _within(survival: Floats, room: Ints) -> Floats:
@@ -162,35 +146,50 @@ def _within(survival: Floats, room: Ints) -> Floats:
     return survival * (np.arange(survival.shape[1]) < room[:, None])
 
 
-def _padded(chance: Floats, width: int) -> Floats:
-    """`[num_reqs, width]`, with tokens that are never accepted."""
-    return np.pad(chance, ((0, 0), (0, width - chance.shape[1])))
+class _Best:
+    """The best way to draft, of those that were offered.
 
+    Attributes:
+        choice: Its name and its n; None where drafting is not worth it.
+        least_worth: The chance at which a draft token pays for its row, about: what a
+            row more costs while twice as many are verified, in tokens of plain steps.
+    """
 
-def _least_worth(costs: StepCosts, num_reqs: int) -> float:
-    """The chance at which a draft token pays for its row, about: what a row more costs
-    while twice as many are verified, in tokens of plain steps."""
-    plain, double = costs.verify(np.array([num_reqs, 2 * num_reqs]))
-    return float(double - plain) / float(plain)
+    def __init__(
+        self, num_reqs: int, most: int, costs: StepCosts, prompts: Prompts
+    ) -> None:
+        """For R requests and `most` draft tokens of the batch at most."""
+        self.choice: tuple[int, int] | None = None
+        self._num_reqs = num_reqs
+        # [most + 1], by n; and [R + 1], by rows that draft
+        self._verify = verify_seconds(costs, num_reqs, np.arange(most + 1), prompts)
+        self._draft = costs.draft(np.arange(num_reqs + 1))
+        plain = float(self._verify[0])
+        double = float(self._verify[min(num_reqs, most)])
+        self.least_worth = double / plain - 1
+        self._rate = num_reqs / plain * (1 + MARGIN)
 
+    def offer(
+        self, name: int, deepest: int, num_drafting: int, gain: Floats, first: int = 1
+    ) -> None:
+        """Ways to draft at most `deepest` tokens a request.
 
-def _best(
-    choices: Iterable[_Choice], num_reqs: int, costs: StepCosts, prompts: Prompts
-) -> tuple[int, int] | None:
-    """The best of the choices, by number, and its n; None where drafting is not worth
-    it."""
-    best = num_reqs / float(costs.verify(num_reqs)) * (1 + MARGIN)
-    found = None
-    for number, choice in enumerate(choices):
-        seconds = verify_seconds(costs, num_reqs, choice.num_drafts, prompts)
-        if choice.deepest:
-            seconds = seconds + choice.deepest * costs.draft(choice.num_drafting)
-        rate = (num_reqs + choice.gain) / seconds
+        Args:
+            name: To know it by.
+            deepest: d, the number of draft steps.
+            num_drafting: Rows of each of them.
+            gain: Tokens that are expected to be accepted of the first n, `[num_ways]`.
+            first: n of the first way; each has one more than the one before.
+        """
+        if not len(gain):
+            return
+        seconds = self._verify[first : first + len(gain)]
+        seconds = seconds + deepest * float(self._draft[num_drafting])
+        rate = (self._num_reqs + gain) / seconds
         most = int(rate.argmax())
-        if rate[most] > best:
-            best = float(rate[most])
-            found = number, int(choice.num_drafts[most])
-    return found
+        if rate[most] > self._rate:
+            self._rate = float(rate[most])
+            self.choice = name, first + most
 
 
 def verify_seconds(

@@ -130,21 +130,23 @@ class StepCosts:
         return self._seconds_of(1, num_rows)
 
     def _seconds_of(self, kind: int, num_rows: Ints | int) -> Floats:
-        found: Floats = self._weights(num_rows) @ np.exp(self._log[kind])
+        seconds = np.exp(self._log[kind])
+        rows = np.asarray(num_rows, float)
+        # Below the first one it stays; beyond the last one it goes on.
+        slope = (seconds[-1] - seconds[-2]) / (self._rows[-1] - self._rows[-2])
+        beyond = np.maximum(0.0, rows - self._rows[-1])
+        found: Floats = np.interp(rows, self._rows, seconds) + slope * beyond
         return found
 
-    def _weights(self, num_rows: Ints | int) -> Floats:
-        """Of the measured numbers of rows, `[..., num_knots]`; they add up to 1."""
-        rows = np.asarray(num_rows, float)
-        left = np.clip(
-            np.searchsorted(self._rows, rows, "right") - 1, 0, self._rows.size - 2
-        )
+    def _weights(self, num_rows: int) -> Floats:
+        """Of the measured numbers of rows in that interpolation, `[num_knots]`; they
+        add up to 1."""
+        last = self._rows.size - 2
+        left = min(max(int(self._rows.searchsorted(num_rows, "right")) - 1, 0), last)
         width = self._rows[left + 1] - self._rows[left]
-        # Below the first one it stays; beyond the last one it goes on.
-        share = np.maximum(0.0, (rows - self._rows[left]) / width)
-        weights = np.zeros((*rows.shape, self._rows.size))
-        np.put_along_axis(weights, left[..., None], 1 - share[..., None], -1)
-        np.put_along_axis(weights, left[..., None] + 1, share[..., None], -1)
+        share = max(0.0, float((num_rows - self._rows[left]) / width))
+        weights = np.zeros(self._rows.size)
+        weights[left], weights[left + 1] = 1 - share, share
         return weights
 
     def observe(

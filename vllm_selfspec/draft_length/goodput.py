@@ -100,6 +100,7 @@ class Goodput:
         self.costs = costs
         self._max_drafts, self._max_free = max_drafts, max_free
         self._owed = 0.0  # seconds that trials may take by now
+        self._price = 0.0  # of the next one, when it was last looked at
         self._passed_over = np.zeros(num_kinds, np.int64)
 
     @property
@@ -168,11 +169,13 @@ class Goodput:
         tried = np.minimum(room, 1)
         plain = float(self.costs.verify(num_reqs))
         self._owed += EXPLORE_SHARE * plain
-        seconds = verify_seconds(self.costs, num_reqs, int(tried.sum()), prompts)
-        price = float(seconds) - plain + float(self.costs.draft(num_reqs))
-        if self._owed < price or not tried.any():
+        if self._owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))
-        self._owed = 0.0
+        seconds = verify_seconds(self.costs, num_reqs, int(tried.sum()), prompts)
+        self._price = float(seconds) - plain + float(self.costs.draft(num_reqs))
+        if self._owed < self._price:
+            return Plan(np.zeros(num_reqs, np.int64))
+        self._owed = self._price = 0.0
         return Plan(tried, is_trial=True)
 
     def beliefs(self) -> dict[str, float]:
