@@ -16,7 +16,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import geometric_mean, median, quantiles
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +31,7 @@ from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.config import METHOD
 
 AGAIN = f"{PLAIN}, again"
+ARMS = (AGAIN, "n-grams", "suffix", "model", "context", "both")
 console = Console(stderr=True)
 
 
@@ -76,8 +77,10 @@ def main(
                 cell |= measured(engines, name, streams, num_prompts, sampling)
                 console.print(json.dumps(cell))
                 cells.append(cell)
-    command = f"python benchmarks/sources.py {Path(model).name} --keys '{keys}'"
-    document = {**provenance(command), "max_tokens": max_tokens, "cells": cells}
+    command = f"python benchmarks/sources.py {Path(model).name}"
+    command += f" --keys '{keys}'" if keys != "{}" else ""
+    sizes = {"num_prompts": num_prompts, "max_tokens": max_tokens}
+    document = {**provenance(command), **sizes, "cells": cells}
     print(json.dumps(document, indent=1))
     if output is not None:
         whole_file.write_json(document, output)
@@ -138,6 +141,49 @@ def measured(
         for name, found in ratios.items()
         if name != PLAIN
     }
+
+
+def markdown(*documents: dict[str, Any]) -> str:
+    """A table for each saved run: medians, and quartiles where it matters."""
+    return "\n\n".join(map(_table, documents))
+
+
+def _table(document: dict[str, Any]) -> str:
+    names = [name for name in ARMS if name in document["cells"][0]]
+    head = ["concurrency", "T", "task", *names]
+    lines = [
+        f"`{document['command']}`, {document['date']}: {document['hardware']}, "
+        f"{document['num_cores']} cores; vLLM {document['vllm']}, bfloat16, "
+        f"{document['num_prompts']} prompts a task, {document['max_tokens']} tokens "
+        "each.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---:|' * 2}---|{'---:|' * len(names)}",
+    ]
+    for cell in document["cells"]:
+        row = [cell["concurrency"], f"{cell['temperature']:g}", cell["task"]]
+        row += [_figure(cell[name]) for name in names]
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
+def _figure(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['speed_up']:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def mean_speed_up(
+    document: dict[str, Any], arm: str, concurrency: int, tasks: Sequence[str]
+) -> str:
+    """The geometric mean over tasks, greedy; empty where that was not run."""
+    found = [
+        cell[arm]["speed_up"]
+        for cell in document["cells"]
+        if arm in cell
+        and (cell["concurrency"], cell["temperature"]) == (concurrency, 0)
+        and cell["task"] in tasks
+    ]
+    return f"{geometric_mean(found):.2f}x" if len(found) == len(tasks) else ""
 
 
 if __name__ == "__main__":
