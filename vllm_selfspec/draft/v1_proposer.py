@@ -74,6 +74,7 @@ class SelfSpecProposer:
         self.planner = RowPlanner.of(vllm_config)
         self._stops = RowStops.of(vllm_config)
         self.tuner = _tuner_of(vllm_config)
+        self._num_steps = 0  # draft steps of the last propose
         self._target: LoadedTarget
         self._view: DraftView
 
@@ -174,7 +175,8 @@ class SelfSpecProposer:
             num_drafts = plan.model
             free = [one.token_ids.tolist() for one in plan.proposals]
         rows = np.flatnonzero(num_drafts)
-        self._ranks.agree(int(num_drafts.max(initial=0)), len(rows))
+        self._num_steps = int(num_drafts.max(initial=0))
+        self._ranks.agree(self._num_steps, len(rows))
         if not len(rows):
             self._run_along(runner, 0)
             return Drafts(free)
@@ -240,7 +242,7 @@ class SelfSpecProposer:
         found = tuner.after_step(
             runner.input_batch,
             scheduler_output.total_num_scheduled_tokens,
-            scheduler_output.num_spec_tokens_to_schedule,
+            self._num_steps,
             is_first_accepted,
             partial(self._next_tokens, runner),
         )

@@ -53,6 +53,10 @@ def prepare(vllm_config: Any, executor: Any) -> None:
         if tunes:
             _start_tuning(vllm_config, executor, costs)
         _plan_by(costs, vllm_config, executor)
+    if served_config.plans_in_worker(vllm_config) or served_config.has_free_sources(
+        vllm_config
+    ):
+        _schedule_full_lengths(vllm_config)
     _add_plain_steps(vllm_config.scheduler_config)
 
 
@@ -83,24 +87,27 @@ def _plan_by(costs: StepCosts, vllm_config: Any, executor: Any) -> None:
     A scheduler class of the user's own that runs ahead of the device is left alone;
     drafts then have full length.
     """
-    config, speculative_config = (
-        vllm_config.scheduler_config,
-        vllm_config.speculative_config,
-    )
+    config = vllm_config.scheduler_config
     if not served_config.plans_draft_lengths(vllm_config):
         return
     if served_config.plans_in_worker(vllm_config):
         executor.collective_rpc(use_costs, args=(costs,))
     elif config.get_scheduler_cls() is AsyncScheduler:
         named = {"costs": costs, "__module__": __name__}
-        bases = (PlanningScheduler,)
-        config.scheduler_cls = type("PlanningScheduler", bases, named)
-        return
+        config.scheduler_cls = type("PlanningScheduler", (PlanningScheduler,), named)
+    else:
+        _schedule_full_lengths(vllm_config)
+
+
+def _schedule_full_lengths(vllm_config: Any) -> None:
+    """The full length whatever the number of requests, unless the user has a schedule.
+
+    With none at all vLLM would fill new requests up with placeholders for drafts.
+    """
     if not has_schedule_of_users(vllm_config):
-        # Whatever the number of requests, the full length. With no schedule at all
-        # vLLM would fill new requests up with placeholders for drafts.
-        most, num_drafts = config.max_num_seqs, vllm_config.num_speculative_tokens
-        schedule = [(1, most, num_drafts)]
+        speculative_config = vllm_config.speculative_config
+        most = vllm_config.scheduler_config.max_num_seqs
+        schedule = [(1, most, vllm_config.num_speculative_tokens)]
         speculative_config.num_speculative_tokens_per_batch_size = schedule
 
 
