@@ -168,8 +168,14 @@ class SelfSpecConfig(Keys):
 
     @model_validator(mode="after")
     def _keys_are_of_what_drafts(self) -> "SelfSpecConfig":
+        used = {
+            key
+            for source in SOURCES
+            if self.may_use(source)
+            for key in source.options(self)
+        }
         for source in SOURCES:
-            own = set(source.keys.model_fields)
+            own = set(source.keys.model_fields) - used
             if source.name == MODEL:
                 own = _keys_of_axes()
             said = sorted(own & self.model_fields_set)

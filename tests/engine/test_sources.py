@@ -26,6 +26,7 @@ from vllm_selfspec.config import ConfigError, SelfSpecConfig, config_type
 from vllm_selfspec.plan import sources
 from vllm_selfspec.plan.keys import Keys
 from vllm_selfspec.plan.source import NOTHING, Proposal, Proposer, Source
+from vllm_selfspec.plan.source_suffix import SuffixSource
 
 NUM_TOKENS = 16 if IS_V2 else 48
 EMPTY = {"skip_layers": {"attention": [], "mlp": []}}
@@ -94,6 +95,7 @@ def test_a_source_is_named_and_its_keys_are_its_own() -> None:
         parse(draft_source="model", prompt_lookup_min=3)
     with pytest.raises(ConfigError, match="exit_layer is of source 'model'"):
         parse(draft_source="context", exit_layer=2)
+    assert parse(draft_source="suffix", num_copied_tokens=3).num_copied_tokens == 3
     with pytest.raises(ConfigError, match="prompt_lookup_min is 9, but"):
         parse(prompt_lookup_min=9, prompt_lookup_max=4)
 
@@ -166,8 +168,32 @@ def test_copies_leave_the_text_as_it_is(
     llm = engines.get(path, {"draft_source": "context"})
     found, counts = run(llm, prompts, params)
     assert token_ids(found) == token_ids(expected)
-    assert counts.draft_tokens and set(drafted(llm)) == {"context", "model"}
+    assert counts.draft_tokens and drafted(llm)["context"]
     assert drafted(llm)["model"] == 0
+
+
+def test_other_outputs_are_copied_from(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    pytest.importorskip("arctic_inference", reason="make .venv/peers")
+    path, prompts, params = tiny_models["llama"], prompts_of(3), greedy(NUM_TOKENS)
+    expected, _ = run(engines.get(path), prompts, params)
+    llm = engines.get(path, {"draft_source": "suffix", "num_copied_tokens": 8})
+    accepted = []
+    for _ in range(2):
+        found, counts = run(llm, prompts, params)
+        assert token_ids(found) == token_ids(expected)
+        accepted.append(counts.accepted_tokens)
+    assert accepted[1] > accepted[0], "what was said before is known"
+
+
+def test_what_is_not_installed_is_refused_by_name_and_else_left_out(
+    tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    preview = Preview.of(tiny_models["llama"], {})
+    assert preview.sources == ("model", "context")
+    assert "not installed: pip install arctic" in str(SuffixSource().refusal())
 
 
 @pytest.mark.v2

@@ -81,7 +81,8 @@ class Preview:
             )
         chosen = resolve_plan(config, target)
         plan, source = chosen.plan, chosen.source
-        sources = tuple(one.name for one in SOURCES if config.may_use(one))
+        usable = [one for one in SOURCES if config.may_use(one) and not one.refusal()]
+        sources = tuple(one.name for one in usable)
         return cls(model, target.class_name, keys, plan, source, weights, sources)
 
     @property

@@ -4,7 +4,7 @@ One rule: kinds of proposals are numbered over all sources, so that what decides
 kinds alone and no source.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,11 @@ class FreeSources:
     @property
     def num_kinds(self) -> int:
         return len(self.names)
+
+    def keep(self, req_ids: Collection[str]) -> None:
+        """All other requests have ended."""
+        for _, proposer in self._proposers:
+            proposer.keep(req_ids)
 
     def propose(
         self, requests: Sequence[Request], slots: Slots, acceptance: Acceptance

@@ -10,7 +10,7 @@ the first one's word for what a step took.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ class SampledStep:
     """
 
     req_ids: Sequence[str]
-    running: Iterable[str]
+    running: Collection[str]
     num_sampled: Ints
     num_drafted: Ints
     room: Ints
@@ -66,7 +66,7 @@ class SampledStep:
     def of(
         cls,
         req_ids: Sequence[str],
-        running: Iterable[str],
+        running: Collection[str],
         num_sampled: Ints,
         num_drafted: Ints,
         room: Ints,
@@ -204,6 +204,7 @@ class RowPlanner:
 
     def _admit(self, goodput: Goodput, step: SampledStep) -> None:
         self._slots.keep(step.running)
+        self._sources.keep(step.running)
         for req_id in step.req_ids:
             if req_id not in self._slots:
                 goodput.admit(self._slots.add(req_id))

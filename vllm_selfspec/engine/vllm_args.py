@@ -197,6 +197,13 @@ def _sources(config: SelfSpecConfig, engine_args: Any) -> dict[str, dict[str, An
     V2 runner's users than copies to most.
     """
     sources = [source for source in SOURCES if config.may_use(source)]
+    refusals = {source.name: source.refusal() for source in sources}
+    if refusals.get(config.draft_source) is not None:
+        raise ConfigError(
+            f"draft_source is {config.draft_source!r}, but "
+            f"{refusals[config.draft_source]}"
+        )
+    sources = [source for source in sources if refusals[source.name] is None]
     stops = isinstance(config.draft_length, STOPPING)
     if config.draft_source == AUTO and not stops and _runs_ahead(engine_args):
         sources = [source for source in sources if source.name == MODEL]

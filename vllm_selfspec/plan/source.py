@@ -13,7 +13,7 @@ al. 2023, appendix A.1, with q one-hot).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,8 +41,9 @@ NOTHING = Proposal(np.zeros(0, np.int32))
 
 
 class Proposer(ABC):
-    """A free source at work, in a worker. It keeps nothing of a row between two steps
-    that would be wrong when the row is preempted, edited or ended."""
+    """A free source at work, in a worker. What it keeps of a row between two steps must
+    do no harm when the row is preempted, edited or ended: a stale proposal is rejected,
+    and costs its rows of a verification."""
 
     @abstractmethod
     def propose(self, req_id: str, token_ids: NDArray[np.int32]) -> Proposal:
@@ -53,6 +54,10 @@ class Proposer(ABC):
             token_ids: All its tokens so far, prompt and output, `[num_tokens]`; not to
                 be written to.
         """
+
+    def keep(self, req_ids: Collection[str]) -> None:
+        """Called before a step's proposals: all other requests have ended."""
+        return
 
 
 class Source(ABC):
@@ -73,6 +78,13 @@ class Source(ABC):
     @abstractmethod
     def words(self) -> str:
         """What it is, in a few words, as in "drafts with: ..."."""
+
+    def refusal(self) -> str | None:
+        """Why it cannot be used here, and what to do; None if it can.
+
+        With `draft_source` 'auto' it is left out then.
+        """
+        return None
 
     def options(self, config: Any) -> dict[str, Any]:
         """The values of its keys in a `SelfSpecConfig`, as JSON has them."""

@@ -7,9 +7,10 @@ process.
 
 from vllm_selfspec.plan.source import ModelSource, Source
 from vllm_selfspec.plan.source_context import ContextSource
+from vllm_selfspec.plan.source_suffix import SuffixSource
 
 MODEL = ModelSource.name
-SOURCES: list[Source] = [ModelSource(), ContextSource()]
+SOURCES: list[Source] = [ModelSource(), ContextSource(), SuffixSource()]
 
 
 def register(source: Source) -> None:
