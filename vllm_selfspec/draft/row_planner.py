@@ -195,12 +195,19 @@ class RowPlanner:
             plan.lengths = np.where(plan.is_free, plan.lengths, own_room)
         self._count(plan)
         self._plan = self._spread(plan, rows, proposals, len(step.req_ids))
-        is_free = plan.is_free & (plan.lengths > 0)
-        self._kinds = {
-            step.req_ids[row]: int(kind)
-            for row, kind in zip(rows[is_free], kinds[is_free], strict=True)
-        }
+        self._remember(step, rows[plan.is_free], kinds[plan.is_free])
         return self._plan
+
+    def _remember(self, step: SampledStep, rows: Ints, kinds: Ints) -> None:
+        """Which rows take free tokens, until they are verified: those of a request that
+        a step leaves out stay."""
+        self._kinds = {
+            req_id: kind
+            for req_id, kind in self._kinds.items()
+            if req_id in step.running and req_id not in step.req_ids
+        }
+        for row, kind in zip(rows, kinds, strict=True):
+            self._kinds[step.req_ids[row]] = int(kind)
 
     def _admit(self, goodput: Goodput, step: SampledStep) -> None:
         self._slots.keep(step.running)

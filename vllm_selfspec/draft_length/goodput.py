@@ -162,7 +162,7 @@ class Goodput:
             if self._passed_over[kinds[row]] >= TRY_EVERY:
                 self._passed_over[kinds[row]] = 0
                 lengths[row], is_free[row] = min(num_free[row], TRIED_TOKENS), True
-        return Plan(lengths, is_free=is_free)
+        return Plan(lengths, is_free=is_free & (lengths > 0))
 
     def _trial(self, num_reqs: int, room: Ints, prompts: Prompts) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
