@@ -307,7 +307,12 @@ def test_a_benchmark_takes_it_beside_other_configurations(
 ) -> None:
     configs = [
         {"exit_head": str(heads["llama", 2]), "draft_length": "thompson"},
-        {"exit_layer": 2, "draft_length": "fixed", "num_speculative_tokens": 3},
+        {
+            "exit_layer": 2,
+            "draft_source": "model",
+            "draft_length": "fixed",
+            "num_speculative_tokens": 3,
+        },
         {"skip_layers": {"mlp": [1]}},
     ]
     plain, *arms = arms_of(Path(models["llama"]), None, ["selfspec"], [4], configs)

@@ -39,6 +39,33 @@ def a_core_each(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     envs.disable_envs_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def workers(engines: Engines) -> Iterator[None]:
+    yield
+    engines.end_workers()
+
+
+@pytest.mark.parametrize("policy", ["goodput", "threshold"])
+def test_both_workers_take_the_same_source_for_a_row(
+    policy: str, tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """Otherwise they would wait for each other for ever."""
+    model = tiny_models["qwen3"]
+    prompts = [{"prompt_token_ids": [5, 9, 7, 3, 8, 1] * 3}, *prompts_of(3)]
+    spec = {"draft_source": "auto", "draft_length": policy, "exit_layer": 3}
+    llm = engines.get(model, spec, **TWO)
+    expected, _ = run(engines.get(model), prompts, greedy(MAX_TOKENS))
+    for _ in range(3):
+        found, _ = run(llm, prompts, greedy(MAX_TOKENS))
+        assert token_ids(found) == token_ids(expected)
+    first, second = llm.collective_rpc(_drafted)
+    assert first == second and first["context"]
+
+
+def _drafted(worker: Any) -> dict[str, int]:
+    return dict(worker.model_runner.drafter.planner.stats.drafted)
+
+
 @IN_FULL
 @pytest.mark.v2
 @pytest.mark.shows("Engine", "tensor parallelism")

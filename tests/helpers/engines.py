@@ -61,6 +61,13 @@ class Engines:
             _counters[id(llm)] = SpecCounters()
         return self._engines[key]
 
+    def end_workers(self) -> None:
+        """Ends the processes of engines that have workers of their own, half a gigabyte
+        each; those engines are not to be used any more."""
+        for llm in [*self._engines.values(), *self.others]:
+            if llm.llm_engine.vllm_config.parallel_config.world_size > 1:
+                llm.llm_engine.engine_core.engine_core.model_executor.shutdown()
+
     def leave(self) -> None:
         """To the end of the process, but for those with workers of their own. An engine
         that shuts down collects garbage some times over, which takes minutes with
