@@ -35,7 +35,7 @@ NUM_CONCURRENT = 16
 # A start takes 20 s on two idle cores, of two engines 60; the rest is for busy ones.
 START_DEADLINE_S = 900
 EMPTY = (
-    '{"method": "selfspec", "draft_length": "fixed", '
+    '{"method": "selfspec", "draft_source": "model", "draft_length": "fixed", '
     '"skip_layers": {"attention": [], "mlp": []}}'
 )
 
