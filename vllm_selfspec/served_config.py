@@ -53,6 +53,11 @@ def has_free_sources(vllm_config: Any) -> bool:
     return uses_selfspec(vllm_config) and bool(sources_of(vllm_config).keys() - {MODEL})
 
 
+def plans_rows(vllm_config: Any) -> bool:
+    """Whether a worker decides row by row: how far, or from which source."""
+    return plans_in_worker(vllm_config) or has_free_sources(vllm_config)
+
+
 def needs_v1_runner(vllm_config: Any) -> str | None:
     """What the V2 runner's CUDA graphs of drafts would hold, and must not; or None."""
     if tunes_online(vllm_config):

@@ -146,9 +146,7 @@ class RowPlanner:
     @classmethod
     def of(cls, vllm_config: Any) -> "RowPlanner | None":
         """As configured; None where nothing is to be decided here."""
-        plans = served_config.plans_in_worker(vllm_config)
-        has_free = bool(FreeSources(served_config.sources_of(vllm_config)).num_kinds)
-        return cls(vllm_config) if plans or has_free else None
+        return cls(vllm_config) if served_config.plans_rows(vllm_config) else None
 
     @property
     def is_uniform(self) -> bool:

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_selfspec import served_config
 from vllm_selfspec.config import ConfigError
-from vllm_selfspec.draft.row_planner import RowPlan, RowPlanner
+from vllm_selfspec.draft.row_planner import RowPlan
 from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.truncation import scaled
 from vllm_selfspec.draft.v2_planned import PlannedSpeculator, num_drafted_in
@@ -46,7 +46,7 @@ def make_speculator(
     served_config.mark_in_use()
     if served_config.stops_rows(vllm_config):
         return RowStoppingSpeculator(vllm_config, device)
-    if RowPlanner.of(vllm_config) is not None:
+    if served_config.plans_rows(vllm_config):
         return PlannedSpeculator(vllm_config, device)
     return SelfSpecSpeculator(vllm_config, device)
 

@@ -19,7 +19,7 @@ from vllm_selfspec.draft_length.best_lengths import (
     verify_seconds,
 )
 from vllm_selfspec.draft_length.costs import StepCosts
-from vllm_selfspec.draft_length.types import Bools, Ints, Slots
+from vllm_selfspec.draft_length.types import Bools, Floats, Ints, Slots
 
 # Share of the time spent on finding out whether drafting pays again.
 EXPLORE_SHARE = 0.005
@@ -135,7 +135,8 @@ class Goodput:
         own_room = np.minimum(room, self._max_drafts)
         if proposed is not None:
             num_free = np.minimum(proposed.num_tokens, room)
-            found = self._mixed(slots, own_room, num_free, proposed.kinds, prompts)
+            model = survival * (np.arange(self._max_drafts) < own_room[:, None])
+            found = self._mixed(slots, model, num_free, proposed.kinds, prompts)
         elif self._uniform:
             found = Plan(
                 best_uniform_length(
@@ -149,12 +150,16 @@ class Goodput:
         return self._trial(num_reqs, own_room, prompts)
 
     def _mixed(
-        self, slots: Slots, room: Ints, num_free: Ints, kinds: Ints, prompts: Prompts
+        self,
+        slots: Slots,
+        model: Floats,
+        num_free: Ints,
+        kinds: Ints,
+        prompts: Prompts,
     ) -> Plan:
-        """With free proposals of `num_free` tokens."""
-        drafts, copies = np.arange(self._max_drafts), np.arange(self._max_free)
-        model = self.acceptance.survival(slots) * (drafts < room[:, None])
-        free = self.free.survival(slots, kinds) * (copies < num_free[:, None])
+        """With free proposals of `num_free` tokens, beside the `model`'s chances."""
+        within = np.arange(self._max_free) < num_free[:, None]
+        free = self.free.survival(slots, kinds) * within
         mix = best_mix(model, free, self.costs, prompts)
         lengths, is_free = mix.lengths, mix.is_free
         for row in np.flatnonzero((num_free > 0) & ~(is_free & (lengths > 0))):

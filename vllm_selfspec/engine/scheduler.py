@@ -53,9 +53,7 @@ def prepare(vllm_config: Any, executor: Any) -> None:
         if tunes:
             _start_tuning(vllm_config, executor, costs)
         _plan_by(costs, vllm_config, executor)
-    if served_config.plans_in_worker(vllm_config) or served_config.has_free_sources(
-        vllm_config
-    ):
+    if served_config.plans_rows(vllm_config):
         _schedule_full_lengths(vllm_config)
     _add_plain_steps(vllm_config.scheduler_config)
 

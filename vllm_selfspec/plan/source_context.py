@@ -61,19 +61,29 @@ class ContextKeys(Keys):
         return self
 
 
-class ContextSource(Source):
+def kind_of(match_length: int) -> int:
+    """The kind of a copy that was found by a match of so many tokens."""
+    return int(np.searchsorted(KINDS, match_length, "right")) - 1
+
+
+class CopyingSource(Source):
+    """What all sources have that continue a match."""
+
+    num_kinds = len(KINDS)
+
+    def max_tokens(self, options: Mapping[str, Any]) -> int:
+        return int(options["num_copied_tokens"])
+
+
+class ContextSource(CopyingSource):
     """Copies from the row itself."""
 
     name = "context"
     keys = ContextKeys
-    num_kinds = len(KINDS)
 
     @property
     def words(self) -> str:
         return "copies from the request's own tokens"
-
-    def max_tokens(self, options: Mapping[str, Any]) -> int:
-        return int(options["num_copied_tokens"])
 
     def proposer(self, options: Mapping[str, Any]) -> Proposer:
         return Copier(**options)
@@ -98,7 +108,7 @@ class Copier(Proposer):
         # A match that reaches to the newest token goes round: what follows it there is
         # what the copy itself says.
         copied = np.resize(following, self._num_tokens)
-        return Proposal(copied, int(np.searchsorted(KINDS, length, "right")) - 1)
+        return Proposal(copied, kind_of(length))
 
 
 def longest_match(token_ids: NDArray[np.int32], longest: int) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vllm_selfspec.plan.keys import Keys
-from vllm_selfspec.plan.source import NOTHING, Proposal, Proposer, Source
-from vllm_selfspec.plan.source_context import KINDS
+from vllm_selfspec.plan.source import NOTHING, Proposal, Proposer
+from vllm_selfspec.plan.source_context import CopyingSource, kind_of
 
 PACKAGE = "arctic_inference"
 
@@ -51,12 +51,11 @@ class SuffixKeys(Keys):
     )
 
 
-class SuffixSource(Source):
+class SuffixSource(CopyingSource):
     """Copies from the request itself and from the outputs of others."""
 
     name = "suffix"
     keys = SuffixKeys
-    num_kinds = len(KINDS)
 
     @property
     def words(self) -> str:
@@ -74,9 +73,6 @@ class SuffixSource(Source):
             "num_copied_tokens": config.num_copied_tokens,
             "prompt_lookup_min": config.prompt_lookup_min,
         }
-
-    def max_tokens(self, options: Mapping[str, Any]) -> int:
-        return int(options["num_copied_tokens"])
 
     def proposer(self, options: Mapping[str, Any]) -> Proposer:
         return SuffixTrees(
@@ -125,8 +121,8 @@ class SuffixTrees(Proposer):
         )
         if draft.match_len < self._shortest or not draft.token_ids:
             return NOTHING
-        kind = int(np.searchsorted(KINDS, draft.match_len, "right")) - 1
-        return Proposal(np.array(draft.token_ids, np.int32), kind)
+        copied = np.array(draft.token_ids, np.int32)
+        return Proposal(copied, kind_of(draft.match_len))
 
     def _feed(self, req_id: str, token_ids: NDArray[np.int32]) -> None:
         num_fed = self._num_fed.get(req_id)
