@@ -168,3 +168,33 @@ def test_async_scheduling_is_on_unless_switched_off(
         assert counts.draft_tokens > 0
         if spec is not SPEC:
             assert counts.accepted_tokens == counts.draft_tokens
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"draft_source": "context"},
+        {**SPEC, "draft_length": "threshold"},
+        {**SPEC, "draft_length": "goodput"},
+    ],
+    ids=["copies", "threshold", "goodput"],
+)
+def test_vllms_warm_up_of_its_kernels_leaves_nothing_behind(
+    spec: dict[str, Any], tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """Where there is a GPU, requests of vLLM's own run before costs are measured."""
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    llm = engines.get(tiny_models["llama"], spec, max_num_seqs=3)
+    (worker,) = llm.collective_rpc(lambda worker: worker)
+    planner = getattr(drafter_of(worker.model_runner), "planner", None)
+    measured = getattr(planner, "goodput", None)
+    if planner is not None:
+        planner.goodput = None
+    warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
+    if planner is not None:
+        assert "_warmup_0_" not in planner._slots, "nothing is learnt of them"
+        planner.goodput = measured
+    expected, _ = run(engines.get(tiny_models["llama"]), prompts_of(2), greedy(8))
+    found, _ = run(llm, prompts_of(2), greedy(8))
+    assert token_ids(found) == token_ids(expected)

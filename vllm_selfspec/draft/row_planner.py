@@ -169,8 +169,14 @@ class RowPlanner:
         )
 
     def plan(self, step: SampledStep) -> RowPlan:
-        """What is drafted after a step; first learns from what it verified."""
-        assert self.goodput is not None, "drafts come after costs were measured"
+        """What is drafted after a step; first learns from what it verified.
+
+        vLLM warms up its kernels with requests of its own before costs are measured:
+        they draft all they may, and nothing is learnt from them.
+        """
+        if self.goodput is None:
+            most = np.minimum(step.room, self._max_drafts)
+            return RowPlan(most, [NOTHING] * len(step.req_ids))
         self._admit(self.goodput, step)
         self._observe(self.goodput, step)
         prompts = self._arrivals.next(
