@@ -1,13 +1,18 @@
 """Does selfspec keep its promises on a GPU? Eager, in CUDA graphs, and compiled.
 
     python benchmarks/gpu_smoke.py -o benchmarks/results/gpu.json
+    python benchmarks/gpu_smoke.py --model SmolLM2-135M --factor 4 -o FILE.json
     python benchmarks/gpu_smoke.py --rehearse      # small, on whatever device is here
 
 - agreement: in float32 the text is plain vLLM's, and CUDA graphs accept what eager
   drafting accepts. (A graph that replays stale metadata shows as lost acceptance, never
   as another text: verification hides it.)
 - memory: weights, KV blocks and device memory in use, beside plain vLLM's.
-- speed: tokens/s at 1, 8, 32 and 128 streams, engines in turns, medians of ratios.
+- speed: tokens/s by task at 1, 8, 32 and 128 streams, engines in turns, medians of
+  ratios; what a draft step costs, and so the bound E / (v + k c).
+
+Models are widened, because a small one would time the engine around it: a widened model
+writes what the small one writes, at the cost of a big one.
 
 Every part starts its engines in a process of its own and is saved when it is done, so a
 machine that goes away leaves what was measured; a part that is in the file is not
@@ -19,7 +24,9 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,9 +34,12 @@ from typing import Annotated, Any
 
 import typer
 from corpus import texts
+from pydantic import BaseModel
 from rich.console import Console
 
+from vllm_selfspec import whole_file
 from vllm_selfspec.bench.provenance import command_line, provenance
+from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.bench.widen import widen
 from vllm_selfspec.engine.spec_counters import SpecCounters
 
@@ -37,11 +47,60 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
 CACHE = REPOSITORY / ".cache"
 PLAIN = "plain vLLM"
-PLANS: dict[str, dict[str, Any]] = {
-    "auto": {},
-    "exit_layer 3": {"exit_layer": 3},
-    "probabilistic": {"exit_layer": 3, "draft_sample_method": "probabilistic"},
+NUM_DRAFTS = 4
+
+
+def own(**keys: Any) -> dict[str, Any]:
+    """The speculative configuration of selfspec with these keys."""
+    return {"method": "selfspec", **keys}
+
+
+def fixed(**keys: Any) -> dict[str, Any]:
+    """The same, drafting `NUM_DRAFTS` tokens of the model alone."""
+    return own(
+        draft_source="model",
+        draft_length="fixed",
+        num_speculative_tokens=NUM_DRAFTS,
+        **keys,
+    )
+
+
+# By name, what is compared. `auto` schedules ahead of the device, so it drafts with the
+# model alone; "synchronous" is what looking at the newest tokens costs plain vLLM.
+ARMS: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    "synchronous": None,
+    "bare flag": own(),
+    "exit_layer 3": fixed(exit_layer=3),
+    "probabilistic": fixed(exit_layer=3, draft_sample_method="probabilistic"),
+    "int8": fixed(draft_weights="int8", skip_layers={}),
+    "int4": fixed(draft_weights="int4", skip_layers={}),
+    "int4, goodput": own(draft_weights="int4", skip_layers={}),
+    "copies": own(draft_source="context"),
+    "int4 and copies": own(draft_weights="int4", skip_layers={}),
+    "n-grams": {
+        "method": "ngram",
+        "prompt_lookup_max": 4,
+        "num_speculative_tokens": 5,
+    },
 }
+# Scheduled one step after the other, so that free sources see the newest tokens.
+SYNCHRONOUS = ("synchronous", "int4 and copies")
+# Of engines that are compared in one process; each group has plain vLLM.
+GROUPS = {
+    "own": ("bare flag", "int8", "int4", "int4, goodput"),
+    "copies": ("synchronous", "copies", "int4 and copies", "n-grams"),
+    "demo": ("exit_layer 3", "probabilistic", "bare flag", "int4", "copies"),
+}
+AGREEING = (
+    "exit_layer 3",
+    "probabilistic",
+    "int8",
+    "int4",
+    "bare flag",
+    "copies",
+    "int4 and copies",
+)
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
@@ -50,57 +109,71 @@ MODES: dict[str, dict[str, Any]] = {
 PARTS = ("agreement", "memory", "speed")
 PROMPT_CHARACTERS = 400
 CONTEXT_LENGTH = 1024
+DEMO_TASK = "held-out source"
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(BaseModel, frozen=True):
     """How much is run.
 
     Attributes:
-        factors: How often the demo model is widened, by dtype: 16 makes 2 B parameters.
-        modes: The engine modes.
-        streams: Concurrent requests, for the speed.
+        streams: Concurrent requests.
         num_tokens: Generated a request.
         rounds: Turns a number of streams.
         kv_cache_bytes: Of each engine, where the blocks are not what is measured.
     """
 
-    factors: dict[str, int]
-    modes: tuple[str, ...]
-    streams: tuple[int, ...]
-    num_tokens: int
-    rounds: int
-    kv_cache_bytes: int
+    streams: tuple[int, ...] = (1, 8, 32, 128)
+    num_tokens: int = 128
+    rounds: int = 5
+    kv_cache_bytes: int = 0
 
 
-FULL = Scale(
-    factors={"float32": 4, "bfloat16": 16},
-    modes=("eager", "graphs", "compiled"),
-    streams=(1, 8, 32, 128),
-    num_tokens=128,
-    rounds=3,
-    kv_cache_bytes=8 << 30,
-)
-SMALL = Scale(
-    factors={"float32": 1, "bfloat16": 1},
-    modes=("eager",),
-    streams=(1, 4),
-    num_tokens=16,
-    rounds=1,
-    kv_cache_bytes=64 << 20,
-)
+SMALL = Scale(streams=(1, 4), num_tokens=16, rounds=1, kv_cache_bytes=64 << 20)
 
 
-def prompts(num: int, seed: int = 0) -> list[str]:
-    """Pieces of source files that the demo model was not trained on."""
-    rng = random.Random(seed)
-    held_out = [text for _, text in texts(held_out=True)]
-    found = []
-    while len(found) < num:
-        text = rng.choice(held_out)
-        start = rng.randrange(max(1, len(text) - PROMPT_CHARACTERS))
-        found.append(text[start : start + rng.randint(40, PROMPT_CHARACTERS)])
-    return found
+class Setup(BaseModel, frozen=True):
+    """What every process of a run is told.
+
+    Attributes:
+        model: Checkpoint directory.
+        factor: How often it is widened, for memory and speed.
+        scale: How much is run.
+        tasks: Shipped prompts; the demo model goes on with source files.
+        backend: vLLM's attention backend, if not its own choice.
+    """
+
+    model: Path
+    factor: int
+    scale: Scale
+    tasks: tuple[str, ...]
+    backend: str | None
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the model that was trained to be exited early."""
+        return self.model == DEMO_MODEL
+
+    def widened(self, factor: int, dtype: str) -> Path:
+        """The model, made once."""
+        if factor == 1:
+            return self.model
+        return widen(
+            self.model, CACHE / f"{self.model.name}_x{factor}_{dtype}", factor, dtype
+        )
+
+    def prompts(self, task: str, num: int, tokenizer: Any, seed: int = 0) -> list[str]:
+        """Of a task; pieces of files that the demo model was not trained on."""
+        if task != DEMO_TASK:
+            found = [prompt.render(tokenizer) for prompt in load(task).prompts]
+            return [found[i % len(found)] for i in range(seed, seed + num)]
+        rng = random.Random(seed)
+        held_out = [text for _, text in texts(held_out=True)]
+        pieces: list[str] = []
+        while len(pieces) < num:
+            text = rng.choice(held_out)
+            start = rng.randrange(max(1, len(text) - PROMPT_CHARACTERS))
+            pieces.append(text[start : start + rng.randint(40, PROMPT_CHARACTERS)])
+        return pieces
 
 
 @dataclass(frozen=True)
@@ -110,20 +183,27 @@ class Sample:
     token_ids: list[list[int]]
     seconds: float
     acceptance: float | None
+    emitted: float | None
 
 
 class Engine:
-    """Plain vLLM, or selfspec with one of `PLANS`."""
+    """One of `ARMS`, in this process."""
 
-    def __init__(self, model: Path, plan: str, settings: dict[str, Any]) -> None:
+    def __init__(self, setup: Setup, arm: str, settings: dict[str, Any]) -> None:
         from vllm import LLM
 
-        spec = None
-        if plan != PLAIN:
-            spec = {"method": "selfspec", "draft_source": "model", **PLANS[plan]}
-            spec["draft_length"] = "fixed"
-        self.llm: Any = LLM(str(model), speculative_config=spec, **settings)
+        started = time.perf_counter()
+        if arm in SYNCHRONOUS:
+            settings = {**settings, "async_scheduling": False}
+        self.llm: Any = LLM(speculative_config=ARMS[arm], **settings)
+        self.start_up = time.perf_counter() - started
+        self.tokenizer = self.llm.get_tokenizer()
         self._counters = SpecCounters()
+
+    @property
+    def runner(self) -> Any:
+        """Of the only worker."""
+        return self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
 
     def generate(self, batch: list[str], num_tokens: int, **sampling: Any) -> Sample:
         """Runs `batch` as concurrent requests."""
@@ -134,62 +214,56 @@ class Engine:
         before, start = self._counters.read(), time.perf_counter()
         outputs = self.llm.generate(batch, SamplingParams(**params), use_tqdm=False)
         seconds = time.perf_counter() - start
-        acceptance = (self._counters.read() - before).acceptance
+        counts = self._counters.read() - before
         return Sample(
             [list(out.outputs[0].token_ids) for out in outputs],
             seconds,
-            None if acceptance is None else round(acceptance, 4),
+            None if counts.acceptance is None else round(counts.acceptance, 4),
+            round(1 + counts.accepted_tokens / counts.drafts, 3)
+            if counts.drafts
+            else None,
         )
 
 
 def settings_of(
-    scale: Scale, mode: str, dtype: str, backend: str | None
+    setup: Setup, mode: str, factor: int, dtype: str, num_engines: int
 ) -> dict[str, Any]:
-    """What all engines of a process have in common."""
-    return {
+    """What all engines of a process have in common; `num_engines` share the device, in
+    KV caches of fixed size."""
+    settings: dict[str, Any] = {
+        "model": str(setup.widened(factor, dtype)),
         "dtype": dtype,
         "max_model_len": CONTEXT_LENGTH,
-        "max_num_seqs": max(scale.streams),
+        "max_num_seqs": max(setup.scale.streams),
         "disable_log_stats": False,
         "enable_prefix_caching": False,  # prompts repeat; each run does all of it
         "seed": 0,
-        **({"attention_config": {"backend": backend}} if backend else {}),
         **MODES[mode],
     }
+    if setup.backend:
+        settings["attention_config"] = {"backend": setup.backend}
+    if num_engines:
+        settings["kv_cache_memory_bytes"] = setup.scale.kv_cache_bytes
+        settings["gpu_memory_utilization"] = 0.9 / (1 + num_engines)
+    return settings
 
 
-def engines_of(
-    scale: Scale, mode: str, dtype: str, backend: str | None
-) -> dict[str, Engine]:
-    """One of each, in a KV cache of fixed size, sharing the device."""
-    settings = {
-        **settings_of(scale, mode, dtype, backend),
-        "kv_cache_memory_bytes": scale.kv_cache_bytes,
-        "gpu_memory_utilization": 0.8 / (1 + len(PLANS)),
-    }
-    model = model_of(scale, dtype)
-    return {plan: Engine(model, plan, settings) for plan in (PLAIN, *PLANS)}
-
-
-def model_of(scale: Scale, dtype: str) -> Path:
-    """The widened demo model, made once."""
-    factor = scale.factors[dtype]
-    return widen(DEMO_MODEL, CACHE / f"demo_model_x{factor}_{dtype}", factor, dtype)
-
-
-def agreement(scale: Scale, mode: str, backend: str | None) -> dict[str, Any]:
-    """Texts that are plain vLLM's, and acceptance, by plan and number of streams."""
-    engines = engines_of(scale, mode, "float32", backend)
-    report: dict[str, Any] = {plan: {} for plan in engines}
-    for num_streams in scale.streams:
-        batch = prompts(num_streams)
+def agreement(setup: Setup, mode: str) -> dict[str, Any]:
+    """Texts that are plain vLLM's, and acceptance, by arm and number of streams."""
+    arms = [arm for arm in AGREEING if setup.is_demo or arm not in GROUPS["demo"][:2]]
+    settings = settings_of(setup, mode, 1, "float32", 1 + len(arms))
+    engines = {arm: Engine(setup, arm, settings) for arm in (PLAIN, *arms)}
+    report: dict[str, Any] = {arm: {} for arm in engines}
+    num_tokens = setup.scale.num_tokens
+    for num_streams in setup.scale.streams:
+        batch = setup.prompts(setup.tasks[0], num_streams, engines[PLAIN].tokenizer)
         plain: Sample | None = None
-        for plan, engine in engines.items():
-            sample = engine.generate(batch, scale.num_tokens)
-            sampled = engine.generate(batch, scale.num_tokens, temperature=0.7, seed=1)
+        for arm, engine in engines.items():
+            sample = engine.generate(batch, num_tokens)
+            sampled = engine.generate(batch, num_tokens, temperature=0.7, seed=1)
             plain = plain or sample
             pairs = zip(plain.token_ids, sample.token_ids, strict=True)
-            report[plan][num_streams] = {
+            report[arm][num_streams] = {
                 "same_texts": sum(a == b for a, b in pairs),
                 "texts": num_streams,
                 "acceptance": sample.acceptance,
@@ -198,20 +272,21 @@ def agreement(scale: Scale, mode: str, backend: str | None) -> dict[str, Any]:
     return report
 
 
-def memory(scale: Scale, mode: str, backend: str | None, plan: str) -> dict[str, Any]:
+def memory(setup: Setup, mode: str, arm: str) -> dict[str, Any]:
     """What one engine takes, alone on the device at vLLM's default settings."""
     import torch
 
     on_gpu = torch.cuda.is_available()
-    settings = settings_of(scale, mode, "bfloat16", backend)
-    if not on_gpu:
-        settings["kv_cache_memory_bytes"] = scale.kv_cache_bytes
-    engine = Engine(model_of(scale, "bfloat16"), plan, settings)
-    engine.generate(prompts(max(scale.streams)), scale.num_tokens)
-    runner = engine.llm.collective_rpc(lambda worker: worker.model_runner)[0]
+    num_engines = 0 if on_gpu else 1
+    settings = settings_of(setup, mode, setup.factor, "bfloat16", num_engines)
+    engine = Engine(setup, arm, settings)
+    streams = max(setup.scale.streams)
+    batch = setup.prompts(setup.tasks[0], streams, engine.tokenizer)
+    engine.generate(batch, setup.scale.num_tokens)
     report = {
-        "weight_bytes": weight_bytes(runner),
+        "weight_bytes": weight_bytes(engine.runner),
         "kv_blocks": engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "start_up_seconds": round(engine.start_up, 1),
     }
     if on_gpu:
         free, total = torch.cuda.mem_get_info()
@@ -223,9 +298,10 @@ def memory(scale: Scale, mode: str, backend: str | None, plan: str) -> dict[str,
 
 
 def weight_bytes(runner: Any) -> int:
-    """Bytes of all distinct parameters, the drafter's included."""
+    """Bytes of all distinct parameters, those that drafts read included."""
     drafter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
-    models = [runner.model, *([drafter._view.model] if drafter is not None else [])]
+    view = getattr(drafter, "_view", None)
+    models = [runner.model, *([] if view is None else [view.model])]
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for model in models
@@ -234,55 +310,122 @@ def weight_bytes(runner: Any) -> int:
     return sum(storages.values())
 
 
-def speed(scale: Scale, mode: str, backend: str | None) -> dict[str, Any]:
+def speed(setup: Setup, mode: str, group: str) -> dict[str, Any]:
     """Tokens per second and the median ratio to plain vLLM, run in turns."""
-    engines = engines_of(scale, mode, "bfloat16", backend)
-    report: dict[str, Any] = {plan: {} for plan in engines}
-    for num_streams in scale.streams:
-        batch = prompts(num_streams)
-        rates: dict[str, list[float]] = {plan: [] for plan in engines}
-        accepted: dict[str, float | None] = {}
-        for number in range(1 + scale.rounds):
-            for plan, engine in engines.items():
-                sample = engine.generate(batch, scale.num_tokens)
-                if number:  # the first turn warms up
-                    rates[plan].append(num_streams * scale.num_tokens / sample.seconds)
-                    accepted[plan] = sample.acceptance
-        for plan, found in rates.items():
-            ratios = [a / b for a, b in zip(found, rates[PLAIN], strict=True)]
-            report[plan][num_streams] = {
-                "tokens_per_second": round(median(found), 1),
-                "speed_up": round(median(ratios), 4),
-                "speed_ups": [round(ratio, 4) for ratio in ratios],
-                "acceptance": accepted[plan],
-            }
+    arms = (PLAIN, *GROUPS[group])
+    settings = settings_of(setup, mode, setup.factor, "bfloat16", len(arms))
+    engines = {arm: Engine(setup, arm, settings) for arm in arms}
+    report: dict[str, Any] = {
+        arm: {"start_up_seconds": round(engine.start_up, 1), "costs": costs_of(engine)}
+        for arm, engine in engines.items()
+    }
+    for task in setup.tasks:
+        for num_streams in setup.scale.streams:
+            found = in_turns(setup, engines, task, num_streams)
+            for arm, cell in found.items():
+                report[arm][f"{task}, {num_streams}"] = cell
     return report
 
 
-def steps(scale: Scale, parts: list[str]) -> dict[str, list[str]]:
+def costs_of(engine: Engine) -> dict[str, Any] | None:
+    """Milliseconds of a verification and of a draft step by rows, without a context."""
+    from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
+    from vllm_selfspec.engine.measure import measure_costs
+    from vllm_selfspec.served_config import num_model_tokens
+
+    drafter = getattr(engine.runner, "speculator", None)
+    if not isinstance(drafter, SelfSpecSpeculator):
+        return None
+    if not num_model_tokens(engine.runner.vllm_config):
+        return None
+    (found,) = engine.llm.collective_rpc(measure_costs)
+    rows, verify, draft = found
+    return {
+        "rows": rows,
+        "verify": [round(1e3 * seconds, 3) for seconds in verify],
+        "draft": [round(1e3 * seconds, 3) for seconds in draft],
+    }
+
+
+def in_turns(
+    setup: Setup, engines: dict[str, Engine], task: str, num_streams: int
+) -> dict[str, Any]:
+    """One cell: every engine runs every batch, in an order that rotates."""
+    scale, names = setup.scale, list(engines)
+    samples: dict[str, list[Sample]] = {arm: [] for arm in names}
+    for turn in range(1 + scale.rounds):
+        batch = setup.prompts(
+            task, num_streams, engines[PLAIN].tokenizer, seed=turn * num_streams
+        )
+        for i in range(len(names)):
+            arm = names[(turn + i) % len(names)]
+            sample = engines[arm].generate(batch, scale.num_tokens)
+            if turn:  # the first one warms up
+                samples[arm].append(sample)
+    return {arm: cell_of(found, samples[PLAIN]) for arm, found in samples.items()}
+
+
+def cell_of(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, Any]:
+    """Medians over the turns."""
+    ratios = [b.seconds / a.seconds for a, b in zip(samples, plain, strict=True)]
+    num_tokens = sum(map(len, samples[0].token_ids))
+    same = [
+        a == b
+        for one, other in zip(samples, plain, strict=True)
+        for a, b in zip(one.token_ids, other.token_ids, strict=True)
+    ]
+    return {
+        "tokens_per_second": round(num_tokens / median(s.seconds for s in samples), 1),
+        "speed_up": round(median(ratios), 4),
+        "speed_ups": [round(ratio, 4) for ratio in ratios],
+        "acceptance": [sample.acceptance for sample in samples],
+        "tokens_per_verification": [sample.emitted for sample in samples],
+        "same_texts": round(sum(same) / len(same), 4),  # in bfloat16 they may differ
+    }
+
+
+def steps(
+    setup: Setup, parts: list[str], modes: list[str], wanted: list[str]
+) -> dict[str, list[str]]:
     """The processes to run, by the name of what they measure: function, arguments."""
-    found = {}
-    for part in parts:
-        for mode in scale.modes:
-            if part != "memory":
-                found[f"{part}/{mode}"] = [part, mode]
-                continue
-            for plan in (PLAIN, "exit_layer 3"):
-                found[f"{part}/{mode}/{plan}"] = [part, mode, plan]
-    return found
+    known = ("demo",) if setup.is_demo else ("own", "copies")
+    groups = tuple(group for group in known if not wanted or group in wanted)
+    choices: dict[str, tuple[str, ...]] = {
+        "agreement": (),
+        "memory": (PLAIN, "int4", "bare flag"),
+        "speed": groups,
+    }
+    words = [
+        [part, mode, *rest]
+        for part in parts
+        for mode in modes
+        for rest in ([[choice] for choice in choices[part]] or [[]])
+    ]
+    return {"/".join(of_one): of_one for of_one in words}
 
 
-def run_step(words: list[str], is_small: bool, backend: str | None) -> Any:
+def run_step(setup: Setup, words: list[str], log: Path | None) -> Any:
     """One process of this script; what it measured, or how it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run_step(setup, words, log, Path(folder) / "result.json")
+
+
+def _run_step(setup: Setup, words: list[str], log: Path | None, result: Path) -> Any:
     command = [sys.executable, __file__, "--step", json.dumps(words)]
-    command += ["--rehearse"] if is_small else []
-    command += ["--attention-backend", backend] if backend else []
+    command += ["--setup", setup.model_dump_json(), "-o", str(result)]
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **env}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    with open(log or os.devnull, "w") as stream:
+        told = stream if log else None
+        done = subprocess.run(command, env=env, stdout=told, stderr=told)
     if done.returncode:
         return {"failed": done.returncode}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(result.read_text())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Of a list with commas."""
+    return tuple(map(int, text.split(",")))
 
 
 def main(
@@ -292,24 +435,47 @@ def main(
             "-o", "--output", help="JSON file; goes on with what is missing in it."
         ),
     ] = None,
+    model: Annotated[Path, typer.Option(help="Checkpoint of a Llama.")] = DEMO_MODEL,
+    factor: Annotated[int, typer.Option(help="How often it is widened.")] = 16,
     part: Annotated[
         list[str] | None,
         typer.Option(help=f"One of {', '.join(PARTS)}; all by default."),
     ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(MODES)}; all by default."),
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(help="Of engines, for the speed: own, copies; all by default."),
+    ] = None,
+    streams: Annotated[str, typer.Option(help="Concurrent requests.")] = "1,8,32,128",
+    kv_gib: Annotated[
+        int, typer.Option(help="KV cache of an engine that shares the device.")
+    ] = 6,
     attention_backend: Annotated[
         str | None, typer.Option(help="vLLM's, such as TRITON_ATTN; its choice.")
     ] = None,
     rehearse: Annotated[
-        bool, typer.Option(help="The demo model as it is, few tokens, on any device.")
+        bool, typer.Option(help="The model as it is, few tokens, on any device.")
     ] = False,
+    logs: Annotated[
+        Path | None, typer.Option(help="Folder for what the processes print.")
+    ] = None,
     step: Annotated[str | None, typer.Option(hidden=True)] = None,
+    setup: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Check identity, acceptance, memory and speed on this machine's GPU."""
-    scale = SMALL if rehearse else FULL
     if step is not None:
-        name, mode, *rest = json.loads(step)
-        measure = {"agreement": agreement, "memory": memory, "speed": speed}[name]
-        print(json.dumps(measure(scale, mode, attention_backend, *rest)))
+        name, *words = json.loads(step)
+        measures: dict[str, Any] = {
+            "agreement": agreement,
+            "memory": memory,
+            "speed": speed,
+        }
+        assert output is not None
+        told = Setup.model_validate_json(setup)
+        whole_file.write_json(measures[name](told, *words), output)
         return
     console = Console(stderr=True, highlight=False)
     import torch
@@ -318,30 +484,43 @@ def main(
         raise typer.BadParameter(
             "there is no CUDA device here: run it where there is one, or add --rehearse"
         )
-    if unknown := set(part or ()) - set(PARTS):
-        raise typer.BadParameter(
-            f"--part is one of {', '.join(PARTS)}, but it is {', '.join(unknown)}"
-        )
+    parts, modes = part or list(PARTS), mode or list(MODES)
+    for said, known in ((parts, PARTS), (modes, (*MODES,))):
+        if unknown := {*said} - {*known}:
+            raise typer.BadParameter(
+                f"one of {', '.join(known)} is needed, but it is {', '.join(unknown)}"
+            )
+    is_demo = model == DEMO_MODEL
+    full = Scale(streams=numbers(streams), kv_cache_bytes=kv_gib << 30)
+    chosen = Setup(
+        model=model,
+        factor=1 if rehearse else factor,
+        scale=SMALL if rehearse else full,
+        tasks=(DEMO_TASK,) if is_demo else ("code", "chat", "summarization"),
+        backend=attention_backend,
+    )
     report: dict[str, Any] = {
         **provenance(command_line()),
         "attention_backend": attention_backend,
-        "scale": vars(scale),
+        "factor": factor,
+        "scale": chosen.scale.model_dump(),
         "results": {},
     }
     if output and output.exists():
         report["results"] = json.loads(output.read_text())["results"]
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
     todo = {
         name: words
-        for name, words in steps(scale, part or list(PARTS)).items()
+        for name, words in steps(chosen, parts, modes, group or []).items()
         if "failed" in report["results"].get(name, {"failed": None})
     }
     for number, (name, words) in enumerate(todo.items(), 1):
         console.print(f"{number} of {len(todo)}: {name}")
-        report["results"][name] = run_step(words, rehearse, attention_backend)
+        log = logs / f"{name.replace('/', '-').replace(' ', '_')}.log" if logs else None
+        report["results"][name] = run_step(chosen, words, log)
         if output:
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(report, indent=1) + "\n")
-            partial.replace(output)
+            whole_file.write_json(report, output)
     print(json.dumps(report["results"], indent=1))
     failed = [name for name, found in report["results"].items() if "failed" in found]
     if failed:

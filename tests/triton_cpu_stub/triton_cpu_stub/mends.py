@@ -68,6 +68,7 @@ def _filter_top_k_and_top_p_in_torch() -> None:
     Python number here. vLLM's own PyTorch code does the same wherever Triton is not."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    topk_topp_sampler.apply_top_k_top_p_triton = (
-        topk_topp_sampler.apply_top_k_top_p_pytorch
-    )
+    def filtered(logits: Any, k: Any, p: Any, **_: Any) -> Any:
+        return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+
+    topk_topp_sampler.apply_top_k_top_p_triton = filtered
