@@ -47,6 +47,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
 CACHE = REPOSITORY / ".cache"
 PLAIN = "plain vLLM"
+ALONE = "plain vLLM, one request at a time"
 NUM_DRAFTS = 4
 
 
@@ -90,6 +91,8 @@ SYNCHRONOUS = ("synchronous", "int4 and copies")
 GROUPS = {
     "own": ("bare flag", "int8", "int4", "int4, goodput"),
     "copies": ("synchronous", "copies", "int4 and copies", "n-grams"),
+    "short": ("synchronous", "bare flag", "int4", "int4, goodput", "copies"),
+    "big": ("int4", "int4, goodput", "int4 and copies"),
     "demo": ("exit_layer 3", "probabilistic", "bare flag", "int4", "copies"),
 }
 AGREEING = (
@@ -124,7 +127,7 @@ class Scale(BaseModel, frozen=True):
 
     streams: tuple[int, ...] = (1, 8, 32, 128)
     num_tokens: int = 128
-    rounds: int = 5
+    rounds: int = 3
     kv_cache_bytes: int = 0
 
 
@@ -178,12 +181,13 @@ class Setup(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Sample:
-    """One batch."""
+    """One batch; `gaps` are those between the two likeliest logprobs, if asked for."""
 
     token_ids: list[list[int]]
     seconds: float
     acceptance: float | None
     emitted: float | None
+    gaps: list[list[float]]
 
 
 class Engine:
@@ -222,7 +226,17 @@ class Engine:
             round(1 + counts.accepted_tokens / counts.drafts, 3)
             if counts.drafts
             else None,
+            [gaps_of(out.outputs[0].logprobs or ()) for out in outputs],
         )
+
+
+def gaps_of(logprobs: Sequence[Any]) -> list[float]:
+    """By position, of vLLM's `logprobs`."""
+    found = []
+    for of_position in logprobs:
+        best, second = sorted(one.logprob for one in of_position.values())[-1:-3:-1]
+        found.append(best - second)
+    return found
 
 
 def settings_of(
@@ -249,27 +263,47 @@ def settings_of(
 
 
 def agreement(setup: Setup, mode: str) -> dict[str, Any]:
-    """Texts that are plain vLLM's, and acceptance, by arm and number of streams."""
+    """Texts that are plain vLLM's, and acceptance, by arm and number of streams.
+
+    Where a text differs, the two likeliest tokens may have been as likely but for
+    rounding, which depends on the rows of a forward: plain vLLM's texts of one request
+    at a time stand beside.
+    """
     arms = [arm for arm in AGREEING if setup.is_demo or arm not in GROUPS["demo"][:2]]
     settings = settings_of(setup, mode, 1, "float32", 1 + len(arms))
     engines = {arm: Engine(setup, arm, settings) for arm in (PLAIN, *arms)}
-    report: dict[str, Any] = {arm: {} for arm in engines}
+    report: dict[str, Any] = {arm: {} for arm in (*arms, ALONE)}
     num_tokens = setup.scale.num_tokens
     for num_streams in setup.scale.streams:
         batch = setup.prompts(setup.tasks[0], num_streams, engines[PLAIN].tokenizer)
-        plain: Sample | None = None
-        for arm, engine in engines.items():
-            sample = engine.generate(batch, num_tokens)
-            sampled = engine.generate(batch, num_tokens, temperature=0.7, seed=1)
-            plain = plain or sample
-            pairs = zip(plain.token_ids, sample.token_ids, strict=True)
+        plain = engines[PLAIN].generate(batch, num_tokens, logprobs=2)
+        alone = [engines[PLAIN].generate([one], num_tokens) for one in batch]
+        report[ALONE][num_streams] = compared([s.token_ids[0] for s in alone], plain)
+        for arm in arms:
+            sample = engines[arm].generate(batch, num_tokens)
+            sampled = engines[arm].generate(batch, num_tokens, temperature=0.7, seed=1)
             report[arm][num_streams] = {
-                "same_texts": sum(a == b for a, b in pairs),
-                "texts": num_streams,
+                **compared(sample.token_ids, plain),
                 "acceptance": sample.acceptance,
                 "acceptance_at_temperature_0.7": sampled.acceptance,
             }
     return report
+
+
+def compared(token_ids: Sequence[Sequence[int]], plain: Sample) -> dict[str, Any]:
+    """Same texts, and how much likelier plain vLLM held its token where one differs."""
+    differing = []
+    for found, expected, gaps in zip(
+        token_ids, plain.token_ids, plain.gaps, strict=True
+    ):
+        if found != expected:
+            pairs = enumerate(zip(found, expected, strict=True))
+            differing.append(gaps[next(i for i, (a, b) in pairs if a != b)])
+    return {
+        "texts": len(token_ids),
+        "same_texts": len(token_ids) - len(differing),
+        "gaps_in_logprob": differing,
+    }
 
 
 def memory(setup: Setup, mode: str, arm: str) -> dict[str, Any]:
@@ -322,6 +356,7 @@ def speed(setup: Setup, mode: str, group: str) -> dict[str, Any]:
     for task in setup.tasks:
         for num_streams in setup.scale.streams:
             found = in_turns(setup, engines, task, num_streams)
+            print(json.dumps({f"{task}, {num_streams}": found}), flush=True)
             for arm, cell in found.items():
                 report[arm][f"{task}, {num_streams}"] = cell
     return report
@@ -388,8 +423,7 @@ def steps(
     setup: Setup, parts: list[str], modes: list[str], wanted: list[str]
 ) -> dict[str, list[str]]:
     """The processes to run, by the name of what they measure: function, arguments."""
-    known = ("demo",) if setup.is_demo else ("own", "copies")
-    groups = tuple(group for group in known if not wanted or group in wanted)
+    groups = tuple(wanted) or (("demo",) if setup.is_demo else ("own", "copies"))
     choices: dict[str, tuple[str, ...]] = {
         "agreement": (),
         "memory": (PLAIN, "int4", "bare flag"),
@@ -447,7 +481,7 @@ def main(
     ] = None,
     group: Annotated[
         list[str] | None,
-        typer.Option(help="Of engines, for the speed: own, copies; all by default."),
+        typer.Option(help=f"Of engines, for the speed: of {', '.join(GROUPS)}."),
     ] = None,
     streams: Annotated[str, typer.Option(help="Concurrent requests.")] = "1,8,32,128",
     kv_gib: Annotated[
