@@ -198,3 +198,43 @@ def test_vllms_warm_up_of_its_kernels_leaves_nothing_behind(
     expected, _ = run(engines.get(tiny_models["llama"]), prompts_of(2), greedy(8))
     found, _ = run(llm, prompts_of(2), greedy(8))
     assert token_ids(found) == token_ids(expected)
+
+
+def test_a_batch_of_any_length_finds_the_graph_of_its_own(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sizes between those of vLLM's graphs, too, where graphs of other lengths lie
+    in between."""
+    import copy
+
+    import torch
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    from vllm_selfspec.draft_length.options import schedule_of_all
+
+    spec = {**SPEC, "draft_length": "goodput"}
+    llm = engines.get(tiny_models["llama"], spec, max_num_seqs=3)
+    config = copy.copy(runner_of(llm).vllm_config)
+    config.scheduler_config = copy.copy(config.scheduler_config)
+    config.scheduler_config.max_num_seqs = 32
+    config.compilation_config = copy.copy(config.compilation_config)
+    config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, *range(8, 129, 8)]
+    config.compilation_config.max_cudagraph_capture_size = 128
+    longest = SPEC["num_speculative_tokens"] + 1
+    config.speculative_config = copy.copy(config.speculative_config)
+    schedule = schedule_of_all(longest - 1)
+    config.speculative_config.num_speculative_tokens_per_batch_size = schedule
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", object)
+    manager = CudaGraphManager(
+        config, torch.device("cpu"), CUDAGraphMode.FULL_DECODE_ONLY, longest
+    )
+    manager._graphs_captured = True
+    for num_rows in range(1, 33):
+        for length in range(1, longest + 1):
+            num_tokens = num_rows * length
+            graph = manager.dispatch(num_rows, num_tokens, length, 0)
+            assert graph.cg_mode == CUDAGraphMode.FULL, (num_rows, length)
+            assert graph.uniform_token_count == length
+            assert num_tokens <= graph.num_tokens < num_tokens + 8 + length

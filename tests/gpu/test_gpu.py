@@ -45,12 +45,12 @@ def drafter(llm: Any) -> Any:
 def test_text_is_plain_vllms_and_acceptance_that_of_eager_drafting(
     plan: str, mode: str, tiny_models: dict[str, str], engines: Engines
 ) -> None:
-    # 1 to 8 requests: batch sizes with a graph of their own, and padded ones. Where a
-    # step is scheduled before the last one is known, requests that are done may verify
-    # once more, so that counts depend on the clock.
+    # 1 to 8 requests: batch sizes with a graph of their own, and padded ones. Where all
+    # but one token of a prompt is cached, vLLM fills a request's first step up with
+    # placeholders for drafts, and counts them.
     path, keys = tiny_models["llama"], {"num_speculative_tokens": NUM_DRAFTS}
     keys |= PLANS[plan]
-    settings = {**SHARE, "async_scheduling": False}
+    settings = {**SHARE, "enable_prefix_caching": False}
     plain = engines.get(path, **settings)
     eager = engines.get(path, keys, **settings)
     llm = engines.get(path, keys, **settings, **MODES[mode])

@@ -1,5 +1,8 @@
-"""`DraftGraphManager`: vLLM's CUDA graphs for the draft steps of the V2 runner."""
+"""vLLM's CUDA graphs in the V2 runner: those of draft steps, and which one a
+verification of any length takes."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
@@ -41,3 +44,26 @@ class DraftGraphManager(SpeculatorCudaGraphManager):
             vllm_num_speculative_tokens=self.vllm_config.num_speculative_tokens,
         )
         return sorted({k for k in schedule if k > 0}, reverse=True)
+
+
+def smallest_fitting(
+    descs_by_mode: Mapping[CUDAGraphMode, Sequence[BatchExecutionDescriptor]],
+    num_tokens: int,
+    num_active_loras: int,
+) -> list[BatchExecutionDescriptor]:
+    """The graphs that a batch of so many tokens may take: of each kind the smallest
+    that holds it, full ones first.
+
+    A kind is what a graph was captured for beside its size: tokens of each request,
+    adapters, microbatches. Whether the batch is of that kind is for the caller to see.
+    """
+    found = []
+    for mode in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE):
+        smallest: dict[BatchExecutionDescriptor, BatchExecutionDescriptor] = {}
+        for desc in sorted(descs_by_mode.get(mode, ()), key=lambda d: d.num_tokens):
+            holds = desc.num_tokens >= num_tokens
+            if holds and desc.num_active_loras == num_active_loras:
+                kind = replace(desc, num_tokens=0, num_reqs=None)
+                smallest.setdefault(kind, desc)
+        found += sorted(smallest.values(), key=lambda d: d.num_tokens)
+    return found

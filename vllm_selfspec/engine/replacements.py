@@ -117,6 +117,18 @@ def keep_lengths_of_ranks(original: Function) -> Function:
     return _maybe_disable_dynamic_sd_for_data_parallel
 
 
+def take_smallest_graphs(original: Function) -> Function:
+    def _init_candidates(self: Any) -> None:
+        original(self)
+        if uses_selfspec(self.vllm_config):
+            from vllm_selfspec.draft.v2_graphs import smallest_fitting
+
+            for key in self._candidates:
+                self._candidates[key] = smallest_fitting(self._capture_descs, *key)
+
+    return _init_candidates
+
+
 def take_weights(original: Function) -> Function:
     def process_weights_after_loading(
         model: Any, model_config: Any, target_device: Any
