@@ -350,15 +350,15 @@ def speed(setup: Setup, mode: str, group: str) -> dict[str, Any]:
     settings = settings_of(setup, mode, setup.factor, "bfloat16", len(arms))
     engines = {arm: Engine(setup, arm, settings) for arm in arms}
     report: dict[str, Any] = {
-        arm: {"start_up_seconds": round(engine.start_up, 1), "costs": costs_of(engine)}
-        for arm, engine in engines.items()
+        "start_up_seconds": {arm: round(e.start_up, 1) for arm, e in engines.items()},
+        "costs": {arm: costs_of(engine) for arm, engine in engines.items()},
+        "cells": {},
     }
     for task in setup.tasks:
         for num_streams in setup.scale.streams:
-            found = in_turns(setup, engines, task, num_streams)
-            print(json.dumps({f"{task}, {num_streams}": found}), flush=True)
-            for arm, cell in found.items():
-                report[arm][f"{task}, {num_streams}"] = cell
+            cell = f"{task}, {num_streams}"
+            report["cells"][cell] = in_turns(setup, engines, task, num_streams)
+            print(json.dumps({cell: report["cells"][cell]}), flush=True)
     return report
 
 

@@ -105,6 +105,35 @@ def speed_ups(
     return table
 
 
+def gpu(*documents: Document) -> str:
+    """Medians of ratios by arm and concurrency: the geometric mean over the tasks."""
+    return "\n\n".join(map(_gpu_run, documents))
+
+
+def _gpu_run(document: Document) -> str:
+    (found,) = document["results"].values()
+    cells, streams = found["cells"], document["scale"]["streams"]
+    tasks = [*dict.fromkeys(cell.split(", ")[0] for cell in cells)]
+    rows = []
+    for arm in [*next(iter(cells.values()))][1:]:  # after plain vLLM
+        row = [arm]
+        for num in streams:
+            ratios = [
+                cells[name][arm]["speed_up"]
+                for task in tasks
+                if (name := f"{task}, {num}") in cells
+            ]
+            row.append(f"{geometric_mean(ratios):.2f}x")
+        rows.append(row)
+    head = (
+        f"{document['model']}; {document['hardware']}, vLLM {document['vllm']}, "
+        f"{document['date']}; {', '.join(tasks)}; T = 0, bfloat16; CUDA graphs, "
+        "nothing compiled"
+    )
+    table: str = SUPPORT["table"](("", *map(str, streams)), rows)
+    return f"{head}:\n\n{table}"
+
+
 def of_sources(document: Document, arm: str, concurrency: int) -> str:
     """Of a run of `sources.py`: over code and chat, greedy."""
     found: str = SOURCES["mean_speed_up"](document, arm, concurrency, ("code", "chat"))
@@ -168,6 +197,7 @@ TABLES: dict[str, Table] = {
     "float32": _bench("float32"),
     "lengths": _bench("draft_length"),
     "sources": Table(BENCHMARKS, SOURCE_RUNS, SOURCES["markdown"]),
+    "gpu": Table(BENCHMARKS, ("gpu/speed-2b.json", "gpu/speed-7b.json"), gpu),
     "seeds": Table(BENCHMARKS, ("seeds.json",), script("seeds.py")["markdown"]),
     "tune": Table(BENCHMARKS, ("tune/tune.json",), script("tune.py")["markdown"]),
     "online": Table(
