@@ -6,11 +6,11 @@ tokens per second of generating 32 tokens after each of 8 prompts, one at a time
 up to 8 drafts that stop where the draft is unsure.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_selfspec.engine.measured_llm import MeasuredLLM
 from vllm_selfspec.engine.workers import use_plan
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet, SkipSetError
@@ -35,8 +35,6 @@ class Generation:
             prompts: As vLLM takes them.
             settings: Of `vllm.LLM`.
         """
-        from vllm import LLM
-
         config = {
             "method": "selfspec",
             "draft_source": "model",
@@ -45,27 +43,16 @@ class Generation:
             "draft_length": "threshold",
         }
         self._prompts = list(prompts)
-        self._llm: Any = LLM(
-            str(model),
-            speculative_config=config,
-            enable_prefix_caching=False,
-            max_num_seqs=1,
-            **settings,
-        )
-        model_config = self._llm.llm_engine.model_config
+        self._engine = MeasuredLLM(str(model), config, max_num_seqs=1, **settings)
+        model_config = self._engine.vllm_config.model_config
         self.num_layers = int(model_config.get_total_num_hidden_layers())
         self(SkipSet.evenly_spread(self.num_layers))  # warms up
 
     def __call__(self, skip_set: SkipSet) -> float:
         """Tokens per second with a plan."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-        self._llm.collective_rpc(use_plan, args=(DraftPlan.skipping(skip_set),))
-        started = time.perf_counter()
-        outs = self._llm.generate(self._prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        return sum(len(out.outputs[0].token_ids) for out in outs) / seconds
+        self._engine.ask(use_plan, DraftPlan.skipping(skip_set))
+        batch = self._engine.generate(self._prompts, MAX_TOKENS, ignore_eos=False)
+        return batch.num_tokens / batch.seconds
 
 
 def search(

@@ -99,7 +99,7 @@ def swung(engine: Any, prompts: list[str], sampling: Sampling) -> dict[str, Any]
 @contextmanager
 def timed_steps(engine: Any, steps: list[float]) -> Iterator[None]:
     """Appends the seconds of every engine step to a list."""
-    core = engine.llm.llm_engine
+    core = engine.measured.llm.llm_engine
     step = core.step
 
     def timed() -> Any:

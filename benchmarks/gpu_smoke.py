@@ -25,9 +25,7 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -41,7 +39,8 @@ from vllm_selfspec import whole_file
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.bench.widen import widen
-from vllm_selfspec.engine.spec_counters import SpecCounters
+from vllm_selfspec.engine.measured_llm import Batch, MeasuredLLM, drafter_of
+from vllm_selfspec.engine.spec_counters import Counts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
@@ -179,61 +178,19 @@ class Setup(BaseModel, frozen=True):
         return pieces
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One batch; `gaps` are those between the two likeliest logprobs, if asked for."""
-
-    token_ids: list[list[int]]
-    seconds: float
-    acceptance: float | None
-    emitted: float | None
-    gaps: list[list[float]]
-
-
-class Engine:
-    """One of `ARMS`, in this process."""
+class Engine(MeasuredLLM):
+    """One of `ARMS`."""
 
     def __init__(self, setup: Setup, arm: str, settings: dict[str, Any]) -> None:
-        from vllm import LLM
-
-        started = time.perf_counter()
         if arm in SYNCHRONOUS:
             settings = {**settings, "async_scheduling": False}
-        self.llm: Any = LLM(speculative_config=ARMS[arm], **settings)
-        self.start_up = time.perf_counter() - started
-        self.tokenizer = self.llm.get_tokenizer()
-        self._counters = SpecCounters()
-
-    @property
-    def runner(self) -> Any:
-        """Of the only worker."""
-        return self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
-
-    def generate(self, batch: list[str], num_tokens: int, **sampling: Any) -> Sample:
-        """Runs `batch` as concurrent requests."""
-        from vllm import SamplingParams
-
-        params: dict[str, Any] = {"max_tokens": num_tokens, "ignore_eos": True}
-        params |= {"temperature": 0, **sampling}
-        before, start = self._counters.read(), time.perf_counter()
-        outputs = self.llm.generate(batch, SamplingParams(**params), use_tqdm=False)
-        seconds = time.perf_counter() - start
-        counts = self._counters.read() - before
-        return Sample(
-            [list(out.outputs[0].token_ids) for out in outputs],
-            seconds,
-            None if counts.acceptance is None else round(counts.acceptance, 4),
-            round(1 + counts.accepted_tokens / counts.drafts, 3)
-            if counts.drafts
-            else None,
-            [gaps_of(out.outputs[0].logprobs or ()) for out in outputs],
-        )
+        super().__init__(speculative_config=ARMS[arm], **settings)
 
 
-def gaps_of(logprobs: Sequence[Any]) -> list[float]:
-    """By position, of vLLM's `logprobs`."""
+def gaps_of(output: Any) -> list[float]:
+    """Between the two likeliest logprobs, by position."""
     found = []
-    for of_position in logprobs:
+    for of_position in output.outputs[0].logprobs:
         best, second = sorted(one.logprob for one in of_position.values())[-1:-3:-1]
         found.append(best - second)
     return found
@@ -278,27 +235,30 @@ def agreement(setup: Setup, mode: str) -> dict[str, Any]:
         batch = setup.prompts(setup.tasks[0], num_streams, engines[PLAIN].tokenizer)
         plain = engines[PLAIN].generate(batch, num_tokens, logprobs=2)
         alone = [engines[PLAIN].generate([one], num_tokens) for one in batch]
-        report[ALONE][num_streams] = compared([s.token_ids[0] for s in alone], plain)
+        report[ALONE][num_streams] = compared([b.token_ids[0] for b in alone], plain)
         for arm in arms:
-            sample = engines[arm].generate(batch, num_tokens)
-            sampled = engines[arm].generate(batch, num_tokens, temperature=0.7, seed=1)
+            greedy = engines[arm].generate(batch, num_tokens)
+            sampled = engines[arm].generate(
+                batch, num_tokens, 0.7, seeds=[1] * num_streams
+            )
             report[arm][num_streams] = {
-                **compared(sample.token_ids, plain),
-                "acceptance": sample.acceptance,
-                "acceptance_at_temperature_0.7": sampled.acceptance,
+                **compared(greedy.token_ids, plain),
+                "acceptance": greedy.counts.acceptance,
+                "acceptance_at_temperature_0.7": sampled.counts.acceptance,
             }
     return report
 
 
-def compared(token_ids: Sequence[Sequence[int]], plain: Sample) -> dict[str, Any]:
+def compared(token_ids: Sequence[Sequence[int]], plain: Batch) -> dict[str, Any]:
     """Same texts, and how much likelier plain vLLM held its token where one differs."""
     differing = []
-    for found, expected, gaps in zip(
-        token_ids, plain.token_ids, plain.gaps, strict=True
+    for found, expected, output in zip(
+        token_ids, plain.token_ids, plain.outputs, strict=True
     ):
         if found != expected:
             pairs = enumerate(zip(found, expected, strict=True))
-            differing.append(gaps[next(i for i, (a, b) in pairs if a != b)])
+            first = next(i for i, (a, b) in pairs if a != b)
+            differing.append(gaps_of(output)[first])
     return {
         "texts": len(token_ids),
         "same_texts": len(token_ids) - len(differing),
@@ -319,7 +279,7 @@ def memory(setup: Setup, mode: str, arm: str) -> dict[str, Any]:
     engine.generate(batch, setup.scale.num_tokens)
     report = {
         "weight_bytes": weight_bytes(engine.runner),
-        "kv_blocks": engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "kv_blocks": engine.vllm_config.cache_config.num_gpu_blocks,
         "start_up_seconds": round(engine.start_up, 1),
     }
     if on_gpu:
@@ -333,8 +293,7 @@ def memory(setup: Setup, mode: str, arm: str) -> dict[str, Any]:
 
 def weight_bytes(runner: Any) -> int:
     """Bytes of all distinct parameters, those that drafts read included."""
-    drafter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
-    view = getattr(drafter, "_view", None)
+    view = getattr(drafter_of(runner), "_view", None)
     models = [runner.model, *([] if view is None else [view.model])]
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
@@ -368,12 +327,11 @@ def costs_of(engine: Engine) -> dict[str, Any] | None:
     from vllm_selfspec.engine.measure import measure_costs
     from vllm_selfspec.served_config import num_model_tokens
 
-    drafter = getattr(engine.runner, "speculator", None)
-    if not isinstance(drafter, SelfSpecSpeculator):
+    if not isinstance(drafter_of(engine.runner), SelfSpecSpeculator):
         return None
-    if not num_model_tokens(engine.runner.vllm_config):
+    if not num_model_tokens(engine.vllm_config):
         return None
-    (found,) = engine.llm.collective_rpc(measure_costs)
+    (found,) = engine.ask(measure_costs)
     rows, verify, draft = found
     return {
         "rows": rows,
@@ -387,7 +345,7 @@ def in_turns(
 ) -> dict[str, Any]:
     """One cell: every engine runs every batch, in an order that rotates."""
     scale, names = setup.scale, list(engines)
-    samples: dict[str, list[Sample]] = {arm: [] for arm in names}
+    samples: dict[str, list[Batch]] = {arm: [] for arm in names}
     for turn in range(1 + scale.rounds):
         batch = setup.prompts(
             task, num_streams, engines[PLAIN].tokenizer, seed=turn * num_streams
@@ -400,7 +358,7 @@ def in_turns(
     return {arm: cell_of(found, samples[PLAIN]) for arm, found in samples.items()}
 
 
-def cell_of(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, Any]:
+def cell_of(samples: Sequence[Batch], plain: Sequence[Batch]) -> dict[str, Any]:
     """Medians over the turns."""
     ratios = [b.seconds / a.seconds for a, b in zip(samples, plain, strict=True)]
     num_tokens = sum(map(len, samples[0].token_ids))
@@ -413,10 +371,15 @@ def cell_of(samples: Sequence[Sample], plain: Sequence[Sample]) -> dict[str, Any
         "tokens_per_second": round(num_tokens / median(s.seconds for s in samples), 1),
         "speed_up": round(median(ratios), 4),
         "speed_ups": [round(ratio, 4) for ratio in ratios],
-        "acceptance": [sample.acceptance for sample in samples],
-        "tokens_per_verification": [sample.emitted for sample in samples],
+        "acceptance": [sample.counts.acceptance for sample in samples],
+        "tokens_per_verification": [emitted(sample.counts) for sample in samples],
         "same_texts": round(sum(same) / len(same), 4),  # in bfloat16 they may differ
     }
+
+
+def emitted(counts: Counts) -> float | None:
+    """Tokens per verification that had a draft."""
+    return 1 + counts.accepted_tokens / counts.drafts if counts.drafts else None
 
 
 def steps(

@@ -15,7 +15,6 @@ It has recovered from a switch once it is, for the rest of the phase on average,
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -37,7 +36,7 @@ from vllm_selfspec.bench.page import markdown_table, new_plot
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
-from vllm_selfspec.engine.spec_counters import SpecCounters
+from vllm_selfspec.engine.measured_llm import MeasuredLLM
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.offline.search import Search
@@ -58,50 +57,34 @@ class Arm:
 
     Attributes:
         name: In the tables.
-        llm: The engine.
-        counters: Its own.
+        engine: What runs it.
     """
 
     name: str
-    llm: Any
-    counters: SpecCounters
+    engine: MeasuredLLM
 
     @classmethod
     def start(cls, name: str, model: Path, spec: dict[str, Any]) -> "Arm":
         """With drafts of a fixed length, so that acceptance alone differs."""
-        from vllm import LLM
-
-        llm = LLM(
-            str(model),
-            speculative_config={
-                "method": "selfspec",
-                "draft_source": "model",
-                "draft_length": "fixed",
-                "num_speculative_tokens": NUM_DRAFTS,
-                **spec,
-            },
-            max_num_seqs=MAX_ROWS,  # that many rows are scored at once
-            disable_log_stats=False,
-            **SETTINGS,
+        config = {"method": "selfspec", "draft_source": "model"}
+        config |= {"draft_length": "fixed", "num_speculative_tokens": NUM_DRAFTS}
+        # So many rows are scored at once.
+        engine = MeasuredLLM(
+            str(model), config | spec, max_num_seqs=MAX_ROWS, **SETTINGS
         )
-        KEPT.append(llm)
-        return cls(name, llm, SpecCounters())
+        KEPT.append(engine)
+        return cls(name, engine)
 
     def round(
         self, prompts: Sequence[Any], max_tokens: int
     ) -> tuple[list[Sequence[int]], dict[str, Any]]:
         """What was said, tokens per verification, acceptance by position, seconds."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        before, started = self.counters.read(), time.perf_counter()
-        outs = self.llm.generate(list(prompts), params, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        counts = self.counters.read() - before
-        return [out.outputs[0].token_ids for out in outs], {
+        batch = self.engine.generate(prompts, max_tokens)
+        counts = batch.counts
+        return batch.token_ids, {
             "tokens_per_verification": 1 + counts.accepted_tokens / counts.drafts,
             "acceptance": [at / counts.drafts for at in counts.accepted_at],
-            "seconds": seconds,
+            "seconds": batch.seconds,
         }
 
 
@@ -302,7 +285,7 @@ def main(
     ]
     spec = {"skip_layers": "online", "online": {"share": share}}
     arms.append(Arm.start("online", path, spec))
-    tuner, phases = tuner_of(arms[-1].llm), [names[0], names[1], names[0]]
+    tuner, phases = tuner_of(arms[-1].engine.llm), [names[0], names[1], names[0]]
     found: list[dict[str, Any]] = []
     serving = 0.0
     for number, task in enumerate(phases):

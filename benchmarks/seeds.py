@@ -24,7 +24,8 @@ from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.own_models import OWN_MODELS
 from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.tasks import load
-from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
+from vllm_selfspec.engine.measured_llm import MeasuredLLM
+from vllm_selfspec.engine.spec_counters import Counts
 
 HERE = Path(__file__).parent
 NUM_DRAFTS = 4
@@ -97,27 +98,24 @@ def _kept() -> list[Any]:
     return []
 
 
-def engine(path: str, keys: Mapping[str, Any]) -> Any:
+def engine(path: str, keys: Mapping[str, Any]) -> MeasuredLLM:
     """Started, and kept to the end."""
-    from vllm import LLM
-
-    config = {"method": "selfspec", "draft_source": "model"}
-    config |= {"num_speculative_tokens": NUM_DRAFTS}
-    llm = LLM(
+    config = {"method": "selfspec", "draft_source": "model", "draft_length": "fixed"}
+    found = MeasuredLLM(
         path,
-        speculative_config={**config, "draft_length": "fixed", **keys},
+        {**config, "num_speculative_tokens": NUM_DRAFTS, **keys},
         enforce_eager=True,
-        disable_log_stats=False,
+        enable_prefix_caching=True,
         max_model_len=1024,
         max_num_seqs=16,
         kv_cache_memory_bytes=256 << 20,
     )
-    _kept().append(llm)
-    return llm
+    _kept().append(found)
+    return found
 
 
 def counts(
-    llm: Any,
+    engine: MeasuredLLM,
     prompts: int,
     seeds: int,
     max_tokens: int,
@@ -125,26 +123,17 @@ def counts(
     seeded: bool,
 ) -> Counts:
     """What speculation did with every prompt, sampled some times."""
-    from vllm import SamplingParams
-
-    tokenizer = llm.get_tokenizer()
+    tokenizer = engine.tokenizer
     texts = [
         p.render(tokenizer) for task in TASKS for p in load(task).prompts[:prompts]
     ]
     every = [(text, seed) for text in texts for seed in range(seeds)]
-    sampling = [
-        SamplingParams(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            seed=seed if seeded else None,
-        )
-        for _, seed in every
-    ]
-    read = SpecCounters().read
-    before = read()
-    llm.generate([text for text, _ in every], sampling, use_tqdm=False)
-    return read() - before
+    return engine.generate(
+        [text for text, _ in every],
+        max_tokens,
+        temperature,
+        seeds=[seed if seeded else None for _, seed in every],
+    ).counts
 
 
 def figures(found: Counts) -> dict[str, float]:

@@ -26,6 +26,7 @@ from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.engine.measured_llm import MeasuredLLM
 
 ROUNDS = 3
 NUM_TOKENS = 64
@@ -142,25 +143,21 @@ def main(
 ) -> None:
     """Profile a decode step of plain vLLM and of selfspec, side by side."""
     prepare_environment()
-    from vllm import LLM
-
     console = Console(highlight=False)
     path = find_model(model, None, console)
     config = {"method": "selfspec", "draft_source": "model", "exit_layer": exit_layer}
     config |= {"num_speculative_tokens": k, "draft_length": "fixed"}
     engines = {}
     for name, spec in {"plain": None, "selfspec": config}.items():
-        engines[name] = LLM(
+        engines[name] = MeasuredLLM(
             str(path),
-            speculative_config=spec,
+            spec,
             dtype="bfloat16",
             enforce_eager=True,
             max_model_len=1024,
             max_num_seqs=streams,
             kv_cache_memory_bytes=512 << 20,
-            enable_prefix_caching=False,
-            use_tqdm_on_load=False,
-        )
+        ).llm
     stopwatches = {name: watched(llm) for name, llm in engines.items()}
     prompts = [str(prompt.content) for prompt in load("code").sample(streams).prompts]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}

@@ -4,16 +4,15 @@ One rule: a run is timed from outside, step by step, and measured from inside by
 that every PyTorch module offers; nothing of vLLM is changed.
 """
 
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_selfspec.bench.arms import Arm
-from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
+from vllm_selfspec.engine.measured_llm import MeasuredLLM, drafter_of
+from vllm_selfspec.engine.spec_counters import Counts
 
 
 @dataclass(frozen=True)
@@ -85,38 +84,16 @@ class Engine(Protocol):
         ...
 
 
-@contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """Takes a module out of `sys.modules` for a while.
-
-    vLLM's CPU platform looks through every imported module when a worker starts, and
-    fails on an object of llvmlite's, which an engine with n-grams has imported: a
-    second engine in the process would not start (`triton_utils/dispatcher.py`, 0.32).
-    """
-    found = sys.modules.pop(module, None)
-    try:
-        yield
-    finally:
-        if found is not None:
-            sys.modules[module] = found
-
-
 class VllmEngine:
-    """A `vllm.LLM` in this process, driven step by step."""
+    """A `MeasuredLLM`, driven step by step."""
 
     max_streams: int | None = None
 
     def __init__(self, arm: Arm, model: str, settings: dict[str, Any]) -> None:
-        from vllm import LLM
-
         self.arm = arm
-        with _hidden("llvmlite.binding.ffi"):
-            self.llm: Any = LLM(
-                model, speculative_config=arm.speculative_config, **settings
-            )
-        self.tokenizer = self.llm.get_tokenizer()
-        self._counters = SpecCounters()
-        self._timer = ForwardTimer.of(self.llm)
+        self.measured = MeasuredLLM(model, arm.speculative_config, **settings)
+        self.tokenizer = self.measured.tokenizer
+        self._timer = ForwardTimer.of(self.measured)
         self._num_requests = 0
 
     def run(self, prompts: Sequence[str], num_streams: int, sampling: Sampling) -> Run:
@@ -132,7 +109,8 @@ class VllmEngine:
             output_kind=RequestOutputKind.DELTA,
         )
         self._timer.forwards.clear()
-        before, flight = self._counters.read(), _Flight(self.llm.llm_engine, params)
+        before = self.measured.counts()
+        flight = _Flight(self.measured.llm.llm_engine, params)
         waiting = deque(enumerate(prompts, self._num_requests))
         self._num_requests += len(prompts)
         started = time.perf_counter()
@@ -145,7 +123,7 @@ class VllmEngine:
         return Run(
             tuple(flight.finished()),
             seconds,
-            self._counters.read() - before,
+            self.measured.counts() - before,
             {key: list(times) for key, times in self._timer.forwards.items()},
         )
 
@@ -222,12 +200,10 @@ class ForwardTimer:
             module.register_forward_hook(self._stop, with_kwargs=True)
 
     @classmethod
-    def of(cls, llm: Any) -> "ForwardTimer":
-        """A timer in the engine `llm`, which must run in this process."""
-        runner = llm.collective_rpc(lambda worker: worker.model_runner)[0]
-        drafter = getattr(runner, "speculator", None) or getattr(
-            runner, "drafter", None
-        )
+    def of(cls, measured: MeasuredLLM) -> "ForwardTimer":
+        """A timer in an engine."""
+        runner = measured.runner
+        drafter = drafter_of(runner)
         view = getattr(drafter, "_view", drafter)
         return cls(runner.model, getattr(view, "model", None))
 

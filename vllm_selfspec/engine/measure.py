@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_selfspec.engine.measured_llm import drafter_of
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.served_config import num_model_tokens
@@ -42,7 +43,7 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
         Numbers of rows, ascending, at least two, and the seconds of both at each.
     """
     runner = worker.model_runner
-    drafter = getattr(runner, "speculator", None) or runner.drafter
+    drafter = drafter_of(runner)
     config = runner.vllm_config
     most = min(
         config.scheduler_config.max_num_batched_tokens,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.engine.measured_llm import drafter_of
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
 
@@ -13,6 +14,4 @@ def use_plan(worker: Any, plan: DraftPlan) -> None:
 
 def use_costs(worker: Any, costs: StepCosts) -> None:
     """Has a worker plan draft lengths by what forwards were measured to take."""
-    runner = worker.model_runner
-    drafter = getattr(runner, "speculator", None) or runner.drafter
-    drafter.planner.use_costs(costs)
+    drafter_of(worker.model_runner).planner.use_costs(costs)

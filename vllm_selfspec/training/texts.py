@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.draft_length.types import Ints
+from vllm_selfspec.engine.measured_llm import MeasuredLLM
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.training.errors import TextsError
 
@@ -215,7 +216,7 @@ def _generate(
 ) -> None:
     """Writes the missing shards; in a process of its own."""
     parent = os.getppid()
-    llm = _start(model, prompts, options)
+    engine = _start(model, prompts, options)
     for number, file in enumerate(shard_files(directory, -(-len(prompts) // SHARD))):
         if os.getppid() != parent:  # killed: nobody waits for the rest
             return
@@ -223,14 +224,15 @@ def _generate(
             # By shard, so that it does not matter which were there already. A seed of
             # each request's own is not for CPUs: vLLM 0.32 fails there where a prompt
             # is read in pieces.
-            llm.collective_rpc(_set_seed, args=(options.seed * 1_000_003 + number,))
+            engine.ask(_set_seed, options.seed * 1_000_003 + number)
             chosen = range(number * SHARD, min((number + 1) * SHARD, len(prompts)))
-            found = _continued(llm, prompts, chosen, options)
+            found = _continued(engine, prompts, chosen, options)
             write_shard(file, [*found])
 
 
-def _start(model: str, prompts: Sequence[Sequence[int]], options: TextOptions) -> Any:
-    from vllm import LLM
+def _start(
+    model: str, prompts: Sequence[Sequence[int]], options: TextOptions
+) -> MeasuredLLM:
     from vllm.platforms import current_platform
 
     longest = max(len(prompt) for prompt in prompts) + options.max_tokens
@@ -247,13 +249,7 @@ def _start(model: str, prompts: Sequence[Sequence[int]], options: TextOptions) -
             "kv_cache_memory_bytes": KV_CACHE_BYTES,
             "max_num_seqs": MAX_NUM_SEQS_CPU,
         }
-    return LLM(
-        model,
-        max_logprobs=options.top_k,
-        enable_prefix_caching=False,
-        use_tqdm_on_load=False,
-        **settings,
-    )
+    return MeasuredLLM(model, max_logprobs=options.top_k, **settings)
 
 
 def _set_seed(worker: Any, seed: int) -> None:
@@ -263,7 +259,7 @@ def _set_seed(worker: Any, seed: int) -> None:
 
 
 def _continued(
-    llm: Any,
+    engine: MeasuredLLM,
     prompts: Sequence[Sequence[int]],
     chosen: Sequence[int],
     options: TextOptions,
@@ -283,7 +279,7 @@ def _continued(
         for temperature in temperatures
     ]
     requests = [{"prompt_token_ids": list(prompts[which])} for which in chosen]
-    outputs = llm.generate(requests, params, use_tqdm=False)
+    outputs = engine.llm.generate(requests, params, use_tqdm=False)
     for out, temperature in zip(outputs, temperatures, strict=True):
         prompt, own = out.prompt_token_ids, out.outputs[0]
         # [tokens, 1 + k]: the drawn token stands before the likeliest.

@@ -4,7 +4,6 @@ One rule: the model is the one that vLLM serves, loaded once; a plan is tried by
 exchanging the draft view, never by starting another engine.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,8 @@ import numpy as np
 
 from vllm_selfspec.draft_length.costs import without_interruptions
 from vllm_selfspec.draft_length.types import Floats, Ints
-from vllm_selfspec.engine.spec_counters import Counts, SpecCounters
+from vllm_selfspec.engine.measured_llm import Batch, MeasuredLLM
+from vllm_selfspec.engine.spec_counters import Counts
 from vllm_selfspec.engine.workers import use_plan
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.step_cost import StepCost
@@ -93,8 +93,6 @@ class TuningEngine:
             known: What another engine has found out; None to find it out.
             settings: Of `vllm.LLM`.
         """
-        from vllm import LLM
-
         from vllm_selfspec.tuning.offline.probe import MAX_ROWS
 
         self._num_drafts, self._num_streams = num_drafts, num_streams
@@ -107,20 +105,18 @@ class TuningEngine:
             "draft_length": "fixed",
             "num_speculative_tokens_per_batch_size": [[1, MAX_ROWS, num_drafts]],
         }
-        self._llm: Any = LLM(
+        self._engine = MeasuredLLM(
             model,
-            speculative_config=config,
+            config,
             enable_prefix_caching=False,  # the probe takes blocks as it likes
             block_size=BLOCK_SIZE,
             max_num_seqs=max(MAX_ROWS, num_streams),
-            disable_log_stats=False,  # the counters
             **settings,
         )
-        self._counters = SpecCounters()
         self._has_read = False
         if known is None:
             texts = tuple(self._generated(prompts))
-            num_layers = self._ask(_num_layers)[0]
+            num_layers = self._engine.ask(_num_layers)[0]
             known = Known(
                 num_layers,
                 texts,
@@ -133,32 +129,25 @@ class TuningEngine:
         """`known`, for an engine that is asked from elsewhere."""
         return self.known
 
-    def _ask(self, function: Any, *args: Any) -> list[Any]:
-        """What every worker answers."""
-        found: list[Any] = self._llm.collective_rpc(function, args=args)
-        return found
-
     def _generated(self, prompts: Sequence[Any]) -> Iterator[Text]:
-        for out in self._generate(prompts):
+        for out in self._generate(prompts).outputs:
             prompt, answer = out.prompt_token_ids, out.outputs[0].token_ids
             yield Text((*prompt, *answer), len(prompt))
 
-    def _generate(self, prompts: Sequence[Any]) -> list[Any]:
-        from vllm import SamplingParams
-
+    def _generate(self, prompts: Sequence[Any]) -> Batch:
         self._has_read = False  # requests write where the probe has its texts
-        params = SamplingParams(temperature=0, max_tokens=self._max_tokens)
-        found: list[Any] = self._llm.generate(list(prompts), params, use_tqdm=False)
-        return found
+        return self._engine.generate(prompts, self._max_tokens, ignore_eos=False)
 
     def right(self, plan: DraftPlan, numbers: Sequence[int]) -> list[Ints]:
         """Right drafts at every position of some texts: see `Probe.num_right`."""
         if not self._has_read:
             texts = [text.token_ids for text in self.known.texts]
-            self._ask(_start_probe, self._num_drafts, texts)
+            self._engine.ask(_start_probe, self._num_drafts, texts)
             self._has_read = True
         return [
-            self._ask(_num_right, number, self.known.texts[number].first, plan)[0]
+            self._engine.ask(_num_right, number, self.known.texts[number].first, plan)[
+                0
+            ]
             for number in numbers
         ]
 
@@ -187,9 +176,9 @@ class TuningEngine:
             chosen = numbers[start : start + self._num_streams]
             prompts = [self.known.texts[number].prompt for number in chosen]
             for which, (plan, k) in enumerate(arms):  # in turns
-                before = self._counters.read()
-                seconds[which] += self._seconds(prompts, plan, k)
-                counts[which] = counts[which] + (self._counters.read() - before)
+                batch = self._drafted(prompts, plan, k)
+                seconds[which] += batch.seconds
+                counts[which] = counts[which] + batch.counts
         return [
             Score(
                 k,
@@ -201,19 +190,17 @@ class TuningEngine:
             for which, (plan, k) in enumerate(plans, 1)
         ]
 
-    def _seconds(self, prompts: Sequence[Any], plan: DraftPlan | None, k: int) -> float:
+    def _drafted(self, prompts: Sequence[Any], plan: DraftPlan | None, k: int) -> Batch:
         if plan is not None:
-            self._ask(use_plan, plan)
-        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+            self._engine.ask(use_plan, plan)
+        scheduler = self._engine.llm.llm_engine.engine_core.engine_core.scheduler
         scheduler.dynamic_sd_lookup = [k] * len(scheduler.dynamic_sd_lookup)
-        started = time.perf_counter()
-        self._generate(prompts)
-        return time.perf_counter() - started
+        return self._generate(prompts)
 
     def _measure_verify(self) -> Floats:
         """v: a step that verifies 1, 2, ... draft tokens a stream, over a plain one."""
         rows = [self._num_streams * (1 + k) for k in range(self._num_drafts + 1)]
-        seconds = np.max(self._ask(_time_steps, rows), axis=0)
+        seconds = np.max(self._engine.ask(_time_steps, rows), axis=0)
         plain, *verify = without_interruptions(rows, seconds)
         found: Floats = np.array(verify) / plain
         return found
@@ -221,7 +208,9 @@ class TuningEngine:
     def _measure_draft(self) -> Floats:
         """The head, an attention and an MLP sublayer in a draft step, over a plain
         step."""
-        found: Floats = np.max(self._ask(_time_sublayers, self._num_streams), axis=0)
+        found: Floats = np.max(
+            self._engine.ask(_time_sublayers, self._num_streams), axis=0
+        )
         return found
 
 
