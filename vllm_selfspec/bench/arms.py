@@ -5,7 +5,7 @@ and KV cache as ours; where its documentation leaves a choice, a small grid is r
 every point of it is reported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def arms_of(
     groups: list[str],
     lengths: list[int],
     configs: Sequence[Mapping[str, Any]] = (),
+    is_short: bool = False,
 ) -> list[Arm]:
     """The arms of `groups`, plain vLLM first.
 
@@ -85,6 +86,7 @@ def arms_of(
         lengths: Draft lengths of the grids, the best known one first: the arms that are
             no grid take that.
         configs: Configurations of ours, in place of the usual ones.
+        is_short: Whether of ours a few are enough.
 
     Raises:
         ConfigError, PlanError, ProfileError: If one of `configs` is
@@ -95,7 +97,8 @@ def arms_of(
     if "selfspec" in groups:
         target = TargetModel.read(model, str(model))
         found += [_configured(keys, target) for keys in configs]
-        found += [] if configs else _ours(target, lengths)
+        usual = _few_of_ours if is_short else _ours
+        found += [] if configs else usual(target, lengths)
     if "ngram" in groups:
         found += [
             _peer("ngram", {**NGRAM, "num_speculative_tokens": k}) for k in (3, 5)
@@ -122,32 +125,45 @@ def arms_of(
     return found
 
 
+def _few_of_ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
+    """The bare flag, and early exits after a quarter and a sixth of the layers."""
+    exits = (_exits(target, part, lengths[:1]) for part in (4, 6))
+    return [_bare_flag(target), *(arm for arms in exits for arm in arms)]
+
+
 def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
     """The bare flag, and copies alone; then what the model alone drafts: by `auto`, and
     by early exits after a quarter and a sixth of the layers, at fixed lengths, the
     second at all of them; the first two with goodput lengths, too."""
-    num_layers = target.num_layers
-    auto = resolve_plan(SelfSpecConfig.parse({}), target).plan
-    found = [
-        Arm("selfspec", "selfspec", {"method": METHOD}, auto),
-        Arm(
-            "selfspec, copies alone",
-            "selfspec",
-            {"method": METHOD, "draft_source": "context"},
-        ),
-        _own("auto", {}, auto, lengths[0]),
-        _own("auto", {}, auto),
+    bare = _bare_flag(target)
+    copies = {"method": METHOD, "draft_source": "context"}
+    assert bare.plan is not None
+    return [
+        bare,
+        Arm("selfspec, copies alone", "selfspec", copies),
+        _own("auto", {}, bare.plan, lengths[0]),
+        _own("auto", {}, bare.plan),
+        *_exits(target, 4, [*lengths, None]),
+        *_exits(target, 6, lengths[:1]),
     ]
-    for part, ks in ((4, lengths), (6, lengths[:1])):
-        exit_layer = num_layers // part
-        if not exit_layer:
-            continue
-        named = f"exit_layer {exit_layer}", {"exit_layer": exit_layer}
-        skip_set = SkipSet.early_exit(num_layers, exit_layer)
-        plan = DraftPlan.skipping(skip_set)
-        found += [_own(*named, plan, k) for k in ks]
-        found += [_own(*named, plan)] if part == 4 else []
-    return found
+
+
+def _bare_flag(target: TargetModel) -> Arm:
+    plan = resolve_plan(SelfSpecConfig.parse({}), target).plan
+    return Arm("selfspec", "selfspec", {"method": METHOD}, plan)
+
+
+def _exits(
+    target: TargetModel, part: int, lengths: Sequence[int | None]
+) -> Iterator[Arm]:
+    """An exit after a part of the layers, at every length; None is goodput's."""
+    exit_layer = target.num_layers // part
+    if not exit_layer:
+        return
+    plan = DraftPlan.skipping(SkipSet.early_exit(target.num_layers, exit_layer))
+    for k in lengths:
+        name = f"exit_layer {exit_layer}"
+        yield _own(name, {"exit_layer": exit_layer}, plan, k)
 
 
 def _own(name: str, keys: dict[str, Any], plan: DraftPlan, k: int | None = None) -> Arm:

@@ -77,10 +77,10 @@ def widened_exit_layer(directory: Path, model: str, wide: Path) -> Path:
         model: The model's name in `OWN_MODELS`.
         wide: The widened model.
     """
-    from vllm_selfspec.bench.widen import widen_exit_head
+    from vllm_selfspec.bench.widen import widen_exit_layer
     from vllm_selfspec.plan.exit_card import read_exit_card
 
     card = read_exit_card(directory)
     name = f"{wide.name}_exit_{card.exit_layer}_{card.tensors[:8]}"
     source = BENCHMARKS / OWN_MODELS[model]
-    return widen_exit_head(directory, source, wide, REPOSITORY / ".cache" / name)
+    return widen_exit_layer(directory, source, wide, REPOSITORY / ".cache" / name)

@@ -10,9 +10,10 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.table import Table
 
 from vllm_selfspec import whole_file
+from vllm_selfspec.bench.arms import PLAIN
 from vllm_selfspec.bench.page import (
     color,
     figure,
@@ -24,6 +25,7 @@ from vllm_selfspec.bench.page import (
     paragraph,
     table,
 )
+from vllm_selfspec.config import METHOD
 
 Row = dict[str, Any]
 Report = dict[str, Any]
@@ -40,13 +42,21 @@ LEGEND = (
 )
 
 
+LEGEND_SHOWN = (
+    "speed-up: median of ratios to plain vLLM on the same prompts, run in turns. E: "
+    "tokens per verification; accepted: share of the drafted tokens. bound: what the "
+    "speed-up would be if nothing but forwards took time; share: how much of it was "
+    "reached. identical: outputs identical to plain vLLM's; in its own row, to its "
+    "outputs one at a time: in bf16 near-ties flip when a step has other rows."
+)
+
+
 def write(document: Report, output: Path, console: Console) -> None:
     """Writes `report.json`, `report.md` and `report.html` into the directory `output`,
-    and prints the table."""
+    and says so."""
     write_json(document, output)
     whole_file.write(markdown(document), output / "report.md")
     whole_file.write(html(document), output / "report.html")
-    show(markdown(document), console)
     console.print(f"Written to {output}: report.json, report.md, report.html")
 
 
@@ -55,15 +65,32 @@ def write_json(document: Report, output: Path) -> None:
     whole_file.write_json(document, output / "report.json", indent=1)
 
 
-def show(text: str, console: Console) -> None:
-    """Prints Markdown: drawn where its tables fit, else as it is, nothing cut off."""
-    is_wide = console.width > max(map(len, table_lines(text)), default=0)
-    console.print(Markdown(text) if is_wide else text, soft_wrap=not is_wide)
+# Of `rows_of`, what a terminal has room for.
+SHOWN = ("concurrency", "method", "all", "E", "accepted", "bound", "share", "identical")
 
 
-def table_lines(text: str) -> list[str]:
-    """The rows of the tables in a Markdown text."""
-    return [line for line in text.splitlines() if line.startswith("|")]
+def show(document: Report, console: Console) -> None:
+    """Prints the main columns."""
+    for temperature in temperatures(document):
+        printed = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+        columns, rows = columns_and_rows(document, temperature)
+        for name in SHOWN:
+            justify: Any = "left" if name == "method" else "right"
+            header = {"all": "speed-up"}.get(name, name)
+            printed.add_column(header, justify=justify, overflow="fold")
+        for row in rows:
+            values = dict(zip(columns, row, strict=True))
+            is_plain = values["method"] == PLAIN
+            if is_plain and row is not rows[0]:
+                printed.add_section()
+            is_faster = not is_plain and float(values["all"].rstrip("x")) > 1
+            values["method"] = values["method"].removeprefix(f"{METHOD} ")
+            printed.add_row(
+                *(values[name] for name in SHOWN), style="green" if is_faster else ""
+            )
+        console.print(f"{_title(temperature)}, {', '.join(tasks(document))}:")
+        console.print(printed)
+    console.print(f"\n{LEGEND_SHOWN}", style="dim")
 
 
 def markdown(document: Report) -> str:
@@ -103,6 +130,13 @@ def _title(temperature: float) -> str:
 
 def rows_of(document: Report, temperature: float) -> list[str]:
     """A Markdown table: a row for each concurrency and method."""
+    return markdown_table(*columns_and_rows(document, temperature))
+
+
+def columns_and_rows(
+    document: Report, temperature: float
+) -> tuple[list[str], list[list[str]]]:
+    """The cells of that table, and the names of its columns."""
     names = tasks(document)
     has_scores = any(row["quality"] for row in document["results"])
     columns = ["concurrency", "method", *names, "all", "E", "accepted", "v", "c"]
@@ -115,7 +149,7 @@ def rows_of(document: Report, temperature: float) -> list[str]:
         values += _summary(list(rows.values()), document, arm)
         values += [_quality(list(rows.values()))] if has_scores else []
         lines.append(values)
-    return markdown_table(columns, lines)
+    return columns, lines
 
 
 def by_arm(

@@ -33,6 +33,7 @@ from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import Task, load
+from vllm_selfspec.plan.axis_exit_layer import by_present_names
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.hub import locate
 
@@ -58,8 +59,9 @@ class Options:
         lengths: Draft lengths of the grids, the best known first.
         max_tokens: Generated a request.
         dtype: vLLM's.
-        output: Directory of the report.
+        output: Directory of the report; None to print the figures alone.
         configs: Of ours, in place of the usual ones.
+        is_short: Whether of ours a few plans are enough, not a grid.
     """
 
     model: str
@@ -72,8 +74,9 @@ class Options:
     lengths: tuple[int, ...]
     max_tokens: int
     dtype: str
-    output: Path
+    output: Path | None
     configs: tuple[Mapping[str, Any], ...] = ()
+    is_short: bool = False
 
 
 def run_bench(options: Options) -> None:
@@ -113,13 +116,16 @@ def run_bench(options: Options) -> None:
         }
 
     def save(comparison: Comparison) -> None:
-        report.write_json(document(comparison), options.output)
+        if options.output is not None:
+            report.write_json(document(comparison), options.output)
 
     comparison = _compare(engines, tasks, options.loads, samplings, console, save)
     found = document(comparison)
     if not found["is_complete"]:
         console.print("Stopped; this is what was finished.")
-    report.write(found, options.output, console)
+    report.show(found, console)
+    if options.output is not None:
+        report.write(found, options.output, console)
 
 
 def prepare() -> None:
@@ -142,12 +148,12 @@ def _for_model(
     keys: Mapping[str, Any], options: Options, model: Path
 ) -> Mapping[str, Any]:
     """With the exit layer of a model of our own widened as that is."""
-    directory = keys.get("trained_exit_layer", keys.get("exit_head"))
+    keys = by_present_names(keys)
+    directory = keys.get("trained_exit_layer")
     if directory is None or options.model not in OWN_MODELS:
         return keys
     widened = own_models.widened_exit_layer(Path(directory), options.model, model)
-    kept = {key: value for key, value in keys.items() if key != "exit_head"}
-    return {**kept, "trained_exit_layer": str(widened)}
+    return {**keys, "trained_exit_layer": str(widened)}
 
 
 def find_arms(
@@ -160,7 +166,9 @@ def find_arms(
             not allowed, or does not fit the model.
     """
     configs = [_for_model(keys, options, model) for keys in options.configs]
-    return available(arms_of(model, draft, groups, list(options.lengths), configs))
+    lengths = list(options.lengths)
+    arms = arms_of(model, draft, groups, lengths, configs, options.is_short)
+    return available(arms)
 
 
 def available(arms: list[Arm]) -> list[Arm]:
@@ -282,7 +290,7 @@ def conditions(options: Options, model: Path) -> dict[str, Any]:
 def describe(arm: Arm) -> dict[str, Any]:
     """An arm for JSON."""
     config = dict(arm.speculative_config or {})
-    for key in {"model", "trained_exit_layer", "exit_head"} & {*config}:
+    for key in {"model", "trained_exit_layer"} & {*config}:
         config[key] = Path(config[key]).name  # where it lies is nobody's business
     return {
         "name": arm.name,

@@ -126,6 +126,7 @@ def run_serve(options: Options, serve: ServeOptions) -> None:
     draft = find_draft_model(options, console)
     groups = [group for group in options.groups if group != "hf"]
     arms = find_arms(options, groups, model, draft)
+    assert options.output is not None, "a server's requests and logs need a place"
     whole_file.make_directory(options.output)
     bench = _ServeBench(options, serve, model, options.output)
     bench.write_requests(tasks)

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.page import (
@@ -20,7 +21,7 @@ from vllm_selfspec.bench.page import (
     paragraph,
     table,
 )
-from vllm_selfspec.bench.report import provenance, show
+from vllm_selfspec.bench.report import provenance
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -42,8 +43,15 @@ def write(document: Report, output: Path, console: Console) -> None:
     whole_file.write_json(document, output / "serve.json", indent=1)
     whole_file.write(markdown(document), output / "serve.md")
     whole_file.write(html(document), output / "serve.html")
-    show(markdown(document), console)
+    _show(markdown(document), console)
     console.print(f"Written to {output}: serve.json, serve.md, serve.html")
+
+
+def _show(text: str, console: Console) -> None:
+    """Prints Markdown: drawn where its tables fit, else as it is, nothing cut off."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    is_wide = console.width > max(map(len, rows), default=0)
+    console.print(Markdown(text) if is_wide else text, soft_wrap=not is_wide)
 
 
 def markdown(document: Report) -> str:

@@ -31,9 +31,9 @@ from rich.progress import track
 from vllm_selfspec import whole_file
 from vllm_selfspec.plan.cost import WEIGHTS, CheckpointError, weight_files
 from vllm_selfspec.plan.exit_card import (
-    TENSORS_FILE,
     read_exit_card,
-    write_exit_head,
+    tensors_file,
+    write_exit_layer,
 )
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
@@ -258,13 +258,13 @@ def widen_tensor(name: str, weight: "torch.Tensor", factor: int) -> "torch.Tenso
     return weight.repeat(factor, factor) / factor
 
 
-def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
-    """Writes an exit head of a small model as the one of its widened form.
+def widen_exit_layer(head: Path, source: Path, wide: Path, output: Path) -> Path:
+    """Writes an exit layer of a small model as the one of its widened form.
 
     What it drafts stays the same.
 
     Args:
-        head: Directory of the exit head.
+        head: Directory of the exit layer.
         source: Checkpoint directory of its target.
         wide: What `widen` made of that.
         output: Directory to write.
@@ -273,7 +273,7 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
         `output`.
 
     Raises:
-        ExitHeadError: If the head is damaged, or not of `source`.
+        ExitLayerError: If the head is damaged, or not of `source`.
         WidenError: If `wide` is not made of `source`.
     """
     from safetensors.torch import load_file, save
@@ -289,7 +289,7 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
     factor, dtype = int(stamp["factor"]), _torch_dtype(stamp["dtype"])
     tensors = {
         name: widen_tensor(name, tensor.to(dtype), factor)
-        for name, tensor in load_file(head / TENSORS_FILE).items()
+        for name, tensor in load_file(tensors_file(head)).items()
     }
     target = TargetModel.read(wide, wide.name)
     changed = {
@@ -298,7 +298,7 @@ def widen_exit_head(head: Path, source: Path, wide: Path, output: Path) -> Path:
         "weights": weights_fingerprint(wide),
         "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
     }
-    write_exit_head(
+    write_exit_layer(
         output,
         card.model_dump(exclude={"tensors"}) | changed,
         save(tensors, {"format": "pt"}),
