@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 .venv/installed: .ci/install.sh .ci/requirements-cpu.txt pyproject.toml
 	.ci/install.sh
 
-# make demo MODEL=path-or-name runs it on another model; ARGS="-o FILE" saves the figures.
+# make demo MODEL=path-or-name runs it on another model; ARGS="-o DIR" saves a report.
 demo: .venv/installed
 	$(BIN)/vllm-selfspec demo $(MODEL) $(ARGS)
 

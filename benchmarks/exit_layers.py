@@ -1,12 +1,12 @@
-"""Trains exit heads of the demo model or its twin, and says what that gains and takes.
+"""Trains exit layers of the demo model or its twin, and says what that gains and takes.
 
 Trained on prompts cut as the tasks of the benchmark are, from the files the demo model
 was trained on; measured on the benchmark's own, from files that nothing was trained on.
 On two cores the time goes to the matrices of one layer and the LM head, forward and
 back, and to N layers forward.
 
-    python benchmarks/exit_heads.py 3 1 2 4    # benchmarks/exit_heads/demo/N
-    python benchmarks/exit_heads.py 2 3 --model plain
+    python benchmarks/exit_layers.py 3 1 2 4    # benchmarks/exit_layers/demo/N
+    python benchmarks/exit_layers.py 2 3 --model plain
 
 Ctrl-C keeps what is there; the same command goes on.
 """
@@ -31,7 +31,7 @@ from vllm_selfspec.training.train_exit import Options, run_train_exit
 from vllm_selfspec.training.trainer import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HEADS, WORK = "benchmarks/exit_heads", ".cache/exit"
+HEADS, WORK = "benchmarks/exit_layers", ".cache/exit"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "exit_layer"
 NUM_PROMPTS = 400  # of each task
 EPOCHS = 2
@@ -66,7 +66,7 @@ def train(model: str, exit_layer: int) -> None:
         ray=0,
         cache=Path(WORK) / "texts",
         output=output,
-        command=f"python benchmarks/exit_heads.py {exit_layer} --model {model}",
+        command=f"python benchmarks/exit_layers.py {exit_layer} --model {model}",
     )
     run_train_exit(options)
     head = Path(HEADS) / model / str(exit_layer)
@@ -85,7 +85,7 @@ def results(model: str) -> dict[str, Any]:
     kept = ("seconds", "cpu_seconds", "steps", "tokens", "last_loss")
     same = ("date", "vllm", "torch", "hardware", "recipe", "texts", "num_texts")
     return {
-        "command": f"python benchmarks/exit_heads.py --model {model}",
+        "command": f"python benchmarks/exit_layers.py --model {model}",
         "model": model,
         "num_held_out": training["num_held_out"],
         **{key: training[key] for key in same},

@@ -84,7 +84,12 @@ def speed_ups(
     saved = (
         (demo, DEMO, "exit after layer 3", "selfspec exit_layer 3, goodput"),
         (plain, PLAIN_TWIN, "evenly spread skip set", "selfspec auto, goodput"),
-        (exit_layer, PLAIN_TWIN, "trained exit layer", "selfspec exit head 3, goodput"),
+        (
+            exit_layer,
+            PLAIN_TWIN,
+            "trained exit layer",
+            "selfspec trained exit layer 3, goodput",
+        ),
     )
     rows = [
         (
@@ -206,10 +211,10 @@ TABLES: dict[str, Table] = {
     "exit_bench_plain": _bench("exit_layer/bench_plain"),
     "exit_bench_demo": _bench("exit_layer/bench_demo"),
     "exit": Table(
-        BENCHMARKS, ("exit_layer/demo.json",), script("exit_heads.py")["markdown"]
+        BENCHMARKS, ("exit_layer/demo.json",), script("exit_layers.py")["markdown"]
     ),
     "exit_plain": Table(
-        BENCHMARKS, ("exit_layer/plain.json",), script("exit_heads.py")["markdown"]
+        BENCHMARKS, ("exit_layer/plain.json",), script("exit_layers.py")["markdown"]
     ),
 }
 

@@ -17,7 +17,7 @@ from scipy import stats
 
 from helpers.engines import Engines, planner_of, run, token_ids, with_costs
 from helpers.environment import IS_PART, IS_V2
-from helpers.exit_heads import build_exit_head
+from helpers.exit_layers import build_exit_layer
 from helpers.models import DEMO_MODEL, build_tiny_model
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.draft_length.best_lengths import Mix
@@ -265,8 +265,8 @@ def test_goodput_lengths_leave_the_distribution_alone(
 def test_an_exit_layer_leaves_the_distribution_alone(
     method: str, policy: str, model: str, engines: Engines, tmp_path: Path
 ) -> None:
-    head = build_exit_head(model, 2, tmp_path / "head")
-    spec = {"exit_head": str(head), "num_speculative_tokens": 2}
+    head = build_exit_layer(model, 2, tmp_path / "head")
+    spec = {"trained_exit_layer": str(head), "num_speculative_tokens": 2}
     spec |= {"draft_sample_method": method, "draft_length": policy}
     llm = engines.get(model, spec, max_num_seqs=256)
     samples = samples_of(llm, SETTINGS["T=1"])

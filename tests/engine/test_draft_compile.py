@@ -11,7 +11,7 @@ import pytest
 
 from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_ids
 from helpers.environment import IS_SHORT
-from helpers.exit_heads import build_exit_head
+from helpers.exit_layers import build_exit_layer
 from helpers.models import NUM_LAYERS
 
 PLAN: dict[str, Any] = {"exit_layer": NUM_LAYERS // 2, "num_speculative_tokens": 4}
@@ -88,8 +88,8 @@ def test_a_compiled_exit_layer_has_the_kv_of_every_token(
 ) -> None:
     """As the target's own last layer it is right as often as the target: always."""
     model = tiny_models["llama"]
-    head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head")
-    plan = {"exit_head": str(head), "num_speculative_tokens": 4}
+    head = build_exit_layer(model, NUM_LAYERS - 1, tmp_path / "head")
+    plan = {"trained_exit_layer": str(head), "num_speculative_tokens": 4}
     found = compared(model, tmp_path, plan)
     assert found["view is compiled"]
     assert found["plain"][0] == found["compiled"][0] == found["eager"][0]

@@ -23,7 +23,7 @@ from helpers.engines import (
     token_ids,
 )
 from helpers.environment import IS_PART, IS_V2
-from helpers.exit_heads import build_exit_head
+from helpers.exit_layers import build_exit_layer
 from helpers.models import NUM_LAYERS, build_tiny_model
 from helpers.reference import (
     recorded_drafts,
@@ -38,7 +38,7 @@ from vllm_selfspec.engine.support import raise_if_refused
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_exit_layer import TrainedExitLayer
 from vllm_selfspec.plan.draft_plan import DraftPlan
-from vllm_selfspec.plan.exit_card import ExitHeadError
+from vllm_selfspec.plan.exit_card import ExitLayerError
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
 
@@ -72,7 +72,7 @@ def heads(
     """By family and exit layer."""
     directory = tmp_path_factory.mktemp("heads")
     return {
-        (family, exit_layer): build_exit_head(
+        (family, exit_layer): build_exit_layer(
             models[family], exit_layer, directory / family / str(exit_layer)
         )
         for family in FAMILIES
@@ -81,7 +81,11 @@ def heads(
 
 
 def spec_of(head: Path, **more: Any) -> dict[str, Any]:
-    return {"exit_head": str(head), "num_speculative_tokens": NUM_DRAFTS, **more}
+    return {
+        "trained_exit_layer": str(head),
+        "num_speculative_tokens": NUM_DRAFTS,
+        **more,
+    }
 
 
 @pytest.mark.shows("Engine", "trained exit layers")
@@ -277,7 +281,7 @@ def test_a_skip_set_before_it_composes(
     )
     for context, drafted, _ in drafts[:: 4 if IS_V2 else 1]:
         assert drafted == reference_draft(
-            path, skip_set, context, len(drafted), exit_head=head
+            path, skip_set, context, len(drafted), exit_layer=head
         )
 
 
@@ -294,7 +298,7 @@ def test_a_preview_counts_its_bytes(
     models: dict[str, str], heads: dict[tuple[str, int], Path]
 ) -> None:
     path = models["llama"]
-    found = Preview.of(path, {"exit_head": str(heads["llama", 2])})
+    found = Preview.of(path, {"trained_exit_layer": str(heads["llama", 2])})
     longer = Preview.of(path, {"exit_layer": 3})
     assert found.draft_share == longer.draft_share, "its layer is like any other"
     layer = found.weights.attention[-1] + found.weights.mlp[-1]
@@ -306,7 +310,7 @@ def test_a_benchmark_takes_it_beside_other_configurations(
     models: dict[str, str], heads: dict[tuple[str, int], Path]
 ) -> None:
     configs = [
-        {"exit_head": str(heads["llama", 2]), "draft_length": "thompson"},
+        {"trained_exit_layer": str(heads["llama", 2]), "draft_length": "thompson"},
         {
             "exit_layer": 2,
             "draft_source": "model",
@@ -323,7 +327,9 @@ def test_a_benchmark_takes_it_beside_other_configurations(
     ]
     assert [arm.has_one_length for arm in arms] == [False, True, False]
     assert plain.speculative_config is None
-    assert describe(arms[0])["speculative_config"]["exit_head"] == "2", "not its path"
+    assert describe(arms[0])["speculative_config"]["trained_exit_layer"] == "2", (
+        "not its path"
+    )
 
 
 def refused(
@@ -337,7 +343,7 @@ def refused(
 @pytest.mark.parametrize(
     ("keys", "error", "said"),
     [
-        ({"exit_layer": 1}, ExitHeadError, "but exit_layer is 1: leave it out"),
+        ({"exit_layer": 1}, ExitLayerError, "but exit_layer is 1: leave it out"),
         ({"skip_layers": {"mlp": [3]}}, SkipSetError, "it names 3: remove [3]"),
         ({"skip_layers": "auto"}, ConfigError, "skip_layers is a skip set"),
     ],
@@ -350,14 +356,14 @@ def test_what_does_not_fit_a_head_is_refused(
     heads: dict[tuple[str, int], Path],
     engines: Engines,
 ) -> None:
-    spec = {"exit_head": str(heads["llama", 2]), **keys}
+    spec = {"trained_exit_layer": str(heads["llama", 2]), **keys}
     assert said in refused(models, engines, error, **spec)
 
 
 def test_what_an_exit_layer_is_not_part_of_is_refused(
     models: dict[str, str], heads: dict[tuple[str, int], Path], engines: Engines
 ) -> None:
-    spec = {"exit_head": str(heads["llama", 2])}
+    spec = {"trained_exit_layer": str(heads["llama", 2])}
     with pytest.raises(UnsupportedModelError, match="enable_lora is on"):
         engines.get(models["llama"], spec, enable_lora=True)
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -376,13 +382,13 @@ def test_a_family_without_exit_layers_is_refused(architecture: str) -> None:
 def test_a_corrupt_or_foreign_head_is_refused(
     models: dict[str, str], engines: Engines, tmp_path: Path
 ) -> None:
-    head = build_exit_head(models["llama"], 2, tmp_path / "own")
-    file = head / "exit_head.safetensors"
+    head = build_exit_layer(models["llama"], 2, tmp_path / "own")
+    file = head / "exit_layer.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
-    spec = {"exit_head": str(head)}
-    assert "damaged" in refused(models, engines, ExitHeadError, **spec)
-    foreign = build_exit_head(models["qwen2"], 2, tmp_path / "foreign")
-    spec = {"exit_head": str(foreign)}
-    assert "Qwen2ForCausalLM" in refused(models, engines, ExitHeadError, **spec)
+    spec = {"trained_exit_layer": str(head)}
+    assert "damaged" in refused(models, engines, ExitLayerError, **spec)
+    foreign = build_exit_layer(models["qwen2"], 2, tmp_path / "foreign")
+    spec = {"trained_exit_layer": str(foreign)}
+    assert "Qwen2ForCausalLM" in refused(models, engines, ExitLayerError, **spec)
     card = json.loads((foreign / "card.json").read_text())
     assert card["exit_layer"] == 2

@@ -21,16 +21,16 @@ import torch
 from helpers.engines import Engines, greedy, prompts_of, token_ids
 from helpers.full_disk import full_disk
 from helpers.models import DEMO_MODEL, NUM_LAYERS, VOCAB_SIZE, build_tiny_model
-from vllm_selfspec.config import ConfigError
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import (
     CARD_FILE,
     TENSORS_FILE,
     ExitCard,
-    ExitHeadError,
+    ExitLayerError,
     read_exit_card,
-    write_exit_head,
+    write_exit_layer,
 )
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -55,7 +55,7 @@ from vllm_selfspec.whole_file import WriteError
 
 EXIT_LAYER = 2
 TOP_K = 8
-EXIT_HEADS = DEMO_MODEL.parent / "exit_heads"
+EXIT_LAYERS = DEMO_MODEL.parent / "exit_layers"
 
 
 # ---- The card
@@ -71,7 +71,7 @@ def write_head(directory: Path, model: Path, **keys: Any) -> ExitCard:
         "weights": weights_fingerprint(model),
         "num_parameters": 7,
     }
-    return write_exit_head(directory, {**card, **keys}, b"some tensors")
+    return write_exit_layer(directory, {**card, **keys}, b"some tensors")
 
 
 def test_a_head_is_read_as_it_was_written(
@@ -84,15 +84,28 @@ def test_a_head_is_read_as_it_was_written(
     assert not [*tmp_path.glob("*.partial")]
 
 
+def test_its_file_and_its_key_are_accepted_by_their_former_names(
+    tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    card = write_head(tmp_path, Path(tiny_models["llama"]))
+    (tmp_path / TENSORS_FILE).rename(tmp_path / "exit_head.safetensors")
+    assert read_exit_card(tmp_path) == card
+    parsed = SelfSpecConfig.parse({"exit_head": str(tmp_path)})
+    assert parsed.trained_exit_layer == str(tmp_path)
+    both = {"exit_head": "a", "trained_exit_layer": "a"}
+    with pytest.raises(ConfigError, match="remove exit_head"):
+        SelfSpecConfig.parse(both)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda d: (d / CARD_FILE).unlink(), "has no card.json"),
-        (lambda d: (d / TENSORS_FILE).unlink(), "has no exit_head.safetensors"),
+        (lambda d: (d / TENSORS_FILE).unlink(), "has no exit_layer.safetensors"),
         (lambda d: shutil.rmtree(d), "has no card.json"),
         (lambda d: (d / TENSORS_FILE).write_bytes(b"Some tensors"), "it is damaged"),
         (lambda d: (d / TENSORS_FILE).write_bytes(b"some"), "it is damaged"),
-        (lambda d: (d / CARD_FILE).write_text("[" * 10**5), "train the head again"),
+        (lambda d: (d / CARD_FILE).write_text("[" * 10**5), "train it again"),
         (lambda d: (d / CARD_FILE).write_text(" " * 2_000_000), "1000000 bytes"),
         (lambda d: edit(d, exit_layer=0), "exit_layer is 0, but must be at least 1"),
         (lambda d: edit(d, exit_layer=True), "must be a whole number"),
@@ -102,12 +115,12 @@ def test_a_head_is_read_as_it_was_written(
         (
             lambda d: edit(d, head_rank=8),
             "head_rank is 8, but an exit layer drafts through the target's own LM "
-            "head: train the head again",
+            "head: train it again",
         ),
         (
             lambda d: edit(d, skip_layers={"mlp": [1]}),
             "skip_layers is {'mlp': [1]}, but an exit layer is trained on the target's "
-            "first layers whole: train the head again",
+            "first layers whole: train it again",
         ),
     ],
 )
@@ -120,7 +133,7 @@ def test_a_damaged_head_is_refused(
     directory = tmp_path / "head"
     write_head(directory, Path(tiny_models["llama"]))
     damage(directory)
-    with pytest.raises(ExitHeadError, match=re.escape(message)):
+    with pytest.raises(ExitLayerError, match=re.escape(message)):
         read_exit_card(directory)
 
 
@@ -144,7 +157,7 @@ def test_a_foreign_head_is_refused_with_what_differs(
     card = write_head(tmp_path / "head", llama)
 
     def refusal(model: Path) -> str:
-        with pytest.raises(ExitHeadError) as error:
+        with pytest.raises(ExitLayerError) as error:
             card.check_fits(TargetModel.read(model, "x"), model)
         return str(error.value)
 
@@ -451,7 +464,7 @@ def test_a_saved_head_says_what_the_trained_one_says(
         "weights": weights_fingerprint(target),
         "num_parameters": trainer.student.num_parameters,
     }
-    write_exit_head(head, card, tensors)
+    write_exit_layer(head, card, tensors)
     held_out = [*Texts(job.texts)][32:]
     again = Student.read(target, head)
     assert again.num_parameters == trainer.student.num_parameters

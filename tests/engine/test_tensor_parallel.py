@@ -8,7 +8,7 @@ import pytest
 
 from helpers.engines import KV_CACHE_BYTES, Engines, greedy, prompts_of, run, token_ids
 from helpers.environment import CORES, IS_PART, IS_SHORT, IS_V2
-from helpers.exit_heads import build_exit_head
+from helpers.exit_layers import build_exit_layer
 from helpers.models import NUM_LAYERS
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -84,13 +84,13 @@ def test_greedy_text_is_plain_vllms(
 
 @IN_FULL
 @pytest.mark.v2
-@pytest.mark.shows("Engine", "tensor parallelism, exit head")
+@pytest.mark.shows("Engine", "tensor parallelism, exit layer")
 def test_an_exit_layer_drafts_as_in_one_worker(
     tiny_models: dict[str, str], engines: Engines, tmp_path: Path
 ) -> None:
     model, prompts = tiny_models["qwen3"], prompts_of(NUM_PROMPTS)
-    head = build_exit_head(model, NUM_LAYERS - 1, tmp_path / "head")
-    spec = {"exit_head": str(head), "num_speculative_tokens": NUM_DRAFTS}
+    head = build_exit_layer(model, NUM_LAYERS - 1, tmp_path / "head")
+    spec = {"trained_exit_layer": str(head), "num_speculative_tokens": NUM_DRAFTS}
     _, expected = run(engines.get(model, spec), prompts, greedy(MAX_TOKENS))
     _, counts = run(engines.get(model, spec, **TWO), prompts, greedy(MAX_TOKENS))
     assert counts == expected

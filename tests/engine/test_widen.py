@@ -251,10 +251,10 @@ def test_command_prints_the_path_or_one_line_of_error(tmp_path: Path) -> None:
 
 
 def write_head(directory: Path, source: Path) -> Path:
-    """An exit head after two layers, all of it random."""
+    """An exit layer after two layers, all of it random."""
     from safetensors.torch import save
 
-    from vllm_selfspec.plan.exit_card import write_exit_head
+    from vllm_selfspec.plan.exit_card import write_exit_layer
     from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
     from vllm_selfspec.training.student import Student
 
@@ -272,18 +272,18 @@ def write_head(directory: Path, source: Path) -> Path:
         "weights": weights_fingerprint(source),
         "num_parameters": student.num_parameters,
     }
-    write_exit_head(directory, card, save(tensors))
+    write_exit_layer(directory, card, save(tensors))
     return directory
 
 
-def test_a_widened_exit_head_drafts_the_same(tmp_path: Path) -> None:
+def test_a_widened_exit_layer_drafts_the_same(tmp_path: Path) -> None:
     from vllm_selfspec.plan.exit_card import read_exit_card
     from vllm_selfspec.training.student import Student
 
     source = build_source(tmp_path, tie_word_embeddings=True)
     wide = script.widen(source, tmp_path / "wide", 4, "float32")
     head = write_head(tmp_path / "head", source)
-    wide_head = script.widen_exit_head(head, source, wide, tmp_path / "wide_head")
+    wide_head = script.widen_exit_layer(head, source, wide, tmp_path / "wide_head")
     ids = torch.randint(VOCAB_SIZE, (4, 24), generator=torch.manual_seed(0))
     where = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
@@ -301,15 +301,15 @@ def test_a_widened_exit_head_drafts_the_same(tmp_path: Path) -> None:
 
 
 def test_a_head_of_another_model_is_not_widened(tmp_path: Path) -> None:
-    from vllm_selfspec.plan.exit_card import ExitHeadError
+    from vllm_selfspec.plan.exit_card import ExitLayerError
 
     source = build_source(tmp_path / "source")
     other = build_source(tmp_path / "other", hidden_size=32)
     wide = script.widen(source, tmp_path / "wide", 2, "float32")
     head = write_head(tmp_path / "head", source)
-    with pytest.raises(ExitHeadError, match="hidden_size 32 in place of 64"):
-        script.widen_exit_head(head, other, wide, tmp_path / "out")
+    with pytest.raises(ExitLayerError, match="hidden_size 32 in place of 64"):
+        script.widen_exit_layer(head, other, wide, tmp_path / "out")
     wide_other = script.widen(other, tmp_path / "wide_other", 2, "float32")
     with pytest.raises(script.WidenError, match="widen that first"):
-        script.widen_exit_head(head, source, wide_other, tmp_path / "out")
+        script.widen_exit_layer(head, source, wide_other, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Exit heads without training: a layer of the target's own, as a head's files."""
+"""Exit layers without training: a layer of the target's own, as a head's files."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from safetensors.torch import load_file, save
 
 from vllm_selfspec.plan.cost import weight_files
-from vllm_selfspec.plan.exit_card import write_exit_head
+from vllm_selfspec.plan.exit_card import write_exit_layer
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
 
-def build_exit_head(model: str, exit_layer: int, directory: Path, **more: Any) -> Path:
+def build_exit_layer(model: str, exit_layer: int, directory: Path, **more: Any) -> Path:
     """The target's last layer as the layer that follows the first `exit_layer`.
 
     After all but the last it is the target itself.
@@ -38,5 +38,5 @@ def build_exit_head(model: str, exit_layer: int, directory: Path, **more: Any) -
         "weights": weights_fingerprint(path),
         "num_parameters": sum(tensor.numel() for tensor in found.values()),
     }
-    write_exit_head(directory, card | more, save(found))
+    write_exit_layer(directory, card | more, save(found))
     return directory

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helpers.environment import IS_V2
-from vllm_selfspec.plan.exit_card import CARD_FILE, TENSORS_FILE
+from vllm_selfspec.plan.exit_card import CARD_FILE, tensors_file
 from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
 
 # Of a layer: the modules whose output is added to the residual stream.
@@ -69,7 +69,7 @@ def reference_draft(
     context: list[int],
     num_drafts: int,
     added: tuple[str, str] = ADDED,
-    exit_head: Path | None = None,
+    exit_layer: Path | None = None,
 ) -> list[int]:
     """Drafts on the whole model's KV of the context, adding nothing to the residual
     stream where the skip set says so.
@@ -81,10 +81,10 @@ def reference_draft(
         num_drafts: Tokens to draft.
         added: Names within a layer of what attention and MLP add: the last module
             before the sum.
-        exit_head: Directory of one; its layer stands for the last layers, which the
+        exit_layer: Directory of one; its layer stands for the last layers, which the
             skip set leaves out whole.
     """
-    arguments = (path, skip_set, context, num_drafts, added, exit_head)
+    arguments = (path, skip_set, context, num_drafts, added, exit_layer)
     return _process().submit(_draft, *arguments).result()
 
 
@@ -94,10 +94,10 @@ def _draft(
     context: list[int],
     num_drafts: int,
     added: tuple[str, str],
-    exit_head: Path | None,
+    exit_layer: Path | None,
 ) -> list[int]:
-    model, layers = _model(path, exit_head)
-    last = len(layers) - (exit_head is not None)
+    model, layers = _model(path, exit_layer)
+    last = len(layers) - (exit_layer is not None)
     with torch.no_grad():
         kv_cache = model(torch.tensor([context[:-1]]), use_cache=True).past_key_values
         for sublayer, name in zip(SUBLAYERS, added, strict=True):
@@ -115,25 +115,25 @@ def _draft(
 
 
 def reference_exit_logits(
-    path: str, exit_head: Path, context: list[int], drafted: list[int]
+    path: str, exit_layer: Path, context: list[int], drafted: list[int]
 ) -> torch.Tensor:
-    """What an exit head says after a context and after each token drafted but the last,
+    """What an exit layer says after a context and each drafted token but the last,
     `[len(drafted), vocab_size]`; all tokens are run anew, on no KV cache."""
-    return _process().submit(_logits, path, exit_head, context, drafted).result()
+    return _process().submit(_logits, path, exit_layer, context, drafted).result()
 
 
 def _logits(
-    path: str, exit_head: Path, context: list[int], drafted: list[int]
+    path: str, exit_layer: Path, context: list[int], drafted: list[int]
 ) -> torch.Tensor:
-    model, _ = _model(path, exit_head)
+    model, _ = _model(path, exit_layer)
     with torch.no_grad():
         tokens = torch.tensor([[*context, *drafted[:-1]]])
         found = model(tokens, use_cache=False).logits[0, -len(drafted) :]
     return found  # type: ignore[no-any-return]
 
 
-def _model(path: str, exit_head: Path | None) -> tuple[Any, nn.ModuleList]:
-    """The model, and its decoder layers; with an exit head, the model that it drafts
+def _model(path: str, exit_layer: Path | None) -> tuple[Any, nn.ModuleList]:
+    """The model, and its decoder layers; with an exit layer, the model that it drafts
     with."""
     from transformers import AutoModelForCausalLM
 
@@ -144,14 +144,14 @@ def _model(path: str, exit_head: Path | None) -> tuple[Any, nn.ModuleList]:
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     )
-    if exit_head is not None:
-        _take_exit(model, layers, exit_head)
+    if exit_layer is not None:
+        _take_exit(model, layers, exit_layer)
     return model, layers
 
 
 def _take_exit(model: Any, layers: nn.ModuleList, directory: Path) -> None:
     """In place: the head's layer after the first N."""
-    tensors = load_file(directory / TENSORS_FILE)
+    tensors = load_file(tensors_file(directory))
     exit_layer = json.loads((directory / CARD_FILE).read_text())["exit_layer"]
     del layers[exit_layer + 1 :]
     layers[-1].load_state_dict(

@@ -293,12 +293,12 @@ def test_demo_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm_selfspec.bench.demo", fake)
     assert invoke("demo").exit_code == 0
     options = ["--max-tokens", "9", "--num-speculative-tokens", "2"]
-    options += ["--repeats", "5", "--output", "figures.json"]
+    options += ["--repeats", "5", "--output", "figures"]
     assert invoke("demo", "a/model", *options).exit_code == 0
     assert fake.calls == [
         {
             "model": None,
-            "max_tokens": 96,
+            "max_tokens": 64,
             "num_speculative_tokens": 4,
             "repeats": 1,
             "output": None,
@@ -308,7 +308,7 @@ def test_demo_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
             "max_tokens": 9,
             "num_speculative_tokens": 2,
             "repeats": 5,
-            "output": Path("figures.json"),
+            "output": Path("figures"),
         },
     ]
 

@@ -14,7 +14,7 @@ import pytest
 
 from helpers.full_disk import full_disk
 from vllm_selfspec import whole_file
-from vllm_selfspec.plan.exit_card import CARD_FILE, write_exit_head
+from vllm_selfspec.plan.exit_card import CARD_FILE, write_exit_layer
 from vllm_selfspec.training.report import CURVE, write_curve
 from vllm_selfspec.whole_file import WriteError, write, write_if_possible
 
@@ -43,7 +43,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 def write_head(directory: Path) -> None:
     keys: dict[str, Any] = {"exit_layer": 1, "num_layers": 2, "model": "m"}
     keys |= {"architecture": {}, "weights": "w", "num_parameters": 1}
-    write_exit_head(directory, keys, MUCH.encode())
+    write_exit_layer(directory, keys, MUCH.encode())
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -23,7 +23,7 @@ def demo(
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate per prompt.")
-    ] = 96,
+    ] = 64,
     num_speculative_tokens: Annotated[
         int,
         typer.Option(
@@ -39,11 +39,12 @@ def demo(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="FILE", help="Save the figures as JSON."
+            "-o", "--output", metavar="DIR", help="Write a report, as `bench` does."
         ),
     ] = None,
 ) -> None:
-    """Generate with plain vLLM and with selfspec, and compare text and speed."""
+    """Generate with plain vLLM and with selfspec, and compare text and speed: a short
+    `bench` of the bare flag and two plans."""
     from vllm_selfspec.bench.demo import run_demo
 
     with errors_in_one_line():

@@ -34,7 +34,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_selfspec.plan.axis_exit_layer import TrainedExitLayer
-from vllm_selfspec.plan.exit_card import TENSORS_FILE, read_exit_card
+from vllm_selfspec.plan.exit_card import read_exit_card, tensors_file
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 PREFIX = "selfspec_exit"  # of the layer's name until it has its own
@@ -62,12 +62,12 @@ class ServedExitLayer:
         layer's K and V, too.
 
         Raises:
-            ExitHeadError: If it is missing or corrupt.
+            ExitLayerError: If it is missing or corrupt.
         """
         directory = Path(value.directory)
         card = read_exit_card(directory)
         device = torch.device(vllm_config.device_config.device)
-        tensors = load_file(directory / TENSORS_FILE, str(device))
+        tensors = load_file(tensors_file(directory), str(device))
         layer = _layer(target, vllm_config, tensors, device)
         own = layer.parameters()
         num_bytes = sum(one.numel() * one.element_size() for one in own)

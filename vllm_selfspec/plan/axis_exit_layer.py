@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from vllm_selfspec.plan.axis import Axis, Deployment
-from vllm_selfspec.plan.exit_card import ExitHeadError, read_exit_card
+from vllm_selfspec.plan.exit_card import ExitLayerError, read_exit_card
 from vllm_selfspec.plan.families import WITH_EXIT_LAYER
 from vllm_selfspec.plan.keys import Keys, shown
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -24,6 +24,25 @@ if TYPE_CHECKING:
     from vllm_selfspec.plan.draft_plan import DraftPlan
 
 PART = "exit layer"
+
+FORMER_NAME = "exit_head"  # of the key
+
+
+def by_present_names(keys: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A user's keys; `exit_head` is what `trained_exit_layer` used to be called.
+
+    Raises:
+        ValueError: If both names are there.
+    """
+    if FORMER_NAME not in keys:
+        return keys
+    if "trained_exit_layer" in keys:
+        raise ValueError(
+            "exit_head is the former name of trained_exit_layer, and both are "
+            "there: remove exit_head"
+        )
+    renamed = {FORMER_NAME: "trained_exit_layer"}
+    return {renamed.get(key, key): value for key, value in keys.items()}
 
 
 class ExitLayerKeys(Keys):
@@ -40,16 +59,7 @@ class ExitLayerKeys(Keys):
     @model_validator(mode="before")
     @classmethod
     def _former_name(cls, keys: Any) -> Any:
-        """`exit_head` is what `trained_exit_layer` used to be called."""
-        if not isinstance(keys, Mapping) or "exit_head" not in keys:
-            return keys
-        if "trained_exit_layer" in keys:
-            raise ValueError(
-                "exit_head is the former name of trained_exit_layer, and both are "
-                "there: remove exit_head"
-            )
-        renamed = {"exit_head": "trained_exit_layer"}
-        return {renamed.get(key, key): value for key, value in keys.items()}
+        return by_present_names(keys) if isinstance(keys, Mapping) else keys
 
     @model_validator(mode="after")
     def _skips_before_it(self) -> "ExitLayerKeys":
@@ -110,7 +120,7 @@ class ExitLayerAxis(Axis):
         card = read_exit_card(Path(directory))
         card.check_fits(target, Path(target.name))
         if config.exit_layer not in (None, card.exit_layer):
-            raise ExitHeadError(
+            raise ExitLayerError(
                 "an exit layer follows the layers that it was trained after, and the "
                 f"first {card.exit_layer} those are for {directory!r}, but exit_layer "
                 f"is {config.exit_layer}: leave it out"

@@ -1,11 +1,11 @@
-"""`ExitCard`: what an exit head on disk says of itself.
+"""`ExitCard`: what an exit layer on disk says of itself.
 
 One rule: a head that is not whole, or is another target's, is refused before any of its
 weights is used. Reading a card needs neither torch nor vLLM.
 
-A head is a directory with this card and `TENSORS_FILE`. The tensors have the names they
-have in the target's checkpoint, with 0 for the layer's index, as if the head were a
-model of one layer. Norm and LM head after it are the target's.
+An exit layer is a directory with this card and `TENSORS_FILE`. The tensors have the
+names they have in the target's checkpoint, with 0 for the layer's index, as if it were
+a model of one layer. Norm and LM head after it are the target's.
 """
 
 import hashlib
@@ -21,16 +21,17 @@ from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.keys import MAX_FILE_BYTES, Keys, describe, shown
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
-TENSORS_FILE, CARD_FILE = "exit_head.safetensors", "card.json"
-# Keys of former cards, null in all heads but those that cannot be served any more.
+TENSORS_FILE, CARD_FILE = "exit_layer.safetensors", "card.json"
+FORMER_TENSORS_FILE = "exit_head.safetensors"  # still read
+# Keys of former cards, null in all but those that cannot be served any more.
 FORMER_KEYS = {
     "head_rank": "an exit layer drafts through the target's own LM head",
     "skip_layers": "an exit layer is trained on the target's first layers whole",
 }
 
 
-class ExitHeadError(PlanError):
-    """An exit head that is missing, damaged, or another target's."""
+class ExitLayerError(PlanError):
+    """An exit layer that is missing, damaged, or another target's."""
 
 
 class ExitCard(Keys):
@@ -68,7 +69,7 @@ class ExitCard(Keys):
         return {key: card[key] for key in card if key not in FORMER_KEYS}
 
     def check_fits(self, target: TargetModel, path: Path) -> None:
-        """Raises `ExitHeadError` if it was trained for another target.
+        """Raises `ExitLayerError` if it was trained for another target.
 
         Args:
             target: The model that is to be drafted for.
@@ -83,39 +84,45 @@ class ExitCard(Keys):
             if weights != self.weights:
                 found = [f"weights {weights} in place of {self.weights}"]
         if found:
-            raise ExitHeadError(
-                f"an exit head drafts for the very model it was trained for, which was "
-                f"{shown(self.model)}, but this one has {', '.join(found)}: train one "
-                "by 'vllm-selfspec train-exit'"
+            raise ExitLayerError(
+                "an exit layer drafts for the very model it was trained for, which "
+                f"was {shown(self.model)}, but this one has {', '.join(found)}: train "
+                "one by 'vllm-selfspec train-exit'"
             )
 
 
 def read_exit_card(directory: Path) -> ExitCard:
-    """Reads the card of a head, and checks that the head is whole.
+    """Reads the card of an exit layer, and checks that it is whole.
 
     Args:
         directory: With `card.json` and `TENSORS_FILE`.
 
     Raises:
-        ExitHeadError: If one of them is missing or damaged, or the card is none.
+        ExitLayerError: If one of them is missing or damaged, or the card is none.
     """
-    for name in (CARD_FILE, TENSORS_FILE):
-        if not (directory / name).is_file():
-            raise ExitHeadError(
-                f"an exit head is a directory with {CARD_FILE} and {TENSORS_FILE}, but "
-                f"{str(directory)!r} has no {name}: check the path, or train one by "
-                "'vllm-selfspec train-exit'"
+    for file in (directory / CARD_FILE, tensors_file(directory)):
+        if not file.is_file():
+            raise ExitLayerError(
+                f"an exit layer is a directory with {CARD_FILE} and {TENSORS_FILE}, "
+                f"but {str(directory)!r} has no {file.name}: check the path, or train "
+                "one by 'vllm-selfspec train-exit'"
             )
     file = directory / CARD_FILE
     try:
         card = ExitCard.model_validate(json.loads(_content(file)))
     except (OSError, ValueError, RecursionError) as error:
-        raise ExitHeadError(
-            f"a head's card is JSON as 'vllm-selfspec train-exit' writes it, but "
-            f"{str(file)!r} is not: {describe(error)}: train the head again"
+        raise ExitLayerError(
+            "an exit layer's card is JSON as 'vllm-selfspec train-exit' writes it, but "
+            f"{str(file)!r} is not: {describe(error)}: train it again"
         ) from error
-    _check_whole(directory / TENSORS_FILE, card)
+    _check_whole(tensors_file(directory), card)
     return card
+
+
+def tensors_file(directory: Path) -> Path:
+    """Where an exit layer's tensors are; the file used to have another name."""
+    former = directory / FORMER_TENSORS_FILE
+    return former if former.is_file() else directory / TENSORS_FILE
 
 
 def _content(file: Path) -> bytes:
@@ -128,7 +135,7 @@ def _content(file: Path) -> bytes:
 
 def _check_whole(file: Path, card: ExitCard) -> None:
     if card.exit_layer >= card.num_layers:
-        raise ExitHeadError(
+        raise ExitLayerError(
             f"an exit layer stands for the last of the target's {card.num_layers} "
             f"layers, but the card beside {str(file)!r} has it after "
             f"{card.exit_layer}: train it again"
@@ -137,22 +144,22 @@ def _check_whole(file: Path, card: ExitCard) -> None:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise ExitHeadError(
-            f"a head's tensors must be readable, but {str(file)!r} is not ({error}): "
-            "check its permissions"
+        raise ExitLayerError(
+            f"an exit layer's tensors must be readable, but {str(file)!r} is not "
+            f"({error}): check its permissions"
         ) from error
     if found != card.tensors:
-        raise ExitHeadError(
-            f"a head's tensors are those its card was written for, with SHA-256 "
+        raise ExitLayerError(
+            f"an exit layer's tensors are those its card was written for, with SHA-256 "
             f"{card.tensors:.16}..., but {str(file)!r} has {found:.16}...: it is "
             "damaged or half exchanged, copy or train it again"
         )
 
 
-def write_exit_head(
+def write_exit_layer(
     directory: Path, card: Mapping[str, Any], tensors: bytes
 ) -> ExitCard:
-    """Writes a head: each file whole or not at all, the card last.
+    """Writes an exit layer: each file whole or not at all, the card last.
 
     Killed in between, it leaves tensors that the old card does not know: refused as
     damaged, never mistaken.
@@ -167,6 +174,6 @@ def write_exit_head(
     """
     digest = hashlib.sha256(tensors).hexdigest()
     checked = ExitCard.model_validate({**card, "tensors": digest})
-    whole_file.write(tensors, directory / TENSORS_FILE)
+    whole_file.write(tensors, tensors_file(directory))
     whole_file.write_json(checked.model_dump(), directory / CARD_FILE)
     return checked

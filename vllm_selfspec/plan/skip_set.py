@@ -106,7 +106,7 @@ class SkipSet:
         outside = sorted((holes.attention | holes.mlp) & leaves.whole_layers)
         if outside:
             raise SkipSetError(
-                "with an exit head, skip_layers names layers before the exit layer, 0 "
+                "with an exit layer, skip_layers names layers before the exit layer, 0 "
                 f"to {exit_layer - 1}, but it names {outside[0]}: remove {outside}"
             )
         return cls.of(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vllm_selfspec.plan.cost import LAYER, weight_files
-from vllm_selfspec.plan.exit_card import TENSORS_FILE
+from vllm_selfspec.plan.exit_card import tensors_file
 from vllm_selfspec.plan.families import UnsupportedModelError, family_of
 from vllm_selfspec.plan.target_model import TargetModel
 
@@ -32,7 +32,7 @@ def cut(path: Path, exit_layer: int, dtype: torch.dtype, trained: Path | None) -
     config = _cut_config(config, target.num_layers, exit_layer)
     weights = _cut_weights(path, target.num_layers, exit_layer)
     if trained is not None:
-        for name, tensor in load_file(trained / TENSORS_FILE).items():
+        for name, tensor in load_file(tensors_file(trained)).items():
             weights[renumbered(name, exit_layer)] = tensor
     logging: Any = transformers.logging
     logging.disable_progress_bar()

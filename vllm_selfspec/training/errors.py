@@ -1,4 +1,4 @@
-"""What can go wrong in making an exit head, apart so that naming it loads no torch."""
+"""What can go wrong in making an exit layer, apart so that naming it loads no torch."""
 
 
 class TextsError(RuntimeError):

@@ -67,11 +67,11 @@ class Student:
 
         Args:
             path: Checkpoint directory of the target.
-            head: Directory of the exit head.
+            head: Directory of the exit layer.
             settings: As for `Student`.
 
         Raises:
-            ExitHeadError: If the head is damaged, or another target's.
+            ExitLayerError: If the head is damaged, or another target's.
         """
         card = read_exit_card(head)
         card.check_fits(TargetModel.read(path, str(path)), path)
@@ -158,7 +158,7 @@ class Student:
         saved = self._saved(trained)
         if not {*saved} <= known:
             raise UnsupportedModelError(
-                "an exit head has the names of the target's own tensors, but this "
+                "an exit layer has the names of the target's own tensors, but this "
                 f"target has no {sorted({*saved} - known)[0]!r}: families whose "
                 "checkpoints name them otherwise cannot be trained yet"
             )

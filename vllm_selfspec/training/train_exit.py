@@ -20,7 +20,7 @@ from vllm_selfspec.bench.tasks import Prompt, load, token_ids
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
-from vllm_selfspec.plan.exit_card import write_exit_head
+from vllm_selfspec.plan.exit_card import write_exit_layer
 from vllm_selfspec.plan.hub import locate
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
@@ -211,7 +211,7 @@ class _Training:
             "training": self._provenance(trainer) | {"held_out": row},
         }
         tensors = save(trainer.student.tensors(torch.bfloat16), {"format": "pt"})
-        write_exit_head(options.output, card, tensors)
+        write_exit_layer(options.output, card, tensors)
         report.write_curve(trainer.curve, options.output)
         report.show([row], self._console)
         self._console.print(f"The head is in {options.output}", style="bold")
