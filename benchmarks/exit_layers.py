@@ -31,7 +31,7 @@ from vllm_selfspec.training.train_exit import Options, run_train_exit
 from vllm_selfspec.training.trainer import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HEADS, WORK = "benchmarks/exit_layers", ".cache/exit"
+LAYERS, WORK = "benchmarks/exit_layers", ".cache/exit"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "exit_layer"
 NUM_PROMPTS = 400  # of each task
 EPOCHS = 2
@@ -51,7 +51,7 @@ def write_prompts(file: Path) -> None:
 
 
 def train(model: str, exit_layer: int) -> None:
-    """One head; where it was trained before, it is only measured again."""
+    """One exit layer; where it was trained before, it is only measured again."""
     output = Path(WORK) / model / str(exit_layer)
     options = Options(
         model=f"benchmarks/{model}_model",
@@ -69,15 +69,15 @@ def train(model: str, exit_layer: int) -> None:
         command=f"python benchmarks/exit_layers.py {exit_layer} --model {model}",
     )
     run_train_exit(options)
-    head = Path(HEADS) / model / str(exit_layer)
-    head.mkdir(parents=True, exist_ok=True)
+    place = Path(LAYERS) / model / str(exit_layer)
+    place.mkdir(parents=True, exist_ok=True)
     for name in (TENSORS_FILE, CARD_FILE):
-        shutil.copy(output / name, head)
+        shutil.copy(output / name, place)
 
 
 def results(model: str) -> dict[str, Any]:
-    """What the cards of all heads of a model say."""
-    directory = Path(HEADS) / model
+    """What the cards of all exit layers of a model say."""
+    directory = Path(LAYERS) / model
     found = sorted(directory.glob(f"*/{CARD_FILE}"))
     cards = [read_exit_card(file.parent) for file in found]
     cards.sort(key=lambda card: card.exit_layer)
@@ -151,7 +151,7 @@ def main(
     ] = None,
     model: Annotated[str, typer.Option(help="demo, or plain: its twin.")] = "demo",
 ) -> None:
-    """Train heads of a model after so many layers, one after the other."""
+    """Train exit layers of a model after so many layers, one after the other."""
     os.chdir(REPOSITORY)
     write_prompts(Path(WORK) / "prompts.jsonl")
     for exit_layer in exit_layers or ():

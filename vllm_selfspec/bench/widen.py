@@ -258,13 +258,13 @@ def widen_tensor(name: str, weight: "torch.Tensor", factor: int) -> "torch.Tenso
     return weight.repeat(factor, factor) / factor
 
 
-def widen_exit_layer(head: Path, source: Path, wide: Path, output: Path) -> Path:
+def widen_exit_layer(layer: Path, source: Path, wide: Path, output: Path) -> Path:
     """Writes an exit layer of a small model as the one of its widened form.
 
     What it drafts stays the same.
 
     Args:
-        head: Directory of the exit layer.
+        layer: Directory of the exit layer.
         source: Checkpoint directory of its target.
         wide: What `widen` made of that.
         output: Directory to write.
@@ -273,23 +273,23 @@ def widen_exit_layer(head: Path, source: Path, wide: Path, output: Path) -> Path
         `output`.
 
     Raises:
-        ExitLayerError: If the head is damaged, or not of `source`.
+        ExitLayerError: If it is damaged, or not of `source`.
         WidenError: If `wide` is not made of `source`.
     """
     from safetensors.torch import load_file, save
 
-    card = read_exit_card(head)
+    card = read_exit_card(layer)
     card.check_fits(TargetModel.read(source, str(source)), source)
     stamp = read_stamp(wide) or {}
     if stamp.get("source_sha256") != digest(source):
         raise WidenError(
-            f"a head is widened for a model that was widened from its target {source}, "
-            f"but {wide} was not: widen that first"
+            "an exit layer is widened for a model that was widened from its target "
+            f"{source}, but {wide} was not: widen that first"
         )
     factor, dtype = int(stamp["factor"]), _torch_dtype(stamp["dtype"])
     tensors = {
         name: widen_tensor(name, tensor.to(dtype), factor)
-        for name, tensor in load_file(tensors_file(head)).items()
+        for name, tensor in load_file(tensors_file(layer)).items()
     }
     target = TargetModel.read(wide, wide.name)
     changed = {

@@ -33,8 +33,8 @@ def train_exit(
             "-o",
             "--output",
             metavar="DIR",
-            help="Of the head, its card, the loss curve and the checkpoint with which "
-            "the same command goes on where it was stopped.",
+            help="Of the exit layer, its card, the loss curve and the checkpoint with "
+            "which the same command goes on where it was stopped.",
         ),
     ],
     held_out: Annotated[

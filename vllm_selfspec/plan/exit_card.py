@@ -1,7 +1,7 @@
 """`ExitCard`: what an exit layer on disk says of itself.
 
-One rule: a head that is not whole, or is another target's, is refused before any of its
-weights is used. Reading a card needs neither torch nor vLLM.
+One rule: a layer that is not whole, or is another target's, is refused before any of
+its weights is used. Reading a card needs neither torch nor vLLM.
 
 An exit layer is a directory with this card and `TENSORS_FILE`. The tensors have the
 names they have in the target's checkpoint, with 0 for the layer's index, as if it were

@@ -45,7 +45,7 @@ class Student:
             exit_layer: N.
             dtype: Of what is frozen, and of the computation.
             device: torch's name of it.
-            trained: Directory of a head to begin with, which fits; None for the
+            trained: Directory of an exit layer to begin with, which fits; None for the
                 target's last layer.
 
         Raises:
@@ -62,20 +62,20 @@ class Student:
         self.trained = self._by_saved_name(path)
 
     @classmethod
-    def read(cls, path: Path, head: Path, **settings: Any) -> "Student":
+    def read(cls, path: Path, trained: Path, **settings: Any) -> "Student":
         """A trained one.
 
         Args:
             path: Checkpoint directory of the target.
-            head: Directory of the exit layer.
+            trained: Directory of the exit layer.
             settings: As for `Student`.
 
         Raises:
-            ExitLayerError: If the head is damaged, or another target's.
+            ExitLayerError: If it is damaged, or another target's.
         """
-        card = read_exit_card(head)
+        card = read_exit_card(trained)
         card.check_fits(TargetModel.read(path, str(path)), path)
-        return cls(path, card.exit_layer, trained=head, **settings)
+        return cls(path, card.exit_layer, trained=trained, **settings)
 
     @property
     def hidden_size(self) -> int:

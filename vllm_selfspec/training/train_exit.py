@@ -1,4 +1,4 @@
-"""`run_train_exit`: texts, training, measurement, and the head that is saved.
+"""`run_train_exit`: texts, training, measurement, and the exit layer that is saved.
 
 One rule: whatever stops it, the same command goes on where it was stopped.
 """
@@ -51,7 +51,7 @@ class Options:
         save_every: Steps between two checkpoints.
         ray: Workers of Ray Train; 0 for one process without Ray.
         cache: Directory of generated texts.
-        output: Directory of the head.
+        output: Directory of the exit layer.
         command: How to do it again.
     """
 
@@ -214,7 +214,7 @@ class _Training:
         write_exit_layer(options.output, card, tensors)
         report.write_curve(trainer.curve, options.output)
         report.show([row], self._console)
-        self._console.print(f"The head is in {options.output}", style="bold")
+        self._console.print(f"The exit layer is in {options.output}", style="bold")
 
     def _job(self, exit_layer: int, recipe: Any, output: Path) -> Any:
         from vllm_selfspec.training.trainer import Job
