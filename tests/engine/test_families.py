@@ -14,7 +14,12 @@ from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_
 from helpers.environment import IS_SHORT, IS_V2
 from helpers.models import NUM_LAYERS, TINY, VOCAB_SIZE, build_tiny_model
 from helpers.reference import recorded_drafts, reference_draft
-from vllm_selfspec.plan.cost import ModelWeights, read_headers, weight_files
+from vllm_selfspec.plan.cost import (
+    LAYER,
+    ModelWeights,
+    read_headers,
+    weight_files,
+)
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import FAMILIES
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -254,6 +259,23 @@ def test_show_knows_what_each_sublayer_reads(name: str, paths: dict[str, str]) -
         assert weights.streamed < stored - embedding
     else:
         assert weights.streamed in (stored, stored - embedding)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_row_names_what_is_in_its_checkpoints(
+    name: str, paths: dict[str, str]
+) -> None:
+    """By itself: names of other families' rows are known, too, to whatever reads."""
+    row = FAMILIES[name.partition(",")[0]].checkpoint
+    within = {*row.attention, *row.mlp}
+    outside = {row.embedding, row.head, row.last_norm, row.positions}
+    for tensor in read_headers(weight_files(Path(paths[name]))):
+        layer = LAYER.match(tensor)
+        if layer is None:
+            assert tensor.split(".")[-2] in outside, tensor
+            continue
+        assert f"{row.layers}.{layer['index']}." in tensor
+        assert layer["part"] in within, tensor
 
 
 def showing(names: Iterable[str]) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_selfspec.plan.families import FAMILIES
 from vllm_selfspec.plan.step_cost import StepCost
 
 WEIGHTS = "model.safetensors"
@@ -19,44 +20,26 @@ INDEX = f"{WEIGHTS}.index.json"
 # The limit of the safetensors library itself; a header is parsed whole.
 MAX_HEADER_BYTES = 100_000_000
 
-# In the layouts of the supported families: Llama's, GPT-NeoX', Falcon's and GPT-2's.
-LAYER = re.compile(
-    r"(?:.+\.)?(?:(?:model|gpt_neox)\.layers|h)\.(?P<index>\d+)\.(?P<part>[^.]+)\."
-)
-# A norm counts with the sublayer it feeds. (A layer of which one sublayer is skipped
-# still runs both norms; next to a matrix they are less than a thousandth.)
+# Every family's names: a checkpoint is read before it is known whether its family can
+# draft, and of those that cannot many are called like these.
+CHECKPOINTS = tuple({family.checkpoint: None for family in FAMILIES.values()})
 SUBLAYER_OF = {
-    "input_layernorm": "attention",
-    "self_attn": "attention",
-    "post_attention_layernorm": "mlp",
-    "mlp": "mlp",
-    # Gemma
-    "pre_feedforward_layernorm": "mlp",
-    "post_feedforward_layernorm": "mlp",
-    # GLM-4
-    "post_self_attn_layernorm": "attention",
-    "post_mlp_layernorm": "mlp",
-    # Apertus
-    "attention_layernorm": "attention",
-    "feedforward_layernorm": "mlp",
-    # Mixtral
-    "block_sparse_moe": "mlp",
-    # Falcon
-    "self_attention": "attention",
-    "ln_attn": "attention",
-    "ln_mlp": "mlp",
-    # GPT-NeoX
-    "attention": "attention",
-    # GPT-2
-    "ln_1": "attention",
-    "attn": "attention",
-    "ln_2": "mlp",
+    name: sublayer
+    for one in CHECKPOINTS
+    for sublayer, names in (("attention", one.attention), ("mlp", one.mlp))
+    for name in names
 }
-EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")
-HEADS = ("lm_head", "embed_out")
-LAST_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+EMBEDDINGS = tuple({one.embedding: None for one in CHECKPOINTS})
+HEADS = tuple({one.head: None for one in CHECKPOINTS})
+LAST_NORMS = tuple({one.last_norm: None for one in CHECKPOINTS})
+POSITIONS = tuple({one.positions: None for one in CHECKPOINTS if one.positions})
+LISTS = {re.escape(one.layers): None for one in CHECKPOINTS}
+LAYER = re.compile(
+    rf"(?:.+\.)?(?:{'|'.join(LISTS)})"
+    r"\.(?P<index>\d+)\.(?P<part>[^.]+)\."
+)
 OUTSIDE_LAYERS = re.compile(
-    rf"(?:.+\.)?(?P<part>{'|'.join([*EMBEDDINGS, *HEADS, *LAST_NORMS, 'wpe'])})\."
+    rf"(?:.+\.)?(?P<part>{'|'.join([*EMBEDDINGS, *HEADS, *LAST_NORMS, *POSITIONS])})\."
 )
 # Granite's are rows of two tensors.
 EXPERT = re.compile(r"\.experts?\.|\.block_sparse_moe\.(?:in|out)put_linear\.")
