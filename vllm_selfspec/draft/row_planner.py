@@ -45,10 +45,10 @@ class SampledStep:
         running: All requests of the worker, those that this step left out, too.
         num_sampled: Tokens that it emitted, 0 where a prompt goes on, `[num_reqs]`.
         num_drafted: Draft tokens that it verified, `[num_reqs]`.
-        room: The most each request may draft, `[num_reqs]`.
-        num_rows: Rows of its forward.
-        num_prompt_rows: How many of them are of prompts.
-        num_prompt_left: Rows that those prompts have left.
+        room: The most each request may draft, `[num_reqs]`; nothing where a prompt goes
+            on, whatever stands there.
+        num_scheduled: Rows of each request, `[num_reqs]`.
+        num_left: Known tokens that each still has to read, `[num_reqs]`.
         token_ids_of: All tokens of the request in a row.
     """
 
@@ -57,41 +57,31 @@ class SampledStep:
     num_sampled: Ints
     num_drafted: Ints
     room: Ints
-    num_rows: int
-    num_prompt_rows: int
-    num_prompt_left: int
+    num_scheduled: Ints
+    num_left: Ints
     token_ids_of: Callable[[int], np.ndarray]
 
-    @classmethod
-    def of(
-        cls,
-        req_ids: Sequence[str],
-        running: Collection[str],
-        num_sampled: Ints,
-        num_drafted: Ints,
-        room: Ints,
-        num_scheduled: Ints,
-        num_left: Ints,
-        token_ids_of: Callable[[int], np.ndarray],
-    ) -> "SampledStep":
-        """From what runners know.
+    @property
+    def samples(self) -> Bools:
+        """Which requests it emitted tokens for, `[num_reqs]`."""
+        found: Bools = self.num_sampled > 0
+        return found
 
-        Args:
-            num_scheduled: Rows of each request, `[num_reqs]`.
-            num_left: Known tokens that each still has to read, `[num_reqs]`.
-        """
-        decodes = (num_sampled > 0) & (num_scheduled == 1 + num_drafted)
-        return cls(
-            req_ids,
-            running,
-            num_sampled,
-            num_drafted,
-            np.where(num_sampled > 0, room, 0),
-            int(num_scheduled.sum()),
-            int(num_scheduled[~decodes].sum()),
-            int(num_left[num_sampled == 0].sum()),
-            token_ids_of,
-        )
+    @property
+    def num_rows(self) -> int:
+        """Rows of its forward."""
+        return int(self.num_scheduled.sum())
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """How many of them are of prompts."""
+        decodes = self.samples & (self.num_scheduled == 1 + self.num_drafted)
+        return int(self.num_scheduled[~decodes].sum())
+
+    @property
+    def num_prompt_left(self) -> int:
+        """Rows that those prompts have left."""
+        return int(self.num_left[~self.samples].sum())
 
 
 @dataclass
@@ -105,11 +95,6 @@ class RowPlan:
 
     model: Ints
     proposals: list[Proposal] = field(default_factory=list)
-
-    @property
-    def is_free(self) -> Bools:
-        """Which rows take free tokens, `[num_reqs]`."""
-        return np.array([len(one.token_ids) > 0 for one in self.proposals], bool)
 
 
 class RowPlanner:
@@ -175,16 +160,17 @@ class RowPlanner:
         they draft all they may, and nothing is learnt from them.
         """
         if self.goodput is None:
-            most = np.minimum(step.room, self._max_drafts)
+            most = np.minimum(step.room * step.samples, self._max_drafts)
             return RowPlan(most, [NOTHING] * len(step.req_ids))
-        self._admit(self.goodput, step)
+        self._slots.admit(step.req_ids, step.running, self.goodput.admit)
+        self._sources.keep(step.running)
         self._observe(self.goodput, step)
         prompts = self._arrivals.next(
-            bool((step.num_sampled > 0).any()),
+            bool(step.samples.any()),
             step.num_prompt_rows,
             step.num_prompt_left,
         )
-        rows = np.flatnonzero(step.room > 0)
+        rows = np.flatnonzero(step.samples & (step.room > 0))
         slots = self._slots.of([step.req_ids[row] for row in rows])
         requests = [Request(step.req_ids[r], step.token_ids_of(r)) for r in rows]
         proposals, kinds = [NOTHING] * len(rows), np.zeros(len(rows), np.int64)
@@ -213,16 +199,9 @@ class RowPlanner:
         for row, kind in zip(rows, kinds, strict=True):
             self._kinds[step.req_ids[row]] = int(kind)
 
-    def _admit(self, goodput: Goodput, step: SampledStep) -> None:
-        self._slots.keep(step.running)
-        self._sources.keep(step.running)
-        for req_id in step.req_ids:
-            if req_id not in self._slots:
-                goodput.admit(self._slots.add(req_id))
-
     def _observe(self, goodput: Goodput, step: SampledStep) -> None:
         """Learns from what was verified, and from what it took."""
-        rows = np.flatnonzero(step.num_sampled > 0)
+        rows = np.flatnonzero(step.samples)
         req_ids = [step.req_ids[row] for row in rows]
         slots = self._slots.of(req_ids)
         kinds = np.array([self._kinds.get(req_id, -1) for req_id in req_ids], np.int64)
@@ -248,7 +227,7 @@ class RowPlanner:
         verification of the second."""
         now, before = time.perf_counter(), self._started
         self._started = now
-        is_decode = not step.num_prompt_rows and bool((step.num_sampled > 0).all())
+        is_decode = not step.num_prompt_rows and bool(step.samples.all())
         is_known = before is not None and self._goes_by_costs and self._is_timed
         if not (is_decode and is_known):
             return

@@ -61,10 +61,7 @@ class RowStops:
             is_model: Whether they were the model's, `[num_reqs]`; of others nothing is
                 learnt.
         """
-        self._slots.keep(req_ids)
-        for req_id in req_ids:
-            if req_id not in self._slots:
-                self._rule.admit(self._slots.add(req_id))
+        self._slots.admit(req_ids, req_ids, self._rule.admit)
         samples = num_sampled > 0
         self.stats.lengths.update(drafted[samples].tolist())
         seen = np.flatnonzero(samples & is_model & (drafted > 0))

@@ -28,7 +28,7 @@ def sampled_step(
     num_scheduled = np.array([scheduled[req_id] for req_id in batch.req_ids], np.int64)
     num_tokens = batch.num_tokens_no_spec[:num_reqs]
     num_read = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
-    return SampledStep.of(
+    return SampledStep(
         req_ids=batch.req_ids,
         running=runner.requests,
         num_sampled=num_sampled,

@@ -71,7 +71,7 @@ class PlannedSpeculator(SelfSpecSpeculator):
             # A verification brings one token more than it accepts.
             room = np.clip(states.max_seq_len[slots] - num_tokens - 1, 0, room)
         token_ids = states.all_token_ids.gpu
-        return SampledStep.of(
+        return SampledStep(
             req_ids=input_batch.req_ids,
             running=states.req_id_to_index,
             num_sampled=sampled,

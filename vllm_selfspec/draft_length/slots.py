@@ -1,6 +1,6 @@
 """`Slots`: a place in a controller's arrays for each running request."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,22 +15,31 @@ class Slots:
         self._free = list(range(num - 1, -1, -1))
         self._of: dict[str, int] = {}
 
-    def keep(self, req_ids: Iterable[str]) -> None:
-        """Takes back the places of all other requests."""
-        for req_id in self._of.keys() - set(req_ids):
-            self._free.append(self._of.pop(req_id))
+    def admit(
+        self,
+        req_ids: Iterable[str],
+        running: Iterable[str],
+        begin: Callable[[int], None],
+    ) -> None:
+        """Gives requests that are new their places, and takes back those of others.
 
-    def __contains__(self, req_id: str) -> bool:
-        return req_id in self._of
-
-    def add(self, req_id: str) -> int:
-        """The place of a new request.
+        Args:
+            req_ids: Those that need a place.
+            running: All that keep theirs.
+            begin: Called with each place that is given out.
 
         Raises:
             IndexError: If there is none left.
         """
-        slot = self._of[req_id] = self._free.pop()
-        return slot
+        for req_id in self._of.keys() - set(running):
+            self._free.append(self._of.pop(req_id))
+        for req_id in req_ids:
+            if req_id not in self._of:
+                self._of[req_id] = self._free.pop()
+                begin(self._of[req_id])
+
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._of
 
     def of(self, req_ids: Sequence[str]) -> Ints:
         """Places of known requests, `[len(req_ids)]`."""

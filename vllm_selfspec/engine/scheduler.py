@@ -167,10 +167,7 @@ class DraftPlanner:
             running: All requests that run.
             prompts: What the next step may have beside them.
         """
-        self._slots.keep(running)
-        for req_id in room_of:
-            if req_id not in self._slots:
-                self.goodput.admit(self._slots.add(req_id))
+        self._slots.admit(room_of, running, self.goodput.admit)
         plan = self.goodput.plan(
             self._slots.of([*room_of]),
             np.array([*room_of.values()], np.int64),
