@@ -107,14 +107,18 @@ def measured(
     sampling: Sampling,
 ) -> dict[str, Any]:
     """Ratios to plain vLLM, by arm, and what was drafted and accepted."""
-    prompts = load(task).sample(num_prompts).prompts
-    texts = [prompt.render(engines[0].tokenizer) for prompt in prompts]
+    # The first ones warm up, and are not measured: suffix decoding remembers answers.
+    prompts = load(task).sample(streams + num_prompts).prompts
+    rendered = [prompt.render(engines[0].tokenizer) for prompt in prompts]
+    first, texts = rendered[:streams], rendered[streams:]
     order = [*engines, engines[0]]
     names = [*(engine.arm.name for engine in engines), AGAIN]
     ratios: dict[str, list[float]] = {name: [] for name in names}
     counts: dict[str, list[int]] = {name: [0, 0, 0] for name in names}
-    for turn, start in enumerate(range(-1, len(texts))):  # the first one warms up
-        chosen = [texts[(start + i) % len(texts)] for i in range(streams)]
+    for turn in range(1 + len(texts)):
+        chosen = [texts[(turn - 1 + i) % len(texts)] for i in range(streams)]
+        if not turn:
+            chosen = first
         speeds = {}
         for i in range(len(order)):
             which = (i + turn) % len(order)
