@@ -33,7 +33,7 @@ from vllm_selfspec.plan.profile import (
 )
 from vllm_selfspec.plan.skip_set import DEFAULT_SKIP_RATIO, SkipSet
 from vllm_selfspec.plan.source import Source
-from vllm_selfspec.plan.sources import MODEL, SOURCES, source_named
+from vllm_selfspec.plan.sources import MODEL, SOURCES
 from vllm_selfspec.plan.target_model import TargetModel
 
 METHOD = "selfspec"
@@ -245,7 +245,9 @@ class ChosenPlan:
     num_speculative_tokens: int | None = None
 
 
-def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> ChosenPlan:
+def resolve_plan(
+    config: SelfSpecConfig, target: TargetModel, model_drafts: bool = True
+) -> ChosenPlan:
     """Turns the user's words into a plan for a model.
 
     A word or a profile is the plan to start from; without one that is the target
@@ -256,7 +258,7 @@ def resolve_plan(config: SelfSpecConfig, target: TargetModel) -> ChosenPlan:
         PlanError: If the model has no such parts, or the keys do not go together.
         ProfileError: If a profile is missing, malformed or of another model.
     """
-    if not config.may_use(source_named(MODEL)):
+    if not model_drafts or not config.may_use(SOURCES.named(MODEL)):
         return ChosenPlan(DraftPlan(target.num_layers), "draft_source")
     said = _said(config)
     chosen = _start(config, target, has_axes=bool(said))

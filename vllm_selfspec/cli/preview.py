@@ -24,7 +24,7 @@ from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
 from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
 from vllm_selfspec.plan.skip_set import SUBLAYERS
-from vllm_selfspec.plan.sources import SOURCES, source_named
+from vllm_selfspec.plan.sources import SOURCES
 from vllm_selfspec.plan.target_model import TargetModel
 
 TABLE_K = (1, 2, 4, 8)
@@ -167,7 +167,7 @@ class Preview:
             "architecture": f"{self.architecture}, {self.num_layers} layers",
             "may be skipped": f"{family.attention} and {family.mlp} of every layer, "
             f"but not all {2 * self.num_layers} of them",
-            "drafted by": "; ".join(source_named(one).words for one in self.sources),
+            "drafted by": "; ".join(SOURCES.named(one).words for one in self.sources),
             "draft plan": self.plan.outline(),
             "chosen by": self.source,
             **self._extra(),

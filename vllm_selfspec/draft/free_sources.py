@@ -13,7 +13,7 @@ import numpy as np
 from vllm_selfspec.draft_length.acceptance import Acceptance
 from vllm_selfspec.draft_length.types import Ints, Slots
 from vllm_selfspec.plan.source import NOTHING, Proposal, Proposer
-from vllm_selfspec.plan.sources import source_named
+from vllm_selfspec.plan.sources import SOURCES
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FreeSources:
         self.max_tokens = 0
         self._proposers: list[tuple[int, Proposer]] = []  # first kind, source
         for name, options in options_of.items():
-            source = source_named(name)
+            source = SOURCES.named(name)
             proposer = source.proposer(options)
             if proposer is not None:
                 self._proposers.append((len(self.names), proposer))

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models import supports_multimodal
 
-from vllm_selfspec.plan.axes import axis_named
+from vllm_selfspec.plan.axes import AXES
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import Family, UnsupportedModelError, family_of
 from vllm_selfspec.plan.skip_set import SUBLAYERS
@@ -164,14 +164,14 @@ class LoadedTarget:
         self._loaded = {
             name: resolve_name(loader)(value, target, vllm_config)
             for name, value in plan.values
-            if (loader := axis_named(name).loader) is not None
+            if (loader := AXES.named(name).loader) is not None
         }
 
     def view(self, plan: DraftPlan) -> "DraftView":
         """The target, run as a plan says."""
         builder = ViewBuilder(self.target, plan.num_layers, self._family)
         for name, value in plan.values:
-            axis_named(name).build(value, builder, self._loaded.get(name))
+            AXES.named(name).build(value, builder, self._loaded.get(name))
         return DraftView(builder)
 
 
@@ -218,7 +218,7 @@ def take_weights(target: nn.Module, vllm_config: Any) -> None:
     its weights are as they were loaded."""
     plan = plan_of(vllm_config)
     for name, _ in plan.values:
-        if (taker := axis_named(name).taker) is not None:
+        if (taker := AXES.named(name).taker) is not None:
             resolve_name(taker)(plan, target, vllm_config)
 
 

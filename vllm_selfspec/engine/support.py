@@ -6,7 +6,7 @@ the reason and what to do instead.
 
 from typing import Any
 
-from vllm_selfspec.plan.axes import axis_named
+from vllm_selfspec.plan.axes import AXES
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import UnsupportedModelError, family_of
@@ -73,6 +73,6 @@ def raise_if_refused(plan: DraftPlan, deployment: Deployment) -> None:
         UnsupportedModelError: With the first reason found.
     """
     for name, value in plan.values:
-        reason = axis_named(name).refusal(value, deployment)
+        reason = AXES.named(name).refusal(value, deployment)
         if reason is not None:
             raise UnsupportedModelError(f"selfspec: {reason}")

@@ -33,8 +33,7 @@ from vllm_selfspec.engine.support import (
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_skip_layers import AUTO
 from vllm_selfspec.plan.families import UnsupportedModelError
-from vllm_selfspec.plan.source_context import ContextSource
-from vllm_selfspec.plan.sources import MODEL, SOURCES, source_named
+from vllm_selfspec.plan.sources import MODEL, SOURCES
 from vllm_selfspec.plan.target_model import TargetModel
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -109,8 +108,8 @@ def _resolve(
     what `SpeculativeConfig` knows."""
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config)
-    config = _drafting(config, model_config)
-    chosen = resolve_plan(config, target_of(model_config))
+    model_drafts = _model_drafts(config, model_config)
+    chosen = resolve_plan(config, target_of(model_config), model_drafts)
     deployment = Deployment(
         model_config,
         parallel_config,
@@ -120,7 +119,7 @@ def _resolve(
     raise_if_refused(chosen.plan, deployment)
     if config.is_online:
         _raise_if_not_tunable(parallel_config)
-    sources = _sources(config, engine_args)
+    sources = _sources(config, engine_args, model_drafts)
     draft_stats.share_directory()
     _log(chosen, sources)
     num_model_tokens = _num_drafts(config, chosen) if MODEL in sources else 0
@@ -134,7 +133,7 @@ def _resolve(
             "num_model_tokens": num_model_tokens,
         },
     }
-    longest = [source_named(name).max_tokens(sources[name]) for name in sources]
+    longest = [SOURCES.named(name).max_tokens(sources[name]) for name in sources]
     num_drafts = max(num_model_tokens, *longest)
     return {
         "num_speculative_tokens": num_drafts,
@@ -143,19 +142,19 @@ def _resolve(
     }
 
 
-def _drafting(config: SelfSpecConfig, model_config: Any) -> SelfSpecConfig:
-    """The configuration; with copies alone where the target cannot draft for itself and
-    nobody said that it should."""
-    if not config.may_use(source_named(MODEL)):
-        return config
+def _model_drafts(config: SelfSpecConfig, model_config: Any) -> bool:
+    """Whether the target drafts for itself: where the user lets it and it can. Where it
+    cannot, and nobody said that it should, the other sources do."""
+    if not config.may_use(SOURCES.named(MODEL)):
+        return False
     try:
         raise_if_model_cannot_draft(model_config)
     except UnsupportedModelError as error:
         if config.draft_source != AUTO or config.says_how_the_model_drafts:
             raise
         logger.warning("%s. That is what it does now", error)
-        return config.model_copy(update={"draft_source": ContextSource.name})
-    return config
+        return False
+    return True
 
 
 def _raise_if_not_tunable(parallel_config: Any) -> None:
@@ -189,14 +188,20 @@ def target_of(model_config: Any) -> TargetModel:
     )
 
 
-def _sources(config: SelfSpecConfig, engine_args: Any) -> dict[str, dict[str, Any]]:
+def _sources(
+    config: SelfSpecConfig, engine_args: Any, model_drafts: bool
+) -> dict[str, dict[str, Any]]:
     """The sources that draft, with the values of their keys.
 
     With 'auto' those that need the tokens on the host are used where they are there
     anyway: asynchronous scheduling, which they would switch off, is worth more to the
     V2 runner's users than copies to most.
     """
-    sources = [source for source in SOURCES if config.may_use(source)]
+    sources = [
+        source
+        for source in SOURCES
+        if config.may_use(source) and (model_drafts or source.name != MODEL)
+    ]
     refusals = {source.name: source.refusal() for source in sources}
     if refusals.get(config.draft_source) is not None:
         raise ConfigError(
@@ -205,7 +210,7 @@ def _sources(config: SelfSpecConfig, engine_args: Any) -> dict[str, dict[str, An
         )
     sources = [source for source in sources if refusals[source.name] is None]
     stops = isinstance(config.draft_length, STOPPING)
-    if config.draft_source == AUTO and not stops and _runs_ahead(engine_args):
+    if model_drafts and not stops and _prefers_async(config, engine_args):
         sources = [source for source in sources if source.name == MODEL]
     free = [source.name for source in sources if source.name != MODEL]
     if stops:
@@ -215,6 +220,11 @@ def _sources(config: SelfSpecConfig, engine_args: Any) -> dict[str, dict[str, An
         what = f"draft_source {free[0]!r} looks at the newest tokens"
         _schedule_after_drafting(engine_args, what)
     return {source.name: source.options(config) for source in sources}
+
+
+def _prefers_async(config: SelfSpecConfig, engine_args: Any) -> bool:
+    """Whether copies, which are left to us, are worth less than scheduling ahead."""
+    return config.draft_source == AUTO and _runs_ahead(engine_args)
 
 
 def _runs_ahead(engine_args: Any) -> bool:
@@ -243,7 +253,7 @@ def _schedule_after_drafting(engine_args: Any, what: str) -> None:
 
 
 def _log(chosen: ChosenPlan, sources: Mapping[str, Any]) -> None:
-    free = [source_named(name).words for name in sources if name != MODEL]
+    free = [SOURCES.named(name).words for name in sources if name != MODEL]
     model = [f"{chosen.plan} ({chosen.source})"] if MODEL in sources else []
     logger.info("selfspec drafts with: %s", "; ".join([*model, *free]))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_selfspec.plan.axes import AXES, axis_named
+from vllm_selfspec.plan.axes import AXES
 from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.step_cost import StepCost
 
@@ -49,7 +49,7 @@ class DraftPlan:
 
     def implying(self, name: str, value: Any) -> "DraftPlan":
         """`with_value` for an axis that completes a plan: asks no other axis."""
-        values = {**dict(self.values), axis_named(name).name: value}
+        values = {**dict(self.values), AXES.named(name).name: value}
         return DraftPlan(
             self.num_layers,
             tuple(
@@ -71,7 +71,7 @@ class DraftPlan:
         values = dict(self.values)
         if name in values:
             return values[name]
-        return axis_named(name).neutral(self.num_layers)
+        return AXES.named(name).neutral(self.num_layers)
 
     @property
     def skip_set(self) -> Any:
@@ -92,7 +92,7 @@ class DraftPlan:
             )
         draft = target
         for name, value in self.values:
-            draft = axis_named(name).cost(value, draft, target)
+            draft = AXES.named(name).cost(value, draft, target)
         return draft
 
     def share(self, target: StepCost) -> float:
@@ -103,8 +103,8 @@ class DraftPlan:
         """Weights that are kept beside the target's, whose bytes are given."""
         draft, found = target, 0
         for name, value in self.values:
-            found += axis_named(name).extra_bytes(value, draft, target)
-            draft = axis_named(name).cost(value, draft, target)
+            found += AXES.named(name).extra_bytes(value, draft, target)
+            draft = AXES.named(name).cost(value, draft, target)
         return found
 
     def choices(self, is_exchangeable: bool = False) -> dict[str, tuple[Any, ...]]:
@@ -157,17 +157,17 @@ class DraftPlan:
             PlanError: If it does not fit a model of so many layers.
         """
         values = {
-            name: axis_named(name).from_json(value, num_layers)
+            name: AXES.named(name).from_json(value, num_layers)
             for name, value in stored.items()
             if value is not None
         }
         return cls.of(num_layers, **values)
 
     def __str__(self) -> str:
-        words = [axis_named(name).words(value) for name, value in self.values]
+        words = [AXES.named(name).words(value) for name, value in self.values]
         return ", ".join(words) or "nothing skipped"
 
     def outline(self) -> str:
         """The same in one line, however deep the model."""
-        lines = [axis_named(name).outline(value) for name, value in self.values]
+        lines = [AXES.named(name).outline(value) for name, value in self.values]
         return ", ".join(lines) or "nothing skipped"
