@@ -32,15 +32,17 @@ def config_of(llm: Any) -> Any:
     return llm.llm_engine.vllm_config
 
 
-def compare(model: str, cache: Path, plan: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    model: str, cache: Path, plan: dict[str, Any], dtype: str
+) -> dict[str, Any]:
     """Generates eagerly, with plain vLLM compiled, and with both compiled."""
     engines = Engines()
-    eager = engines.get(model, plan, enforce_eager=True)
+    eager = engines.get(model, plan, enforce_eager=True, dtype=dtype)
     found = {"eager": generated(eager)}
-    plain = engines.get(model, enforce_eager=False)
+    plain = engines.get(model, enforce_eager=False, dtype=dtype)
     found["plain"] = generated(plain)
     before = set(os.listdir(cache))
-    llm = engines.get(model, plan, enforce_eager=False)
+    llm = engines.get(model, plan, enforce_eager=False, dtype=dtype)
     found["compiled"] = generated(llm)
     return {
         **found,
@@ -55,10 +57,12 @@ def compare(model: str, cache: Path, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compared(model: str, root: Path, plan: dict[str, Any]) -> dict[str, Any]:
+def compared(
+    model: str, root: Path, plan: dict[str, Any], dtype: str = "float32"
+) -> dict[str, Any]:
     """In a process of its own, because vLLM reads where its cache lies once."""
     done = subprocess.run(
-        [sys.executable, __file__, model, str(root), json.dumps(plan)],
+        [sys.executable, __file__, model, str(root), json.dumps(plan), dtype],
         env={**os.environ, "VLLM_CACHE_ROOT": str(root)},
         capture_output=True,
         text=True,
@@ -97,19 +101,36 @@ def test_a_compiled_exit_layer_has_the_kv_of_every_token(
     assert counts["accepted_tokens"] == counts["draft_tokens"] > 0
 
 
+LOW_BIT = {"attention": "int8", "mlp": "int4", "head": "int4"}
+
+
 @pytest.mark.skipif(IS_SHORT, reason="a minute: SELFSPEC_TEST_ALL=1")
-def test_low_bit_copies_of_a_compiled_target_draft_eagerly(
+def test_low_bit_copies_of_a_compiled_float32_target_draft_eagerly(
     tiny_models: dict[str, str], tmp_path: Path
 ) -> None:
-    weights = {"attention": "int8", "mlp": "int4", "head": "int4"}
-    plan = {"draft_weights": weights, "num_speculative_tokens": 4}
+    plan = {"draft_weights": LOW_BIT, "num_speculative_tokens": 4}
     found = compared(tiny_models["qwen2"], tmp_path, plan)
     assert not found["view is compiled"]
     assert found["plain"][0] == found["compiled"][0] == found["eager"][0]
     assert found["compiled"][1] == found["eager"][1], "other drafts are accepted"
 
 
+@pytest.mark.skipif(IS_SHORT, reason="a minute: SELFSPEC_TEST_ALL=1")
+def test_low_bit_copies_of_a_compiled_target_draft_compiled(
+    tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    """Rounding differs, so a few drafts may, and texts at near-ties."""
+    plan = {"draft_weights": LOW_BIT, "num_speculative_tokens": 4}
+    found = compared(tiny_models["qwen2"], tmp_path, plan, "bfloat16")
+    assert found["view is compiled"]
+    compiled, eager = (
+        found[name][1]["accepted_tokens"] / found[name][1]["draft_tokens"]
+        for name in ("compiled", "eager")
+    )
+    assert abs(compiled - eager) < 0.1
+
+
 if __name__ == "__main__":
-    model, root, plan = sys.argv[1:]
+    model, root, plan, dtype = sys.argv[1:]
     cache = Path(root, "torch_compile_cache", "torch_aot_compile")
-    print(json.dumps(compare(model, cache, json.loads(plan))))
+    print(json.dumps(compare(model, cache, json.loads(plan), dtype)))

@@ -61,11 +61,17 @@ class LowBitCopies:
     @property
     def num_bytes(self) -> int:
         """Of all of them."""
-        return sum(
-            copy.quant_method.num_bytes
-            for copies in self.parts.values()
-            for copy in copies.values()
-        )
+        return sum(method.num_bytes for method in self._methods())
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether compiled code drafts with all of them as eager code does."""
+        return all(method.may_compile for method in self._methods())
+
+    def _methods(self) -> Iterator[Any]:
+        for copies in self.parts.values():
+            for copy in copies.values():
+                yield copy.quant_method
 
 
 # Between the loading of a target and the making of its draft view.

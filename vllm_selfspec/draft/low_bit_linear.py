@@ -47,6 +47,7 @@ class LowBitMethod(ABC):
     Attributes:
         dtype: Of what the kernel computes with.
         num_bytes: Of what `pack` made.
+        may_compile: Whether compiled code does the same as eager code.
     """
 
     num_bytes: int
@@ -54,6 +55,10 @@ class LowBitMethod(ABC):
     def __init__(self, dtype: torch.dtype) -> None:
         # The kernels take activations of half the bits of a float32.
         self.dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        # Of queries and keys that were cast after a kernel, compiled code accepts
+        # hardly a token (vLLM 0.32, torch 2.13): vLLM turns them in place, and what a
+        # cast makes need not be in one.
+        self.may_compile = dtype == self.dtype
 
     @abstractmethod
     def pack(self, layer: Any, weight: torch.Tensor) -> None:

@@ -161,9 +161,7 @@ class DraftWeightsAxis(Axis):
         return f"weights of {', '.join(listed)}"
 
     def build(self, value: DraftWeights, view: Any, loaded: Any) -> None:
-        # Of compiled copies no token is accepted on CPU.
-        # TODO: compile them once it is known which kernel goes wrong.
-        view.may_compile = False
+        view.may_compile = view.may_compile and loaded.may_compile
         for part, word in value.by_part.items():
             if word == SAME:
                 continue

@@ -1,13 +1,13 @@
 """`Table`: rows by name, to which other packages add their own."""
 
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 
 class Named(Protocol):
     """What stands in a row."""
 
-    name: str
+    name: ClassVar[str]
 
 
 Row = TypeVar("Row", bound=Named)
