@@ -27,7 +27,7 @@ import make_tasks
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.plan.exit_card import CARD_FILE, TENSORS_FILE, read_exit_card
 from vllm_selfspec.training.texts import TextOptions
-from vllm_selfspec.training.train_exit import Options, run_train_exit
+from vllm_selfspec.training.train_exit import TrainOptions, run_train_exit
 from vllm_selfspec.training.trainer import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def write_prompts(file: Path) -> None:
 def train(model: str, exit_layer: int) -> None:
     """One exit layer; where it was trained before, it is only measured again."""
     output = Path(WORK) / model / str(exit_layer)
-    options = Options(
+    options = TrainOptions(
         model=f"benchmarks/{model}_model",
         prompts=(f"{WORK}/prompts.jsonl",),
         held_out=TASKS[1:] + TASKS[:1],

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_selfspec.draft_length.options import DraftLength, Goodput
+from vllm_selfspec.draft_length.options import ByGoodput, DraftLength
 from vllm_selfspec.plan import catalogue
 from vllm_selfspec.plan.axes import AXES
 from vllm_selfspec.plan.axis import Axis
@@ -104,7 +104,7 @@ class SelfSpecConfig(Keys):
         "vocabulary x 4 bytes.",
     )
     draft_length: DraftLength = Field(
-        default_factory=Goodput,
+        default_factory=ByGoodput,
         description="How far to draft: 'goodput' (what brings most tokens per second, "
         "by measured costs and acceptance), 'fixed', 'threshold', 'thompson' or "
         "'thompson-calibrated'.",

@@ -119,7 +119,7 @@ def train_exit(
     """
     from vllm_selfspec.bench.provenance import command_line
     from vllm_selfspec.training.texts import TextOptions
-    from vllm_selfspec.training.train_exit import Options, run_train_exit
+    from vllm_selfspec.training.train_exit import TrainOptions, run_train_exit
     from vllm_selfspec.training.trainer import Recipe
 
     with errors_in_one_line():
@@ -132,7 +132,7 @@ def train_exit(
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
         )
-        options = Options(
+        options = TrainOptions(
             model=model,
             prompts=tuple(prompts),
             held_out=tuple(held_out or ()),

@@ -119,12 +119,12 @@ def tune(
     few then generate for real. Ctrl-C keeps the best so far.
     """
     from vllm_selfspec.bench.provenance import command_line
-    from vllm_selfspec.tuning.offline.tune import Options, parse_budget, run_tune
+    from vllm_selfspec.tuning.offline.tune import TuneOptions, parse_budget, run_tune
 
     with errors_in_one_line():
         raise_if_no_vllm("tune")
         run_tune(
-            Options(
+            TuneOptions(
                 model=model,
                 widen=widen,
                 task=prompts,

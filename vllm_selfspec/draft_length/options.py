@@ -27,7 +27,7 @@ class Fixed(Keys):
     policy: Literal["fixed"] = "fixed"
 
 
-class Goodput(Keys):
+class ByGoodput(Keys):
     """What brings most tokens per second: see `goodput.Goodput`."""
 
     policy: Literal["goodput"] = "goodput"
@@ -61,7 +61,7 @@ class CalibrationThompson(Keys):
 
 
 POLICIES: dict[str, type[Keys]] = {
-    "goodput": Goodput,
+    "goodput": ByGoodput,
     "fixed": Fixed,
     "threshold": ThresholdExit,
     "thompson": BetaThompson,
@@ -89,7 +89,7 @@ def _named(value: Any) -> Any:
 
 DraftLength = Annotated[
     Annotated[
-        Goodput | Fixed | ThresholdExit | BetaThompson | CalibrationThompson,
+        ByGoodput | Fixed | ThresholdExit | BetaThompson | CalibrationThompson,
         Field(discriminator="policy"),
     ],
     BeforeValidator(_named),

@@ -22,7 +22,7 @@ from vllm_selfspec.config import (
 from vllm_selfspec.draft import stats as draft_stats
 from vllm_selfspec.draft_length.options import (
     STOPPING,
-    Goodput,
+    ByGoodput,
     schedule_of_all,
 )
 from vllm_selfspec.engine.support import (
@@ -271,7 +271,7 @@ def _schedule(
 ) -> list[tuple[int, int, int]] | None:
     """The user's, or one for vLLM to capture CUDA graphs of every length by."""
     given = config.num_speculative_tokens_per_batch_size
-    if given is None and isinstance(config.draft_length, Goodput):
+    if given is None and isinstance(config.draft_length, ByGoodput):
         return schedule_of_all(num_drafts)
     return given
 

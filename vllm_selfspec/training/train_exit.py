@@ -36,7 +36,7 @@ SAID_OVER = 20  # steps
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainOptions:
     """What the user asked for.
 
     Attributes:
@@ -70,7 +70,7 @@ class Options:
     command: str
 
 
-def run_train_exit(options: Options) -> None:
+def run_train_exit(options: TrainOptions) -> None:
     """Trains an exit layer, and writes it with its card and its loss curve.
 
     Ctrl-C keeps texts and a checkpoint.
@@ -96,7 +96,7 @@ def run_train_exit(options: Options) -> None:
         raise
 
 
-def _run(options: Options, console: Console) -> None:
+def _run(options: TrainOptions, console: Console) -> None:
     model = locate(options.model)
     prompts, held_out = _prompts(options, model)
     texts = _texts(options, model, [*prompts, *held_out], console)
@@ -113,7 +113,7 @@ def candidates(num_layers: int) -> list[int]:
     return sorted(n for n in found if n < num_layers)
 
 
-def _check_packages(options: Options) -> None:
+def _check_packages(options: TrainOptions) -> None:
     for package in ("matplotlib", "safetensors", *["ray"] * bool(options.ray)):
         if importlib.util.find_spec(package) is None:
             raise TrainError(
@@ -122,7 +122,7 @@ def _check_packages(options: Options) -> None:
             )
 
 
-def _prompts(options: Options, model: Path) -> tuple[list[Any], list[Any]]:
+def _prompts(options: TrainOptions, model: Path) -> tuple[list[Any], list[Any]]:
     """Token ids to train on, and to measure on."""
 
     def read(tasks: Sequence[str]) -> list[Prompt]:
@@ -147,7 +147,7 @@ def _prompts(options: Options, model: Path) -> tuple[list[Any], list[Any]]:
     return encoded(chosen[num:]), encoded(chosen[:num])
 
 
-def _texts(options: Options, model: Path, prompts: Any, console: Console) -> Any:
+def _texts(options: TrainOptions, model: Path, prompts: Any, console: Console) -> Any:
     from vllm_selfspec.training.texts import make_texts
 
     console.print(f"{len(prompts)} texts of the target's own ...")
@@ -169,7 +169,7 @@ class _Training:
 
     def __init__(
         self,
-        options: Options,
+        options: TrainOptions,
         model: Path,
         texts: Any,
         num: int,

@@ -41,7 +41,7 @@ class TuneError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Options:
+class TuneOptions:
     """What the user asked for.
 
     Attributes:
@@ -81,7 +81,7 @@ class Options:
     command: str
 
 
-def run_tune(options: Options) -> None:
+def run_tune(options: TuneOptions) -> None:
     """Searches, and writes the profile, its plots and the study.
 
     Ctrl-C ends the search early; the best so far is measured and saved.
@@ -143,7 +143,9 @@ def run_tune(options: Options) -> None:
     report.show(document, found, measured, console)
 
 
-def _start(options: Options, model: Path, prompts: Sequence[dict[str, Any]]) -> Engines:
+def _start(
+    options: TuneOptions, model: Path, prompts: Sequence[dict[str, Any]]
+) -> Engines:
     from vllm.platforms import current_platform
 
     room = options.max_prompt_tokens + options.max_tokens + 1
@@ -174,7 +176,7 @@ def _check(engines: Engines, numbers: Sequence[int]) -> None:
         )
 
 
-def _study_name(options: Options, model: Path, known: Known) -> str:
+def _study_name(options: TuneOptions, model: Path, known: Known) -> str:
     """Studies can be gone on with where model, texts and objective are the same."""
     what = [options.objective, weights_fingerprint(model), texts_fingerprint(known)]
     what += [f"k{options.max_drafts}", f"streams{options.num_streams}"]
@@ -210,7 +212,7 @@ def _finalists(found: Sequence[Found], num_layers: int) -> list[Found]:
 
 
 def _document(
-    options: Options,
+    options: TuneOptions,
     model: Path,
     known: Known,
     best: Found,

@@ -170,12 +170,12 @@ class TuningEngine:
             Scores of what was measured: the tokens per second over plain vLLM's, and
             the steps that vLLM counted.
         """
-        arms: list[tuple[DraftPlan | None, int]] = [(None, 0), *plans]
-        seconds, counts = np.zeros(len(arms)), [Counts(0, 0, 0)] * len(arms)
+        methods: list[tuple[DraftPlan | None, int]] = [(None, 0), *plans]
+        seconds, counts = np.zeros(len(methods)), [Counts(0, 0, 0)] * len(methods)
         for start in range(0, len(numbers), self._num_streams):
             chosen = numbers[start : start + self._num_streams]
             prompts = [self.known.texts[number].prompt for number in chosen]
-            for which, (plan, k) in enumerate(arms):  # in turns
+            for which, (plan, k) in enumerate(methods):  # in turns
                 batch = self._drafted(prompts, plan, k)
                 seconds[which] += batch.seconds
                 counts[which] = counts[which] + batch.counts
