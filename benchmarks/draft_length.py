@@ -21,14 +21,14 @@ import typer
 from rich.console import Console
 
 from vllm_selfspec.bench import report
-from vllm_selfspec.bench.arms import MODEL_ALONE, PLAIN, Arm
 from vllm_selfspec.bench.comparison import Load, compare, num_turns, to_dict
 from vllm_selfspec.bench.engines import Engine, Sampling, VllmEngine
+from vllm_selfspec.bench.methods import MODEL_ALONE, PLAIN, Method
 from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.bench.run import (
     KV_CACHE_BYTES,
-    Options,
+    BenchOptions,
     conditions,
     describe,
     engine_settings,
@@ -50,25 +50,25 @@ WRONG = {
 SWING = (1, 16, 1)
 
 
-def arms() -> list[Arm]:
+def methods() -> list[Method]:
     """Plain vLLM first."""
     good = DraftPlan.skipping(SkipSet.early_exit(NUM_LAYERS, EXIT_LAYER))
     exits = {"method": "selfspec", **MODEL_ALONE, "exit_layer": EXIT_LAYER}
     most = {"draft_length": "goodput", "num_speculative_tokens": LENGTHS[-1]}
-    found = [Arm(PLAIN, "plain")]
+    found = [Method(PLAIN, "plain")]
     for k in LENGTHS:
         config = {**exits, "draft_length": "fixed", "num_speculative_tokens": k}
-        found.append(Arm(f"selfspec, k {k}", "selfspec", config, good))
-    found.append(Arm("selfspec, goodput", "selfspec", {**exits, **most}, good))
+        found.append(Method(f"selfspec, k {k}", "selfspec", config, good))
+    found.append(Method("selfspec, goodput", "selfspec", {**exits, **most}, good))
     wrong = {"method": "selfspec", **MODEL_ALONE, "skip_layers": WRONG, **most}
     plan = DraftPlan.skipping(SkipSet.from_dict(NUM_LAYERS, WRONG))
-    found.append(Arm("selfspec, goodput, wrong draft", "selfspec", wrong, plan))
+    found.append(Method("selfspec, goodput, wrong draft", "selfspec", wrong, plan))
     return found
 
 
 def swing(engines: list[Any], prompts: list[str], sampling: Sampling) -> list[Any]:
-    """A load from 1 to 16 streams and back, by every arm in turn: tokens a second over
-    plain vLLM's, and the times of the steps around each change."""
+    """A load from 1 to 16 streams and back, by every method in turn: tokens a second
+    over plain vLLM's, and the times of the steps around each change."""
     swung(engines[0], prompts, sampling)  # not measured, as in `comparison`
     found = [swung(engine, prompts, sampling) for engine in engines]
     plain = found[0]["tokens_per_second"]
@@ -76,7 +76,7 @@ def swing(engines: list[Any], prompts: list[str], sampling: Sampling) -> list[An
 
 
 def swung(engine: Any, prompts: list[str], sampling: Sampling) -> dict[str, Any]:
-    """The same by one arm."""
+    """The same by one method."""
     steps: list[float] = []
     changes, tokens, waiting = [], 0, list(prompts)
     started = time.perf_counter()
@@ -89,7 +89,7 @@ def swung(engine: Any, prompts: list[str], sampling: Sampling) -> dict[str, Any]
         tokens += run.num_tokens
     seconds = time.perf_counter() - started
     return {
-        "arm": engine.arm.name,
+        "method": engine.method.name,
         "tokens_per_second": tokens / seconds,
         "changes_at_step": changes,
         "step_seconds": [round(t, 4) for t in steps],
@@ -120,9 +120,9 @@ def plot(turn: list[dict[str, Any]]) -> Any:
     figure, axes = new_plot(1, 1, 10, 4)
     axis = axes[0][0]
     for row in turn:
-        if row["arm"] == PLAIN or "goodput" in row["arm"]:
+        if row["method"] == PLAIN or "goodput" in row["method"]:
             milliseconds = [1000 * t for t in row["step_seconds"]]
-            axis.plot(milliseconds, linewidth=0.8, label=row["arm"])
+            axis.plot(milliseconds, linewidth=0.8, label=row["method"])
             for at in row["changes_at_step"][1:]:
                 axis.axvline(at, color="grey", linewidth=0.5)
     axis.set_xlabel("step")
@@ -138,7 +138,9 @@ def main(
     streams: Annotated[str, typer.Option(help="Loads.")] = "1,4,8,16",
     groups: Annotated[
         int,
-        typer.Option(help="Turns of every arm at a load; thrice that at one stream."),
+        typer.Option(
+            help="Turns of every method at a load; thrice that at one stream."
+        ),
     ] = 3,
     swings: Annotated[int, typer.Option(help="Turns with a swinging load.")] = 2,
     max_tokens: Annotated[int, typer.Option(help="A prompt.")] = 48,
@@ -153,7 +155,7 @@ def main(
     loads = tuple(
         Load(n, groups * (3 if n == 1 else 2 * n)) for n in map(int, streams.split(","))
     )
-    options = Options(
+    options = BenchOptions(
         model=model,
         draft_model=None,
         widen=None,
@@ -174,9 +176,9 @@ def main(
         "max_num_seqs": max(SWING),
     }
     engines: list[Engine] = []
-    for arm in arms():
-        console.print(f"Starting {arm.name}")
-        engines.append(VllmEngine(arm, str(path), settings))
+    for method in methods():
+        console.print(f"Starting {method.name}")
+        engines.append(VllmEngine(method, str(path), settings))
     sampling = Sampling(0.0, max_tokens)
     tasks = [load(task)]
     tokenizer = engines[0].tokenizer
@@ -195,7 +197,7 @@ def main(
     )
     document = {
         **conditions(options, path),
-        "arms": [describe(arm) for arm in arms()],
+        "methods": [describe(method) for method in methods()],
         "costs": measured_costs(comparison, loads),
         "steps": comparison.times_of_a_token(),
         "results": [to_dict(result) for result in comparison.results()],
@@ -208,9 +210,9 @@ def main(
         turns.append(swing(engines, prompts, replace(sampling, max_tokens=32)))
     (output / "swing.json").write_text(json.dumps(turns) + "\n")
     plot(turns[-1]).savefig(output / "swing.svg", bbox_inches="tight")
-    for number, arm in enumerate(arms()):
+    for number, method in enumerate(methods()):
         gain = median(turn[number]["speed_up"] for turn in turns)
-        console.print(f"load {SWING}: {arm.name}: {gain:.2f}x")
+        console.print(f"load {SWING}: {method.name}: {gain:.2f}x")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def fixed(**keys: Any) -> dict[str, Any]:
 
 # By name, what is compared. `auto` schedules ahead of the device, so it drafts with the
 # model alone; "synchronous" is what looking at the newest tokens costs plain vLLM.
-ARMS: dict[str, dict[str, Any] | None] = {
+METHODS: dict[str, dict[str, Any] | None] = {
     PLAIN: None,
     "synchronous": None,
     "bare flag": own(),
@@ -179,12 +179,12 @@ class Setup(BaseModel, frozen=True):
 
 
 class Engine(MeasuredLLM):
-    """One of `ARMS`."""
+    """One of `METHODS`."""
 
-    def __init__(self, setup: Setup, arm: str, settings: dict[str, Any]) -> None:
-        if arm in SYNCHRONOUS:
+    def __init__(self, setup: Setup, method: str, settings: dict[str, Any]) -> None:
+        if method in SYNCHRONOUS:
             settings = {**settings, "async_scheduling": False}
-        super().__init__(speculative_config=ARMS[arm], **settings)
+        super().__init__(speculative_config=METHODS[method], **settings)
 
 
 def gaps_of(output: Any) -> list[float]:
@@ -220,28 +220,32 @@ def settings_of(
 
 
 def agreement(setup: Setup, mode: str) -> dict[str, Any]:
-    """Texts that are plain vLLM's, and acceptance, by arm and number of streams.
+    """Texts that are plain vLLM's, and acceptance, by method and number of streams.
 
     Where a text differs, the two likeliest tokens may have been as likely but for
     rounding, which depends on the rows of a forward: plain vLLM's texts of one request
     at a time stand beside.
     """
-    arms = [arm for arm in AGREEING if setup.is_demo or arm not in GROUPS["demo"][:2]]
-    settings = settings_of(setup, mode, 1, "float32", 1 + len(arms))
-    engines = {arm: Engine(setup, arm, settings) for arm in (PLAIN, *arms)}
-    report: dict[str, Any] = {arm: {} for arm in (*arms, ALONE)}
+    methods = [
+        method
+        for method in AGREEING
+        if setup.is_demo or method not in GROUPS["demo"][:2]
+    ]
+    settings = settings_of(setup, mode, 1, "float32", 1 + len(methods))
+    engines = {method: Engine(setup, method, settings) for method in (PLAIN, *methods)}
+    report: dict[str, Any] = {method: {} for method in (*methods, ALONE)}
     num_tokens = setup.scale.num_tokens
     for num_streams in setup.scale.streams:
         batch = setup.prompts(setup.tasks[0], num_streams, engines[PLAIN].tokenizer)
         plain = engines[PLAIN].generate(batch, num_tokens, logprobs=2)
         alone = [engines[PLAIN].generate([one], num_tokens) for one in batch]
         report[ALONE][num_streams] = compared([b.token_ids[0] for b in alone], plain)
-        for arm in arms:
-            greedy = engines[arm].generate(batch, num_tokens)
-            sampled = engines[arm].generate(
+        for method in methods:
+            greedy = engines[method].generate(batch, num_tokens)
+            sampled = engines[method].generate(
                 batch, num_tokens, 0.7, seeds=[1] * num_streams
             )
-            report[arm][num_streams] = {
+            report[method][num_streams] = {
                 **compared(greedy.token_ids, plain),
                 "acceptance": greedy.counts.acceptance,
                 "acceptance_at_temperature_0.7": sampled.counts.acceptance,
@@ -266,14 +270,14 @@ def compared(token_ids: Sequence[Sequence[int]], plain: Batch) -> dict[str, Any]
     }
 
 
-def memory(setup: Setup, mode: str, arm: str) -> dict[str, Any]:
+def memory(setup: Setup, mode: str, method: str) -> dict[str, Any]:
     """What one engine takes, alone on the device at vLLM's default settings."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     num_engines = 0 if on_gpu else 1
     settings = settings_of(setup, mode, setup.factor, "bfloat16", num_engines)
-    engine = Engine(setup, arm, settings)
+    engine = Engine(setup, method, settings)
     streams = max(setup.scale.streams)
     batch = setup.prompts(setup.tasks[0], streams, engine.tokenizer)
     engine.generate(batch, setup.scale.num_tokens)
@@ -305,12 +309,14 @@ def weight_bytes(runner: Any) -> int:
 
 def speed(setup: Setup, mode: str, group: str) -> dict[str, Any]:
     """Tokens per second and the median ratio to plain vLLM, run in turns."""
-    arms = (PLAIN, *GROUPS[group])
-    settings = settings_of(setup, mode, setup.factor, "bfloat16", len(arms))
-    engines = {arm: Engine(setup, arm, settings) for arm in arms}
+    methods = (PLAIN, *GROUPS[group])
+    settings = settings_of(setup, mode, setup.factor, "bfloat16", len(methods))
+    engines = {method: Engine(setup, method, settings) for method in methods}
     report: dict[str, Any] = {
-        "start_up_seconds": {arm: round(e.start_up, 1) for arm, e in engines.items()},
-        "costs": {arm: costs_of(engine) for arm, engine in engines.items()},
+        "start_up_seconds": {
+            method: round(e.start_up, 1) for method, e in engines.items()
+        },
+        "costs": {method: costs_of(engine) for method, engine in engines.items()},
         "cells": {},
     }
     for task in setup.tasks:
@@ -345,17 +351,17 @@ def in_turns(
 ) -> dict[str, Any]:
     """One cell: every engine runs every batch, in an order that rotates."""
     scale, names = setup.scale, list(engines)
-    samples: dict[str, list[Batch]] = {arm: [] for arm in names}
+    samples: dict[str, list[Batch]] = {method: [] for method in names}
     for turn in range(1 + scale.rounds):
         batch = setup.prompts(
             task, num_streams, engines[PLAIN].tokenizer, seed=turn * num_streams
         )
         for i in range(len(names)):
-            arm = names[(turn + i) % len(names)]
-            sample = engines[arm].generate(batch, scale.num_tokens)
+            method = names[(turn + i) % len(names)]
+            sample = engines[method].generate(batch, scale.num_tokens)
             if turn:  # the first one warms up
-                samples[arm].append(sample)
-    return {arm: cell_of(found, samples[PLAIN]) for arm, found in samples.items()}
+                samples[method].append(sample)
+    return {method: cell_of(found, samples[PLAIN]) for method, found in samples.items()}
 
 
 def cell_of(samples: Sequence[Batch], plain: Sequence[Batch]) -> dict[str, Any]:

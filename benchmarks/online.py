@@ -52,7 +52,7 @@ KEPT: list[Any] = []  # vLLM's engines cannot end one by one in a process
 
 
 @dataclass(frozen=True)
-class Arm:
+class Method:
     """An engine and what it drafts with.
 
     Attributes:
@@ -64,7 +64,7 @@ class Arm:
     engine: MeasuredLLM
 
     @classmethod
-    def start(cls, name: str, model: Path, spec: dict[str, Any]) -> "Arm":
+    def start(cls, name: str, model: Path, spec: dict[str, Any]) -> "Method":
         """With drafts of a fixed length, so that acceptance alone differs."""
         config = {"method": "selfspec", "draft_source": "model"}
         config |= {"draft_length": "fixed", "num_speculative_tokens": NUM_DRAFTS}
@@ -145,8 +145,8 @@ def plot(rounds: Sequence[dict[str, Any]], phases: Sequence[str]) -> Any:
     """Expected speed-up by round, of what is found online and of fixed plans."""
     figure, axes = new_plot(1, 1, 10, 4)
     axis = axes[0][0]
-    for name in dict.fromkeys(row["arm"] for row in rounds):
-        own = [row["speed"] for row in rounds if row["arm"] == name]
+    for name in dict.fromkeys(row["method"] for row in rounds):
+        own = [row["speed"] for row in rounds if row["method"] == name]
         axis.plot(own, label=name, linewidth=2 if name == "online" else 0.8)
     per_phase = rounds_of({"rounds": rounds, "phases": phases})
     for number, task in enumerate(phases):
@@ -162,16 +162,16 @@ def markdown(document: dict[str, Any]) -> str:
     """Where each phase ended."""
     rows = []
     for number, task in enumerate(document["phases"]):
-        for arm in dict.fromkeys(row["arm"] for row in document["rounds"]):
+        for method in dict.fromkeys(row["method"] for row in document["rounds"]):
             own = [
                 row
                 for row in document["rounds"]
-                if (row["phase"], row["arm"]) == (number, arm)
+                if (row["phase"], row["method"]) == (number, method)
             ]
             rows.append(
                 [
                     f"{number + 1}. {task}",
-                    arm,
+                    method,
                     *(
                         f"{mean(value(row) for row in part):.2f}"
                         for value in (first_acceptance, itemgetter("speed"))
@@ -199,8 +199,12 @@ def recoveries(document: dict[str, Any]) -> list[str]:
     rows = []
     for number, task in enumerate(document["phases"]):
         own, tuned = (
-            [r for r in document["rounds"] if (r["phase"], r["arm"]) == (number, arm)]
-            for arm in ("online", f"tuned for {task}")
+            [
+                r
+                for r in document["rounds"]
+                if (r["phase"], r["method"]) == (number, method)
+            ]
+            for method in ("online", f"tuned for {task}")
         )
         ratios = [
             row["speed"] / of["speed"] for row, of in zip(own, tuned, strict=True)
@@ -230,8 +234,8 @@ def recovered_at(ratios: Sequence[float]) -> int | None:
 
 def rounds_of(document: dict[str, Any]) -> int:
     """Of requests, a phase."""
-    num_arms = len({row["arm"] for row in document["rounds"]})
-    return len(document["rounds"]) // num_arms // len(document["phases"])
+    num_methods = len({row["method"] for row in document["rounds"]})
+    return len(document["rounds"]) // num_methods // len(document["phases"])
 
 
 def check_same(said: dict[str, list[Sequence[int]]], phase: int, at: int) -> None:
@@ -279,13 +283,13 @@ def main(
         console.print(f"tuned for {task}: {plan}")
     auto = DraftPlan.skipping(SkipSet.evenly_spread(known.num_layers))
     fixed = {"auto": auto} | {f"tuned for {task}": plans[task] for task in names}
-    arms = [
-        Arm.start(name, path, {"skip_layers": plan.skip_set.to_dict()})
+    methods = [
+        Method.start(name, path, {"skip_layers": plan.skip_set.to_dict()})
         for name, plan in fixed.items()
     ]
     spec = {"skip_layers": "online", "online": {"share": share}}
-    arms.append(Arm.start("online", path, spec))
-    tuner, phases = tuner_of(arms[-1].engine.llm), [names[0], names[1], names[0]]
+    methods.append(Method.start("online", path, spec))
+    tuner, phases = tuner_of(methods[-1].engine.llm), [names[0], names[1], names[0]]
     found: list[dict[str, Any]] = []
     serving = 0.0
     for number, task in enumerate(phases):
@@ -294,14 +298,14 @@ def main(
             first = at * streams % len(held_out)
             prompts = (held_out + held_out)[first : first + streams]
             said: dict[str, list[Sequence[int]]] = {}
-            for arm in arms:
-                said[arm.name], row = arm.round(prompts, max_tokens)
-                if arm.name == "online":
+            for method in methods:
+                said[method.name], row = method.round(prompts, max_tokens)
+                if method.name == "online":
                     plan, serving = tuner.search.incumbent, serving + row["seconds"]
                 else:
-                    plan = fixed[arm.name]
+                    plan = fixed[method.name]
                 row["speed"] = speed_of(known, plan, row["acceptance"])
-                row |= {"arm": arm.name, "phase": number, "task": task}
+                row |= {"method": method.name, "phase": number, "task": task}
                 found.append(row | {"plan": plan.to_dict()})
             check_same(said, number, at)
         console.print(f"{number + 1}. {task}: {tuner.search.incumbent}")

@@ -23,28 +23,28 @@ import typer
 from rich.console import Console
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.bench.arms import NGRAM, PLAIN, SUFFIX, Arm
 from vllm_selfspec.bench.engines import Sampling, VllmEngine
 from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.methods import NGRAM, PLAIN, SUFFIX, Method
 from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.config import METHOD
 
 AGAIN = f"{PLAIN}, again"
-ARMS = (AGAIN, "n-grams", "suffix", "model", "context", "both")
+METHODS = (AGAIN, "n-grams", "suffix", "model", "context", "both")
 console = Console(stderr=True)
 
 
-def arms(keys: dict[str, Any]) -> Iterator[Arm]:
+def methods(keys: dict[str, Any]) -> Iterator[Method]:
     """In the order they are started; `keys` are the model's draft plan."""
-    yield Arm(PLAIN, "plain")
-    yield Arm("n-grams", "ngram", {**NGRAM, "num_speculative_tokens": 5})
+    yield Method(PLAIN, "plain")
+    yield Method("n-grams", "ngram", {**NGRAM, "num_speculative_tokens": 5})
     if importlib.util.find_spec("arctic_inference") is not None:
-        yield Arm("suffix", "suffix", SUFFIX)
+        yield Method("suffix", "suffix", SUFFIX)
     own = {"method": METHOD}
-    yield Arm("model", "selfspec", {**own, "draft_source": "model", **keys})
-    yield Arm("context", "selfspec", {**own, "draft_source": "context"})
-    yield Arm("both", "selfspec", {**own, **keys})
+    yield Method("model", "selfspec", {**own, "draft_source": "model", **keys})
+    yield Method("context", "selfspec", {**own, "draft_source": "context"})
+    yield Method("both", "selfspec", {**own, **keys})
 
 
 def main(
@@ -66,7 +66,8 @@ def main(
     """Prints a line a cell, and JSON last."""
     prepare_environment()
     engines = [
-        VllmEngine(arm, model, settings_of(eager)) for arm in arms(json.loads(keys))
+        VllmEngine(method, model, settings_of(eager))
+        for method in methods(json.loads(keys))
     ]
     cells = []
     for streams in map(int, concurrency.split(",")):
@@ -106,13 +107,13 @@ def measured(
     num_prompts: int,
     sampling: Sampling,
 ) -> dict[str, Any]:
-    """Ratios to plain vLLM, by arm, and what was drafted and accepted."""
+    """Ratios to plain vLLM, by method, and what was drafted and accepted."""
     # The first ones warm up, and are not measured: suffix decoding remembers answers.
     prompts = load(task).sample(streams + num_prompts).prompts
     rendered = [prompt.render(engines[0].tokenizer) for prompt in prompts]
     first, texts = rendered[:streams], rendered[streams:]
     order = [*engines, engines[0]]
-    names = [*(engine.arm.name for engine in engines), AGAIN]
+    names = [*(engine.method.name for engine in engines), AGAIN]
     ratios: dict[str, list[float]] = {name: [] for name in names}
     counts: dict[str, list[int]] = {name: [0, 0, 0] for name in names}
     for turn in range(1 + len(texts)):
@@ -153,7 +154,7 @@ def markdown(*documents: dict[str, Any]) -> str:
 
 
 def _table(document: dict[str, Any]) -> str:
-    names = [name for name in ARMS if name in document["cells"][0]]
+    names = [name for name in METHODS if name in document["cells"][0]]
     head = ["concurrency", "T", "task", *names]
     lines = [
         f"`{document['command']}`, {document['date']}: {document['hardware']}, "
@@ -177,13 +178,13 @@ def _figure(found: dict[str, Any]) -> str:
 
 
 def mean_speed_up(
-    document: dict[str, Any], arm: str, concurrency: int, tasks: Sequence[str]
+    document: dict[str, Any], method: str, concurrency: int, tasks: Sequence[str]
 ) -> str:
     """The geometric mean over tasks, greedy; empty where that was not run."""
     found = [
-        cell[arm]["speed_up"]
+        cell[method]["speed_up"]
         for cell in document["cells"]
-        if arm in cell
+        if method in cell
         and (cell["concurrency"], cell["temperature"]) == (concurrency, 0)
         and cell["task"] in tasks
     ]

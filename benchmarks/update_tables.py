@@ -111,7 +111,7 @@ def speed_ups(
 
 
 def gpu(*documents: Document) -> str:
-    """Medians of ratios by arm and concurrency: the geometric mean over the tasks."""
+    """Medians of ratios by method and concurrency: geometric means over the tasks."""
     return "\n\n".join(map(_gpu_run, documents))
 
 
@@ -120,11 +120,11 @@ def _gpu_run(document: Document) -> str:
     cells, streams = found["cells"], document["scale"]["streams"]
     tasks = [*dict.fromkeys(cell.split(", ")[0] for cell in cells)]
     rows = []
-    for arm in [*next(iter(cells.values()))][1:]:  # after plain vLLM
-        row = [arm]
+    for method in [*next(iter(cells.values()))][1:]:  # after plain vLLM
+        row = [method]
         for num in streams:
             ratios = [
-                cells[name][arm]["speed_up"]
+                cells[name][method]["speed_up"]
                 for task in tasks
                 if (name := f"{task}, {num}") in cells
             ]
@@ -139,15 +139,17 @@ def _gpu_run(document: Document) -> str:
     return f"{head}:\n\n{table}"
 
 
-def of_sources(document: Document, arm: str, concurrency: int) -> str:
+def of_sources(document: Document, method: str, concurrency: int) -> str:
     """Of a run of `sources.py`: over code and chat, greedy."""
-    found: str = SOURCES["mean_speed_up"](document, arm, concurrency, ("code", "chat"))
+    found: str = SOURCES["mean_speed_up"](
+        document, method, concurrency, ("code", "chat")
+    )
     return found
 
 
 def mean_speed_up(document: Document, method: str, concurrency: int) -> str:
     """The geometric mean over the tasks, greedy; empty where that was not run."""
-    rows = report.by_arm(document, 0).get((concurrency, method))
+    rows = report.by_method(document, 0).get((concurrency, method))
     if rows is None:
         return ""
     return f"{geometric_mean(row['speed_up'] for row in rows.values()):.2f}x"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from helpers.models import NUM_LAYERS
 from vllm_selfspec.bench import report
-from vllm_selfspec.bench.arms import PLAIN, arms_of
+from vllm_selfspec.bench.methods import PLAIN, methods_of
 from vllm_selfspec.cli.main import app
 
 K = 3
@@ -62,20 +62,20 @@ def rows(document: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     ]
 
 
-def test_every_arm_has_a_result_at_every_load_it_can_run(
+def test_every_method_has_a_result_at_every_load_it_can_run(
     document: dict[str, Any],
 ) -> None:
-    names = [arm["name"] for arm in document["arms"]]
+    names = [method["name"] for method in document["methods"]]
     assert names[0] == PLAIN
-    configs = [arm["speculative_config"] or {} for arm in document["arms"]]
+    configs = [method["speculative_config"] or {} for method in document["methods"]]
     assert {c.get("model") for c in configs} == {None, "llama"}, "a name, and no path"
-    groups = {arm["group"] for arm in document["arms"]}
+    groups = {method["group"] for method in document["methods"]}
     assert groups == {"plain", "selfspec", "ngram", "draft_model", "hf"}
     for temperature in (0, 1):
         for num_streams in (1, 3):
             found = rows(document, temperature=temperature, num_streams=num_streams)
             able = [n for n in names if num_streams == 1 or "Hugging" not in n]
-            assert [row["arm"] for row in found] == able
+            assert [row["method"] for row in found] == able
 
 
 def test_greedy_text_in_float32_is_plain_vllms_for_every_vllm_arm(
@@ -83,26 +83,30 @@ def test_greedy_text_in_float32_is_plain_vllms_for_every_vllm_arm(
 ) -> None:
     for row in rows(document, temperature=0):
         assert row["texts"] > 0
-        if "Hugging" not in row["arm"]:
+        if "Hugging" not in row["method"]:
             assert row["same_texts"] == row["texts"], row
 
 
 def test_costs_and_bounds_are_measured_where_a_model_drafts(
     document: dict[str, Any],
 ) -> None:
-    ours = [arm["name"] for arm in document["arms"] if arm["group"] == "selfspec"]
+    ours = [
+        method["name"]
+        for method in document["methods"]
+        if method["group"] == "selfspec"
+    ]
     fixed = [name for name in ours if name.endswith(f"k {K}")]
     assert len(ours) > len(fixed) >= 2
     for name in fixed:
-        costs = [cost for cost in document["costs"] if cost["arm"] == name]
+        costs = [cost for cost in document["costs"] if cost["method"] == name]
         assert {cost["num_streams"] for cost in costs} == {1, 3}
         assert all(cost["v"] > 0 and cost["c"] > 0 for cost in costs)
-        for row in rows(document, arm=name):
+        for row in rows(document, method=name):
             assert row["bound"] > 0 and 1 <= row["tokens_per_verification"] <= K + 1
             assert len(row["accepted_at"]) == K
-    (target,) = rows(document, arm=f"vLLM draft_model, k {K}", temperature=0)[:1]
+    (target,) = rows(document, method=f"vLLM draft_model, k {K}", temperature=0)[:1]
     assert target["acceptance"] == 1, "here the draft model is the target"
-    steps = {row["arm"]: row for row in document["steps"]}
+    steps = {row["method"]: row for row in document["steps"]}
     assert steps[PLAIN]["draft forwards"] == 0 < steps[fixed[0]]["draft forwards"]
 
 
@@ -136,19 +140,22 @@ def test_the_grid_has_plans_lengths_and_the_memory_they_take(
     tiny_models: dict[str, str],
 ) -> None:
     path = Path(tiny_models["llama"])
-    arms = arms_of(path, path, ["selfspec", "ngram", "suffix", "draft_model"], [4, 2])
-    assert arms[0].name == PLAIN
+    methods = methods_of(
+        path, path, ["selfspec", "ngram", "suffix", "draft_model"], [4, 2]
+    )
+    assert methods[0].name == PLAIN
     fixed = {"exit_layer": NUM_LAYERS // 4, "draft_length": "fixed"}
     lengths = [
-        arm.k
-        for arm in arms
-        if arm.speculative_config and fixed.items() <= arm.speculative_config.items()
+        method.k
+        for method in methods
+        if method.speculative_config
+        and fixed.items() <= method.speculative_config.items()
     ]
     assert lengths == [4, 2], "the likeliest plan has a grid"
-    for arm in arms:
-        assert (arm.extra_bytes > 0) == (arm.group == "draft_model")
-    without = arms_of(path, None, ["selfspec", "draft_model"], [4])
-    assert "draft_model" not in {arm.group for arm in without}
+    for method in methods:
+        assert (method.extra_bytes > 0) == (method.group == "draft_model")
+    without = methods_of(path, None, ["selfspec", "draft_model"], [4])
+    assert "draft_model" not in {method.group for method in without}
 
 
 @pytest.mark.parametrize(

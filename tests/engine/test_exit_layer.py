@@ -30,7 +30,7 @@ from helpers.reference import (
     reference_draft,
     reference_exit_logits,
 )
-from vllm_selfspec.bench.arms import arms_of
+from vllm_selfspec.bench.methods import methods_of
 from vllm_selfspec.bench.run import describe
 from vllm_selfspec.cli.preview import Preview
 from vllm_selfspec.config import ConfigError
@@ -319,15 +319,17 @@ def test_a_benchmark_takes_it_beside_other_configurations(
         },
         {"skip_layers": {"mlp": [1]}},
     ]
-    plain, *arms = arms_of(Path(models["llama"]), None, ["selfspec"], [4], configs)
-    assert [arm.name for arm in arms] == [
+    plain, *methods = methods_of(
+        Path(models["llama"]), None, ["selfspec"], [4], configs
+    )
+    assert [method.name for method in methods] == [
         "selfspec exit after layer 1 of 4, trained exit layer after layer 1, thompson",
         "selfspec exit after layer 1 of 4, k 3",
         "selfspec skips attention none; mlp 1 (of 4 layers), goodput",
     ]
-    assert [arm.has_one_length for arm in arms] == [False, True, False]
+    assert [method.has_one_length for method in methods] == [False, True, False]
     assert plain.speculative_config is None
-    assert describe(arms[0])["speculative_config"]["trained_exit_layer"] == "2", (
+    assert describe(methods[0])["speculative_config"]["trained_exit_layer"] == "2", (
         "not its path"
     )
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_selfspec.bench import serve_report
-from vllm_selfspec.bench.arms import PLAIN
+from vllm_selfspec.bench.methods import PLAIN
 from vllm_selfspec.cli.main import app
 
 NUM_REQUESTS = 6
@@ -44,17 +44,17 @@ def start(model: str, output: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def test_every_arm_gets_the_same_requests_and_is_measured_at_every_rate(
+def test_every_method_gets_the_same_requests_and_is_measured_at_every_rate(
     tiny_models: dict[str, str], tmp_path: Path
 ) -> None:
     bench = start(tiny_models["llama"], tmp_path / "out", "--rates", "5,50")
     output, errors = bench.communicate(timeout=DEADLINE_S)
     assert bench.returncode == 0, errors[-3000:]
     document = json.loads((tmp_path / "out" / "serve.json").read_text())
-    arms = [arm["name"] for arm in document["arms"]]
-    assert arms == [PLAIN, "vLLM draft_model, k 3"]
-    turns = [(p["arm"], p["rate"]) for p in document["points"]]
-    assert turns == [(arm, rate) for arm in arms for rate in (5, 50)]
+    methods = [method["name"] for method in document["methods"]]
+    assert methods == [PLAIN, "vLLM draft_model, k 3"]
+    turns = [(p["method"], p["rate"]) for p in document["points"]]
+    assert turns == [(method, rate) for method in methods for rate in (5, 50)]
     for point in document["points"]:
         assert point["completed"] == point["same_texts"] == NUM_REQUESTS, point
         assert 0 < point["p50_ttft_ms"] < point["p50_e2el_ms"]
@@ -80,7 +80,7 @@ def test_ctrl_c_ends_the_server_and_reports_the_turns_that_were_finished(
     assert bench.returncode == 0, errors[-3000:]
     assert "Stopped; this is what was finished." in output
     document = json.loads((tmp_path / "out" / "serve.json").read_text())
-    assert [point["arm"] for point in document["points"]] == [PLAIN]
+    assert [point["method"] for point in document["points"]] == [PLAIN]
     left = subprocess.run(
         ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True
     )
@@ -97,10 +97,16 @@ def test_a_server_that_does_not_start_is_an_error_with_its_last_words(
     assert "ended with status" in errors and "float3" in errors
 
 
-def point(arm: str, repeat: int, tpot: float, latency: float) -> dict[str, Any]:
+def point(method: str, repeat: int, tpot: float, latency: float) -> dict[str, Any]:
     times = dict.fromkeys((*serve_report.PLOTTED, "failed", "p99_e2el_ms"), 1.0)
     return {
-        **{"arm": arm, "repeat": repeat, "rate": 2.0, "same_texts": 3, "texts": 4},
+        **{
+            "method": method,
+            "repeat": repeat,
+            "rate": 2.0,
+            "same_texts": 3,
+            "texts": 4,
+        },
         **times,
         **{"p50_tpot_ms": tpot, "p50_e2el_ms": latency},
     }
@@ -121,7 +127,7 @@ def document(*points: dict[str, Any]) -> dict[str, Any]:
         "num_prompts": 4,
         "goodput": {"ttft": 100.0, "tpot": 20.0},
         "temperature": 0.0,
-        "arms": [{"name": PLAIN}, {"name": "ours"}],
+        "methods": [{"name": PLAIN}, {"name": "ours"}],
         "points": list(points),
     }
 
@@ -148,7 +154,7 @@ def test_a_turn_without_plain_vllms_is_left_out() -> None:
     assert [row["p50_tpot_ms"] for row in found] == [10, 5]
 
 
-def test_the_report_has_a_row_for_each_rate_and_arm_and_loads_nothing() -> None:
+def test_the_report_has_a_row_for_each_rate_and_method_and_loads_nothing() -> None:
     found = document(point(PLAIN, 0, 10, 1), point("ours", 0, 5, 1))
     lines = serve_report.rows_of(found)
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from vllm_selfspec.bench.arms import Arm
 from vllm_selfspec.bench.comparison import (
     Comparison,
     Load,
@@ -20,11 +19,12 @@ from vllm_selfspec.bench.engines import (
     Run,
     Sampling,
 )
+from vllm_selfspec.bench.methods import Method
 from vllm_selfspec.bench.tasks import Prompt, Task
 from vllm_selfspec.engine.spec_counters import Counts
 
-PLAIN = Arm("plain vLLM", "plain")
-OURS = Arm("ours", "selfspec", {"num_speculative_tokens": 2})
+PLAIN = Method("plain vLLM", "plain")
+OURS = Method("ours", "selfspec", {"num_speculative_tokens": 2})
 GREEDY = Sampling(0, 10)
 NO_COUNTS = Counts(0, 0, 0)
 ONE_LOAD = (Load(1, 4),)
@@ -41,19 +41,19 @@ class Scripted:
 
     def __init__(
         self,
-        arm: Arm,
+        method: Method,
         log: list[tuple[str, int, tuple[str, ...]]],
         rate: float = 10.0,
         counts: Counts = NO_COUNTS,
         forwards: Any = None,
         max_streams: int | None = None,
     ) -> None:
-        self.arm, self.log, self.rate = arm, log, rate
+        self.method, self.log, self.rate = method, log, rate
         self.counts, self.forwards = counts, forwards or {}
         self.max_streams = max_streams
 
     def run(self, prompts: Sequence[str], num_streams: int, sampling: Sampling) -> Run:
-        self.log.append((self.arm.name, num_streams, tuple(prompts)))
+        self.log.append((self.method.name, num_streams, tuple(prompts)))
         requests = tuple(
             Request((len(self.log[0]), *map(ord, prompt)), prompt, 1.0, 0.1)
             for prompt in prompts
@@ -69,8 +69,8 @@ def compared(*engines: Scripted, loads: Any = ONE_LOAD) -> Comparison:
     return compare(engines, [TASK], loads, [GREEDY], render, lambda what: None)
 
 
-def result_of(comparison: Comparison, arm: Arm) -> Result:
-    (found,) = [r for r in comparison.results() if r.arm == arm.name]
+def result_of(comparison: Comparison, method: Method) -> Result:
+    (found,) = [r for r in comparison.results() if r.method == method.name]
     return found
 
 
@@ -84,13 +84,13 @@ def test_speed_up_is_the_median_of_ratios_on_the_same_prompts() -> None:
     assert result_of(comparison, PLAIN).speed_up == 1
 
 
-def test_every_group_is_run_by_all_arms_before_the_next() -> None:
+def test_every_group_is_run_by_all_methods_before_the_next() -> None:
     log: list[Any] = []
     compared(Scripted(PLAIN, log), Scripted(OURS, log), loads=[Load(1, 3)])
     assert [(name, prompts) for name, _, prompts in log] == [
-        (arm, (f"p{n}",))
+        (method, (f"p{n}",))
         for n in range(3)
-        for arm in (PLAIN.name, PLAIN.name, OURS.name)  # the first is not measured
+        for method in (PLAIN.name, PLAIN.name, OURS.name)  # the first is not measured
     ]
 
 
@@ -104,8 +104,8 @@ def test_the_first_run_of_a_groups_prompts_is_not_measured() -> None:
             return super().run(prompts, *args)
 
     engines = (SlowOnNewPrompts(PLAIN, log), SlowOnNewPrompts(OURS, log))
-    for arm in (PLAIN, OURS):
-        found = result_of(compared(*engines), arm)
+    for method in (PLAIN, OURS):
+        found = result_of(compared(*engines), method)
         assert (found.speed_up, found.tokens_per_second) == (1.0, 10.0)
 
 
@@ -127,7 +127,7 @@ def test_an_engine_is_not_asked_for_more_streams_than_it_has() -> None:
     loads = [Load(1, 2), Load(4, 8)]
     comparison = compared(Scripted(PLAIN, log), single, loads=loads)
     assert {n for name, n, _ in log if name == OURS.name} == {1}
-    found = [r for r in comparison.results() if r.arm == OURS.name]
+    found = [r for r in comparison.results() if r.method == OURS.name]
     assert [r.num_streams for r in found] == [1]
 
 
@@ -226,8 +226,8 @@ def test_where_a_tokens_time_goes_adds_up_to_it() -> None:
         Scripted(OURS, log, 1, forwards={(TARGET, 3): [0.5], (DRAFT, 1): [0.25]}),
     )
     for row in comparison.times_of_a_token():
-        assert sum(v for k, v in row.items() if k != "arm") == pytest.approx(1.0)
-    assert [row["arm"] for row in comparison.times_of_a_token()] == [
+        assert sum(v for k, v in row.items() if k != "method") == pytest.approx(1.0)
+    assert [row["method"] for row in comparison.times_of_a_token()] == [
         PLAIN.name,
         OURS.name,
     ]

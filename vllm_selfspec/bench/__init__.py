@@ -1,2 +1,2 @@
 """`vllm-selfspec bench`: plain vLLM, its own speculative methods and selfspec, side by
-side. Reads from `tasks`, runs `arms` in `offline` or `serving`, writes a `report`."""
+side. Reads from `tasks`, compares `methods` in `run` or `serve`, writes a `report`."""

@@ -1,10 +1,10 @@
-"""`compare`: every arm on the same prompts, in turns, at each load and temperature.
+"""`compare`: every method on the same prompts, in turns, at each load and temperature.
 
 One rule: a figure is a ratio. Prompts are split into groups; a group is run by plain
-vLLM and then by each arm before the next group, so that a machine that drifts hits all
-alike; what is kept are medians of ratios over the groups, with their spread. Plain vLLM
-has run the group once before, unmeasured: whoever is the first with its prompts is 2 to
-3 percent slower, which would be a gain of all the others.
+vLLM and then by each method before the next group, so that a machine that drifts hits
+all alike; what is kept are medians of ratios over the groups, with their spread. Plain
+vLLM has run the group once before, unmeasured: whoever is the first with its prompts is
+2 to 3 percent slower, which would be a gain of all the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from vllm_selfspec.bench.arms import Arm
 from vllm_selfspec.bench.engines import (
     DRAFT,
     TARGET,
@@ -21,6 +20,7 @@ from vllm_selfspec.bench.engines import (
     Run,
     Sampling,
 )
+from vllm_selfspec.bench.methods import Method
 from vllm_selfspec.bench.quality import scores
 from vllm_selfspec.bench.tasks import Task
 
@@ -37,7 +37,7 @@ class Load:
 
 @dataclass
 class Result:
-    """One arm on one task, at one load and temperature.
+    """One method on one task, at one load and temperature.
 
     Attributes:
         speed_up: Median ratio of tokens per second to plain vLLM's, over the groups.
@@ -57,7 +57,7 @@ class Result:
     task: str
     num_streams: int
     temperature: float
-    arm: str
+    method: str
     tokens_per_second: float
     speed_up: float
     spread: tuple[float, float]
@@ -78,29 +78,35 @@ class Costs:
 
     Attributes:
         plain: The target's, one row a request.
-        verify: The target's, one row and k draft rows a request; by arm.
-        draft: One draft step; by arm.
+        verify: The target's, one row and k draft rows a request; by method.
+        draft: One draft step; by method.
     """
 
     plain: float
     verify: dict[str, float]
     draft: dict[str, float]
 
-    def v(self, arm: Arm) -> float | None:
+    def v(self, method: Method) -> float | None:
         """Cost of a verification over that of a plain step."""
-        return self.verify[arm.name] / self.plain if arm.name in self.verify else None
+        return (
+            self.verify[method.name] / self.plain
+            if method.name in self.verify
+            else None
+        )
 
-    def c(self, arm: Arm) -> float | None:
+    def c(self, method: Method) -> float | None:
         """Cost of a draft step over that of a plain step."""
-        return self.draft[arm.name] / self.plain if arm.name in self.draft else None
+        return (
+            self.draft[method.name] / self.plain if method.name in self.draft else None
+        )
 
 
 @dataclass
 class Block:
-    """All arms on one task at one load and temperature.
+    """All methods on one task at one load and temperature.
 
     Attributes:
-        runs: By arm, group by group.
+        runs: By method, group by group.
         alone: Plain vLLM on the first prompts, one request at a time: in bf16 its text
             depends on what else is in a batch, and this says how often.
     """
@@ -117,55 +123,55 @@ class Comparison:
     """Everything that was run.
 
     Attributes:
-        arms: In the order of the report, plain vLLM first.
+        methods: In the order of the report, plain vLLM first.
         blocks: One for each task, load and temperature.
     """
 
-    arms: list[Arm]
+    methods: list[Method]
     blocks: list[Block] = field(default_factory=list)
 
     def costs(self, num_streams: int) -> Costs | None:
         """Median forward times at a load, over all tasks; None if none were timed."""
-        runs: dict[str, list[Run]] = {arm.name: [] for arm in self.arms}
+        runs: dict[str, list[Run]] = {method.name: [] for method in self.methods}
         for block in self.blocks:
             if block.load.num_streams == num_streams:
                 for name, found in block.runs.items():
                     runs[name] += found
-        plain = _seconds(runs[self.arms[0].name], TARGET, num_streams)
+        plain = _seconds(runs[self.methods[0].name], TARGET, num_streams)
         if plain is None:
             return None
         verify, draft = {}, {}
-        for arm in self.arms[1:]:
-            rows = num_streams * (arm.k + 1)
-            verify[arm.name] = _seconds(runs[arm.name], TARGET, rows)
-            draft[arm.name] = _seconds(runs[arm.name], DRAFT, num_streams)
+        for method in self.methods[1:]:
+            rows = num_streams * (method.k + 1)
+            verify[method.name] = _seconds(runs[method.name], TARGET, rows)
+            draft[method.name] = _seconds(runs[method.name], DRAFT, num_streams)
         return Costs(plain, _known(verify), _known(draft))
 
     def times_of_a_token(self) -> list[dict[str, Any]]:
         """Seconds for one generated token by where they go, at the lowest load, greedy
-        if that was run: one entry for each arm whose forwards were timed."""
+        if that was run: one entry for each method whose forwards were timed."""
         if not self.blocks:
             return []
         lowest = min(block.load.num_streams for block in self.blocks)
         coldest = min(block.sampling.temperature for block in self.blocks)
-        runs: dict[str, list[Run]] = {arm.name: [] for arm in self.arms}
+        runs: dict[str, list[Run]] = {method.name: [] for method in self.methods}
         for block in self.blocks:
             at = (block.load.num_streams, block.sampling.temperature)
             if at == (lowest, coldest):
                 for name, found in block.runs.items():
                     runs[name] += found
         return [
-            {"arm": name, **_times_of_a_token(found)}
+            {"method": name, **_times_of_a_token(found)}
             for name, found in runs.items()
             if any(run.forwards for run in found)
         ]
 
     def results(self) -> Iterator[Result]:
-        """One for each block and arm."""
+        """One for each block and method."""
         for block in self.blocks:
-            for arm in self.arms:
-                if block.runs[arm.name]:
-                    yield _result(block, arm, self.arms[0])
+            for method in self.methods:
+                if block.runs[method.name]:
+                    yield _result(block, method, self.methods[0])
 
 
 def _times_of_a_token(runs: list[Run]) -> dict[str, float]:
@@ -190,17 +196,17 @@ def _known(times: dict[str, float | None]) -> dict[str, float]:
     return {name: seconds for name, seconds in times.items() if seconds is not None}
 
 
-def _result(block: Block, arm: Arm, reference: Arm) -> Result:
-    plain, runs = block.runs[reference.name], block.runs[arm.name]
+def _result(block: Block, method: Method, reference: Method) -> Result:
+    plain, runs = block.runs[reference.name], block.runs[method.name]
     pairs = list(zip(runs, plain, strict=True))
     ratios = [_rate(run) / _rate(base) for run, base in pairs]
     bounds = [found for run, base in pairs if (found := _bound(run, base)) is not None]
-    if arm is reference or len(bounds) < len(pairs):
+    if method is reference or len(bounds) < len(pairs):
         bounds = []
     requests = [request for run in runs for request in run.requests]
     expected = [request for run in plain for request in run.requests]
     same, texts = _num_same(requests, expected)
-    if arm is reference and block.alone is not None:
+    if method is reference and block.alone is not None:
         same, texts = _num_same(block.alone.requests, expected)
     drafts = sum(run.counts.drafts for run in runs)
     drafted = sum(run.counts.draft_tokens for run in runs)
@@ -210,7 +216,7 @@ def _result(block: Block, arm: Arm, reference: Arm) -> Result:
         task=block.task.name,
         num_streams=block.load.num_streams,
         temperature=block.sampling.temperature,
-        arm=arm.name,
+        method=method.name,
         tokens_per_second=median(_rate(run) for run in runs),
         speed_up=median(ratios),
         spread=(min(ratios), max(ratios)),
@@ -288,7 +294,7 @@ def compare(
             that what remembers answers (suffix decoding) has not seen them.
         samplings: How to generate.
         render: The text of a `Prompt`.
-        advance: Called before each group that an arm runs, with what it is.
+        advance: Called before each group that a method runs, with what it is.
         save: Called after each block, with all that was run so far.
 
     Returns:
@@ -297,7 +303,7 @@ def compare(
     Raises:
         KeyboardInterrupt: If that came before the first was.
     """
-    comparison = Comparison([engine.arm for engine in engines])
+    comparison = Comparison([engine.method for engine in engines])
     for sampling in samplings:
         for load_index, load in enumerate(loads):
             for task in tasks:
@@ -320,7 +326,7 @@ def _empty_block(
     """The prompts from `first` on, from the start again when they run out."""
     num = len(task.prompts)
     chosen = tuple(task.prompts[(first + i) % num] for i in range(load.num_prompts))
-    runs: dict[str, list[Run]] = {engine.arm.name: [] for engine in engines}
+    runs: dict[str, list[Run]] = {engine.method.name: [] for engine in engines}
     return Block(Task(task.name, chosen, task.metric), load, sampling, runs)
 
 
@@ -335,14 +341,14 @@ def _run_block(
     where = f"{block.task.name}, {streams} at a time, T={block.sampling.temperature:g}"
     for group in _groups(block.task.prompts, streams):
         texts = [render(prompt) for prompt in group]
-        advance(f"{where}: {engines[0].arm.name}, unmeasured")
+        advance(f"{where}: {engines[0].method.name}, unmeasured")
         engines[0].run(texts, streams, block.sampling)
         for engine in able:
-            advance(f"{where}: {engine.arm.name}")
+            advance(f"{where}: {engine.method.name}")
             run = engine.run(texts, streams, block.sampling)
-            block.runs[engine.arm.name].append(run)
+            block.runs[engine.method.name].append(run)
         if block.alone is None and _shows_batching(block):
-            advance(f"{where}: {engines[0].arm.name}, alone")
+            advance(f"{where}: {engines[0].method.name}, alone")
             block.alone = engines[0].run(texts[:NUM_ALONE], 1, block.sampling)
 
 

@@ -7,7 +7,7 @@ that take less of the model; figures are taken and bounded as in every compariso
 from pathlib import Path
 
 from vllm_selfspec.bench.comparison import Load
-from vllm_selfspec.bench.run import Options, run_bench
+from vllm_selfspec.bench.run import BenchOptions, run_bench
 
 TASK = "code"  # what the repository's own models can write
 
@@ -27,7 +27,7 @@ def run_demo(
         UnsupportedModelError: If the model cannot be drafted for.
     """
     run_bench(
-        Options(
+        BenchOptions(
             model=model or "demo",
             draft_model=None,
             widen=None,

@@ -1,4 +1,4 @@
-"""`VllmEngine` and `HuggingFaceEngine`: run prompts for an arm, some at a time.
+"""`VllmEngine` and `HuggingFaceEngine`: run prompts for a method, some at a time.
 
 One rule: a run is timed from outside, step by step, and measured from inside by hooks
 that every PyTorch module offers; nothing of vLLM is changed.
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vllm_selfspec.bench.arms import Arm
+from vllm_selfspec.bench.methods import Method
 from vllm_selfspec.engine.measured_llm import MeasuredLLM, drafter_of
 from vllm_selfspec.engine.spec_counters import Counts
 
@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate, the same for every arm and request."""
+    """How to generate, the same for every method and request."""
 
     temperature: float
     max_tokens: int
@@ -73,9 +73,9 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """What the comparison asks of an arm's engine."""
+    """What the comparison asks of a method's engine."""
 
-    arm: Arm
+    method: Method
     max_streams: int | None  # None: any number
     tokenizer: Any
 
@@ -89,9 +89,9 @@ class VllmEngine:
 
     max_streams: int | None = None
 
-    def __init__(self, arm: Arm, model: str, settings: dict[str, Any]) -> None:
-        self.arm = arm
-        self.measured = MeasuredLLM(model, arm.speculative_config, **settings)
+    def __init__(self, method: Method, model: str, settings: dict[str, Any]) -> None:
+        self.method = method
+        self.measured = MeasuredLLM(model, method.speculative_config, **settings)
         self.tokenizer = self.measured.tokenizer
         self._timer = ForwardTimer.of(self.measured)
         self._num_requests = 0
@@ -228,12 +228,12 @@ class HuggingFaceEngine:
 
     max_streams: int | None = 1
 
-    def __init__(self, arm: Arm, model: Any, tokenizer: Any) -> None:
-        self.arm, self._model, self.tokenizer = arm, model, tokenizer
+    def __init__(self, method: Method, model: Any, tokenizer: Any) -> None:
+        self.method, self._model, self.tokenizer = method, model, tokenizer
 
-    def with_arm(self, arm: Arm) -> "HuggingFaceEngine":
-        """The same model for another arm."""
-        return HuggingFaceEngine(arm, self._model, self.tokenizer)
+    def with_method(self, method: Method) -> "HuggingFaceEngine":
+        """The same model for another method."""
+        return HuggingFaceEngine(method, self._model, self.tokenizer)
 
     def run(self, prompts: Sequence[str], num_streams: int, sampling: Sampling) -> Run:
         """Generates for one prompt after another.
@@ -265,7 +265,7 @@ class HuggingFaceEngine:
                 min_new_tokens=sampling.max_tokens,
                 pad_token_id=0,
                 **options,
-                **self.arm.generate,
+                **self.method.generate,
             )
         seconds = time.perf_counter() - start
         token_ids = output[0, inputs["input_ids"].shape[1] :].tolist()

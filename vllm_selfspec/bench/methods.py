@@ -1,4 +1,4 @@
-"""`Arm`: one way to generate that is compared with the others.
+"""`Method`: one way to generate that is compared with the others.
 
 One rule: a peer runs as its documentation recommends, on the same vLLM, model, dtype
 and KV cache as ours; where its documentation leaves a choice, a small grid is run and
@@ -32,7 +32,7 @@ MODEL_ALONE = {"draft_source": "model"}
 
 
 @dataclass(frozen=True)
-class Arm:
+class Method:
     """One way to generate.
 
     Attributes:
@@ -69,22 +69,22 @@ class Arm:
 GROUPS = ("plain", "selfspec", "ngram", "suffix", "draft_model", "hf")
 
 
-def arms_of(
+def methods_of(
     model: Path,
     draft_model: Path | None,
     groups: list[str],
     lengths: list[int],
     configs: Sequence[Mapping[str, Any]] = (),
     is_short: bool = False,
-) -> list[Arm]:
-    """The arms of `groups`, plain vLLM first.
+) -> list[Method]:
+    """The methods of `groups`, plain vLLM first.
 
     Args:
         model: The target's checkpoint directory.
-        draft_model: That of a second model; without it `draft_model` has no arm.
+        draft_model: That of a second model; without it `draft_model` has no method.
         groups: Some of `GROUPS`.
-        lengths: Draft lengths of the grids, the best known one first: the arms that are
-            no grid take that.
+        lengths: Draft lengths of the grids, the best known one first: the methods that
+            are no grid take that.
         configs: Configurations of ours, in place of the usual ones.
         is_short: Whether of ours a few are enough.
 
@@ -93,7 +93,7 @@ def arms_of(
             not allowed, or does not fit the model.
     """
     weights = ModelWeights.from_checkpoint(model)
-    found = [Arm(PLAIN, "plain")]
+    found = [Method(PLAIN, "plain")]
     if "selfspec" in groups:
         target = TargetModel.read(model, str(model))
         found += [_configured(keys, target) for keys in configs]
@@ -104,7 +104,7 @@ def arms_of(
             _peer("ngram", {**NGRAM, "num_speculative_tokens": k}) for k in (3, 5)
         ]
     if "suffix" in groups:
-        found.append(Arm("vLLM suffix", "suffix", SUFFIX))
+        found.append(Method("vLLM suffix", "suffix", SUFFIX))
     if "draft_model" in groups and draft_model is not None:
         extra = ModelWeights.from_checkpoint(draft_model).streamed
         config = {"method": "draft_model", "model": str(draft_model), **DRAWN}
@@ -113,10 +113,10 @@ def arms_of(
             for k in lengths
         ]
     if "hf" in groups:
-        found.append(Arm(f"{HUGGING_FACE} generate", "hf"))
+        found.append(Method(f"{HUGGING_FACE} generate", "hf"))
         exit_layer = weights.num_layers // 4
         found.append(
-            Arm(
+            Method(
                 f"{HUGGING_FACE} early exit {exit_layer}",
                 "hf",
                 generate={"assistant_early_exit": exit_layer},
@@ -125,13 +125,13 @@ def arms_of(
     return found
 
 
-def _few_of_ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
+def _few_of_ours(target: TargetModel, lengths: list[int]) -> list[Method]:
     """The bare flag, and early exits after a quarter and a sixth of the layers."""
     exits = (_exits(target, part, lengths[:1]) for part in (4, 6))
-    return [_bare_flag(target), *(arm for arms in exits for arm in arms)]
+    return [_bare_flag(target), *(method for methods in exits for method in methods)]
 
 
-def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
+def _ours(target: TargetModel, lengths: list[int]) -> list[Method]:
     """The bare flag, and copies alone; then what the model alone drafts: by `auto`, and
     by early exits after a quarter and a sixth of the layers, at fixed lengths, the
     second at all of them; the first two with goodput lengths, too."""
@@ -140,7 +140,7 @@ def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
     assert bare.plan is not None
     return [
         bare,
-        Arm("selfspec, copies alone", "selfspec", copies),
+        Method("selfspec, copies alone", "selfspec", copies),
         _own("auto", {}, bare.plan, lengths[0]),
         _own("auto", {}, bare.plan),
         *_exits(target, 4, [*lengths, None]),
@@ -148,14 +148,14 @@ def _ours(target: TargetModel, lengths: list[int]) -> list[Arm]:
     ]
 
 
-def _bare_flag(target: TargetModel) -> Arm:
+def _bare_flag(target: TargetModel) -> Method:
     plan = resolve_plan(SelfSpecConfig.parse({}), target).plan
-    return Arm("selfspec", "selfspec", {"method": METHOD}, plan)
+    return Method("selfspec", "selfspec", {"method": METHOD}, plan)
 
 
 def _exits(
     target: TargetModel, part: int, lengths: Sequence[int | None]
-) -> Iterator[Arm]:
+) -> Iterator[Method]:
     """An exit after a part of the layers, at every length; None is goodput's."""
     exit_layer = target.num_layers // part
     if not exit_layer:
@@ -166,17 +166,19 @@ def _exits(
         yield _own(name, {"exit_layer": exit_layer}, plan, k)
 
 
-def _own(name: str, keys: dict[str, Any], plan: DraftPlan, k: int | None = None) -> Arm:
+def _own(
+    name: str, keys: dict[str, Any], plan: DraftPlan, k: int | None = None
+) -> Method:
     """One plan of ours at a fixed length, or with goodput lengths."""
     config = {"method": METHOD, **MODEL_ALONE, **keys, **DRAWN}
     if k is None:
         config |= {"draft_length": "goodput", "num_speculative_tokens": MOST_DRAFTS}
-        return Arm(f"selfspec {name}, goodput", "selfspec", config, plan)
+        return Method(f"selfspec {name}, goodput", "selfspec", config, plan)
     config |= {"draft_length": "fixed", "num_speculative_tokens": k}
-    return Arm(f"selfspec {name}, k {k}", "selfspec", config, plan)
+    return Method(f"selfspec {name}, k {k}", "selfspec", config, plan)
 
 
-def _configured(keys: Mapping[str, Any], target: TargetModel) -> Arm:
+def _configured(keys: Mapping[str, Any], target: TargetModel) -> Method:
     """What a user configured, under a name that tells it from others."""
     config = SelfSpecConfig.parse(keys)
     chosen = resolve_plan(config, target)
@@ -190,9 +192,9 @@ def _configured(keys: Mapping[str, Any], target: TargetModel) -> Arm:
     words.append(f"k {k}" if policy == "fixed" else policy)
     resolved = {**keys, "method": METHOD, "num_speculative_tokens": k}
     resolved |= {"draft_length": policy} if policy in ("fixed", "goodput") else {}
-    return Arm(f"selfspec {', '.join(words)}", "selfspec", resolved, chosen.plan)
+    return Method(f"selfspec {', '.join(words)}", "selfspec", resolved, chosen.plan)
 
 
-def _peer(method: str, config: dict[str, Any], extra_bytes: int = 0) -> Arm:
+def _peer(method: str, config: dict[str, Any], extra_bytes: int = 0) -> Method:
     name = f"vLLM {method}, k {config['num_speculative_tokens']}"
-    return Arm(name, method, config, extra_bytes=extra_bytes)
+    return Method(name, method, config, extra_bytes=extra_bytes)

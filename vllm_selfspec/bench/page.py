@@ -88,17 +88,19 @@ def new_plot(rows: int, columns: int, width: float, height: float) -> Any:
     return plot, plot.subplots(rows, columns, squeeze=False)
 
 
-def color(arm: str, arms: Sequence[str]) -> Any:
+def color(method: str, methods: Sequence[str]) -> Any:
     """Ours in greens, plain vLLM in black, the others apart from them."""
     from matplotlib import colormaps
 
-    ours = [name for name in arms if name.startswith("selfspec")]
-    if arm in ours:
-        return colormaps["Greens"](0.4 + 0.55 * ours.index(arm) / max(1, len(ours) - 1))
-    others = [name for name in arms if name not in ours and name != "plain vLLM"]
-    if arm not in others:
+    ours = [name for name in methods if name.startswith("selfspec")]
+    if method in ours:
+        return colormaps["Greens"](
+            0.4 + 0.55 * ours.index(method) / max(1, len(ours) - 1)
+        )
+    others = [name for name in methods if name not in ours and name != "plain vLLM"]
+    if method not in others:
         return "black"
-    return colormaps["tab10"]((1, 0, 3, 4, 5, 6, 7, 8, 9)[others.index(arm) % 9])
+    return colormaps["tab10"]((1, 0, 3, 4, 5, 6, 7, 8, 9)[others.index(method) % 9])
 
 
 def legend(plot: Any, axes: Sequence[Any]) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.bench.arms import PLAIN
+from vllm_selfspec.bench.methods import PLAIN
 from vllm_selfspec.bench.page import (
     color,
     figure,
@@ -143,45 +143,48 @@ def columns_and_rows(
     columns += ["bound", "share", "latency", "identical", "extra"]
     columns += ["quality"] if has_scores else []
     lines = []
-    for (num_streams, arm), rows in by_arm(document, temperature).items():
-        values = [str(num_streams), arm]
+    for (num_streams, method), rows in by_method(document, temperature).items():
+        values = [str(num_streams), method]
         values += [f"{rows[name]['speed_up']:.2f}x" for name in names]
-        values += _summary(list(rows.values()), document, arm)
+        values += _summary(list(rows.values()), document, method)
         values += [_quality(list(rows.values()))] if has_scores else []
         lines.append(values)
     return columns, lines
 
 
-def by_arm(
+def by_method(
     document: Report, temperature: float
 ) -> dict[tuple[int, str], dict[str, Row]]:
-    """Results by load and arm, then by task."""
+    """Results by load and method, then by task."""
     found: dict[tuple[int, str], dict[str, Row]] = defaultdict(dict)
     for row in document["results"]:
         if row["temperature"] == temperature:
-            found[row["num_streams"], row["arm"]][row["task"]] = row
-    order = [arm["name"] for arm in document["arms"]]
+            found[row["num_streams"], row["method"]][row["task"]] = row
+    order = [method["name"] for method in document["methods"]]
     loads = list(dict.fromkeys(key[0] for key in found))
     return {
-        (n, arm): found[n, arm] for n in loads for arm in order if (n, arm) in found
+        (n, method): found[n, method]
+        for n in loads
+        for method in order
+        if (n, method) in found
     }
 
 
-def _summary(rows: list[Row], document: Report, arm: str) -> list[str]:
+def _summary(rows: list[Row], document: Report, method: str) -> list[str]:
     """The columns that sum up over the tasks."""
 
     def over(key: str, average: Any, form: str) -> str:
         values = [row[key] for row in rows if row[key] is not None]
         return format(average(values), form) if values else ""
 
-    extra = next(a["extra_bytes"] for a in document["arms"] if a["name"] == arm)
+    extra = next(a["extra_bytes"] for a in document["methods"] if a["name"] == method)
     same, texts = (sum(row[key] for row in rows) for key in ("same_texts", "texts"))
     bound = over("bound", geometric_mean, ".2f")
     return [
         over("speed_up", geometric_mean, ".2f") + "x",
         over("tokens_per_verification", mean, ".2f"),
         over("acceptance", mean, ".0%"),
-        *_costs(document, rows[0]["num_streams"], arm),
+        *_costs(document, rows[0]["num_streams"], method),
         f"{bound}x" if bound else "",
         over("share_of_bound", geometric_mean, ".2f"),
         over("latency", mean, ".2f") + " s",
@@ -190,10 +193,10 @@ def _summary(rows: list[Row], document: Report, arm: str) -> list[str]:
     ]
 
 
-def _costs(document: Report, num_streams: int, arm: str) -> list[str]:
+def _costs(document: Report, num_streams: int, method: str) -> list[str]:
     """v and c."""
     for row in document["costs"]:
-        if (row["num_streams"], row["arm"]) == (num_streams, arm):
+        if (row["num_streams"], row["method"]) == (num_streams, method):
             return ["" if row[key] is None else f"{row[key]:.2f}" for key in "vc"]
     return ["", ""]
 
@@ -240,25 +243,26 @@ def figures(document: Report) -> list[tuple[str, Any]]:
 
 def _speed_ups(document: Report, temperature: float) -> Any:
     """Horizontal bars: a panel for each load, a group of bars for each task."""
-    found = by_arm(document, temperature)
-    arms = [arm["name"] for arm in document["arms"][1:]]
+    found = by_method(document, temperature)
+    methods = [method["name"] for method in document["methods"][1:]]
     names = tasks(document)
     loads = list(dict.fromkeys(n for n, _ in found))
-    height = 0.7 + 0.17 * (len(arms) + 1) * len(names)
+    height = 0.7 + 0.17 * (len(methods) + 1) * len(names)
     plot, axes = new_plot(1, len(loads), 3.4 * len(loads) + 1, height)
     for axis, num_streams in zip(axes[0], loads, strict=True):
-        for index, arm in enumerate(arms):
-            rows = found.get((num_streams, arm))
+        for index, method in enumerate(methods):
+            rows = found.get((num_streams, method))
             if rows is None:
                 continue
-            at = [-(task * (len(arms) + 1) + index) for task in range(len(names))]
+            at = [-(task * (len(methods) + 1) + index) for task in range(len(names))]
             values = [rows[name]["speed_up"] for name in names]
-            axis.barh(at, values, color=color(arm, arms), label=arm)
+            axis.barh(at, values, color=color(method, methods), label=method)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{num_streams} at a time")
         axis.set_xlabel("speed-up")
         middles = [
-            -(t * (len(arms) + 1) + (len(arms) - 1) / 2) for t in range(len(names))
+            -(t * (len(methods) + 1) + (len(methods) - 1) / 2)
+            for t in range(len(names))
         ]
         axis.set_yticks(middles, names if axis is axes[0][0] else [""] * len(names))
     legend(plot, axes[0])
@@ -266,19 +270,23 @@ def _speed_ups(document: Report, temperature: float) -> Any:
 
 
 def _positions(document: Report) -> Any:
-    """A line for each arm, a panel for each task; greedy, at the lowest load."""
+    """A line for each method, a panel for each task; greedy, at the lowest load."""
     temperature = temperatures(document)[0]
-    found = by_arm(document, temperature)
+    found = by_method(document, temperature)
     lowest = min(n for n, _ in found)
-    arms = [arm["name"] for arm in document["arms"][1:]]
+    methods = [method["name"] for method in document["methods"][1:]]
     names = tasks(document)
     plot, axes = new_plot(1, len(names), 3.2 * len(names) + 1, 3.4)
     for axis, name in zip(axes[0], names, strict=True):
-        for arm in arms:
-            accepted_at = found.get((lowest, arm), {}).get(name, {}).get("accepted_at")
+        for method in methods:
+            accepted_at = (
+                found.get((lowest, method), {}).get(name, {}).get("accepted_at")
+            )
             if accepted_at:
                 at = range(1, len(accepted_at) + 1)
-                axis.plot(at, accepted_at, ".-", color=color(arm, arms), label=arm)
+                axis.plot(
+                    at, accepted_at, ".-", color=color(method, methods), label=method
+                )
         axis.set_title(name)
         axis.set_xlabel("draft position")
         axis.set_ylim(0, 1.02)
@@ -293,7 +301,7 @@ def _predicted(document: Report) -> Any:
     plot, axes = new_plot(1, 1, 6, 5)
     axis = axes[0][0]
     rows = [row for row in document["results"] if row["bound"]]
-    arms = [arm["name"] for arm in document["arms"][1:]]
+    methods = [method["name"] for method in document["methods"][1:]]
     markers = dict(
         zip(dict.fromkeys(r["num_streams"] for r in rows), "osD^v<>", strict=False)
     )
@@ -302,7 +310,7 @@ def _predicted(document: Report) -> Any:
             row["bound"],
             row["speed_up"],
             markers[row["num_streams"]],
-            color=color(row["arm"], arms),
+            color=color(row["method"], methods),
             markersize=4,
         )
     for num_streams, marker in markers.items():
@@ -319,9 +327,9 @@ def _times(document: Report) -> Any:
     """Stacked bars of seconds per generated token."""
     plot, axes = new_plot(1, 1, 8, 0.8 + 0.3 * len(document["steps"]))
     axis = axes[0][0]
-    parts = [key for key in document["steps"][0] if key != "arm"]
+    parts = [key for key in document["steps"][0] if key != "method"]
     left = [0.0] * len(document["steps"])
-    names = [row["arm"] for row in document["steps"]]
+    names = [row["method"] for row in document["steps"]]
     for part in parts:
         values = [1000 * row[part] for row in document["steps"]]
         axis.barh(names, values, left=left, label=part)

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_selfspec.bench import own_models, report
-from vllm_selfspec.bench.arms import Arm, arms_of
 from vllm_selfspec.bench.comparison import (
     Comparison,
     Load,
@@ -30,6 +29,7 @@ from vllm_selfspec.bench.engines import (
     VllmEngine,
 )
 from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.methods import Method, methods_of
 from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import Task, load
@@ -43,19 +43,19 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What the user asked for.
 
     Attributes:
         model: `demo`, `plain`, or a checkpoint's path or Hub name.
-        draft_model: For the `draft_model` arms; None for the repository's own, where
+        draft_model: For the `draft_model` methods; None for the repository's own, where
             `model` is of the repository.
         widen: How often a model of the repository is widened; None for what suits the
             machine.
         tasks: As `tasks.load` takes them.
         loads: Concurrent requests, and prompts at each.
         temperatures: 0 for greedy.
-        groups: Which arms.
+        groups: Which methods.
         lengths: Draft lengths of the grids, the best known first.
         max_tokens: Generated a request.
         dtype: vLLM's.
@@ -79,7 +79,7 @@ class Options:
     is_short: bool = False
 
 
-def run_bench(options: Options) -> None:
+def run_bench(options: BenchOptions) -> None:
     """Runs the comparison and writes `report.json`, `report.md` and `report.html`.
 
     Ctrl-C stops after the block that was finished last, and reports what is there;
@@ -95,8 +95,8 @@ def run_bench(options: Options) -> None:
     tasks = [load(words) for words in options.tasks]
     model = find_model(options.model, options.widen, console)
     draft = find_draft_model(options, console)
-    arms = find_arms(options, list(options.groups), model, draft)
-    engines = start(arms, model, options, console)
+    methods = find_methods(options, list(options.groups), model, draft)
+    engines = start(methods, model, options, console)
     samplings = [
         Sampling(t, options.max_tokens, SEED if t else None)
         for t in options.temperatures
@@ -109,7 +109,7 @@ def run_bench(options: Options) -> None:
             **conditions(options, model),
             "seconds": round(time.monotonic() - started),
             "is_complete": len(comparison.blocks) == num_blocks,
-            "arms": [describe(arm) for arm in arms],
+            "methods": [describe(method) for method in methods],
             "costs": measured_costs(comparison, options.loads),
             "steps": comparison.times_of_a_token(),
             "results": [to_dict(result) for result in comparison.results()],
@@ -129,13 +129,13 @@ def run_bench(options: Options) -> None:
 
 
 def prepare() -> None:
-    """The environment that all arms run in."""
+    """The environment that all methods run in."""
     prepare_environment()
     # Other plugins may patch vLLM (arctic-inference does), and so change the peers.
     os.environ.setdefault("VLLM_PLUGINS", "selfspec")
 
 
-def find_draft_model(options: Options, console: Console) -> Path | None:
+def find_draft_model(options: BenchOptions, console: Console) -> Path | None:
     """The draft model for vLLM's `draft_model`, if there is one."""
     if "draft_model" not in options.groups:
         return None
@@ -145,7 +145,7 @@ def find_draft_model(options: Options, console: Console) -> Path | None:
 
 
 def _for_model(
-    keys: Mapping[str, Any], options: Options, model: Path
+    keys: Mapping[str, Any], options: BenchOptions, model: Path
 ) -> Mapping[str, Any]:
     """With the exit layer of a model of our own widened as that is."""
     keys = by_present_names(keys)
@@ -156,9 +156,9 @@ def _for_model(
     return {**keys, "trained_exit_layer": str(widened)}
 
 
-def find_arms(
-    options: Options, groups: list[str], model: Path, draft: Path | None
-) -> list[Arm]:
+def find_methods(
+    options: BenchOptions, groups: list[str], model: Path, draft: Path | None
+) -> list[Method]:
     """What is compared, as far as it is installed.
 
     Raises:
@@ -167,49 +167,49 @@ def find_arms(
     """
     configs = [_for_model(keys, options, model) for keys in options.configs]
     lengths = list(options.lengths)
-    arms = arms_of(model, draft, groups, lengths, configs, options.is_short)
-    return available(arms)
+    methods = methods_of(model, draft, groups, lengths, configs, options.is_short)
+    return available(methods)
 
 
-def available(arms: list[Arm]) -> list[Arm]:
-    """Without the arms whose package is not installed."""
+def available(methods: list[Method]) -> list[Method]:
+    """Without the methods whose package is not installed."""
     import importlib.util
 
     if importlib.util.find_spec("arctic_inference") is not None:
-        return arms
-    return [arm for arm in arms if arm.group != "suffix"]
+        return methods
+    return [method for method in methods if method.group != "suffix"]
 
 
 def start(
-    arms: Sequence[Arm], model: Path, options: Options, console: Console
+    methods: Sequence[Method], model: Path, options: BenchOptions, console: Console
 ) -> list[Engine]:
-    """An engine for each arm, in this process."""
+    """An engine for each method, in this process."""
     settings = {
         **engine_settings(options),
         "disable_log_stats": False,  # the counters
         "use_tqdm_on_load": False,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "gpu_memory_utilization": 0.8 / len(arms),  # checked even so
+        "gpu_memory_utilization": 0.8 / len(methods),  # checked even so
     }
     engines: list[Engine] = []
-    for number, arm in enumerate(arms, 1):
-        console.print(f"Starting engine {number} of {len(arms)}: {arm.name}")
-        if arm.group == "hf":
-            engines.append(_hugging_face(arm, model, options.dtype, engines))
+    for number, method in enumerate(methods, 1):
+        console.print(f"Starting engine {number} of {len(methods)}: {method.name}")
+        if method.group == "hf":
+            engines.append(_hugging_face(method, model, options.dtype, engines))
         else:
-            engines.append(VllmEngine(arm, str(model), settings))
+            engines.append(VllmEngine(method, str(model), settings))
     return engines
 
 
-def engine_settings(options: Options) -> dict[str, Any]:
-    """What every arm is started with, by vLLM's names."""
+def engine_settings(options: BenchOptions) -> dict[str, Any]:
+    """What every method is started with, by vLLM's names."""
     from vllm.platforms import current_platform
 
     settings: dict[str, Any] = {
         "dtype": options.dtype,
         "max_num_seqs": max(load.num_streams for load in options.loads),
         "max_model_len": MAX_MODEL_LEN,
-        "enable_prefix_caching": False,  # a prompt is run by each arm, all of it
+        "enable_prefix_caching": False,  # a prompt is run by each method, all of it
         "seed": SEED,
     }
     if current_platform.is_cpu():
@@ -218,12 +218,12 @@ def engine_settings(options: Options) -> dict[str, Any]:
 
 
 def _hugging_face(
-    arm: Arm, model: Path, dtype: str, engines: Sequence[Engine]
+    method: Method, model: Path, dtype: str, engines: Sequence[Engine]
 ) -> HuggingFaceEngine:
-    """The arms of Hugging Face share one model."""
+    """The methods of Hugging Face share one model."""
     for engine in engines:
         if isinstance(engine, HuggingFaceEngine):
-            return engine.with_arm(arm)
+            return engine.with_method(method)
     import transformers
 
     logging: Any = transformers.logging
@@ -231,7 +231,7 @@ def _hugging_face(
     logging.disable_progress_bar()
     target: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    return HuggingFaceEngine(arm, target.eval(), tokenizer)
+    return HuggingFaceEngine(method, target.eval(), tokenizer)
 
 
 def progress_bar(console: Console) -> Progress:
@@ -260,7 +260,7 @@ def _compare(
 
         def advance(what: str) -> None:
             progress.update(bar, advance=1, description=what)
-            if not console.is_terminal and what.endswith(f": {engines[0].arm.name}"):
+            if not console.is_terminal and what.endswith(f": {engines[0].method.name}"):
                 done = int(progress.tasks[0].completed)
                 console.print(f"{done} of {total}: {what}")  # a log has no bar
 
@@ -275,7 +275,7 @@ def _compare(
         )
 
 
-def conditions(options: Options, model: Path) -> dict[str, Any]:
+def conditions(options: BenchOptions, model: Path) -> dict[str, Any]:
     """What is needed to measure it again."""
     return {
         **provenance(command_line()),
@@ -287,37 +287,37 @@ def conditions(options: Options, model: Path) -> dict[str, Any]:
     }
 
 
-def describe(arm: Arm) -> dict[str, Any]:
-    """An arm for JSON."""
-    config = dict(arm.speculative_config or {})
+def describe(method: Method) -> dict[str, Any]:
+    """A method for JSON."""
+    config = dict(method.speculative_config or {})
     for key in {"model", "trained_exit_layer"} & {*config}:
         config[key] = Path(config[key]).name  # where it lies is nobody's business
     return {
-        "name": arm.name,
-        "group": arm.group,
-        "k": arm.k,
-        "extra_bytes": arm.extra_bytes,
+        "name": method.name,
+        "group": method.group,
+        "k": method.k,
+        "extra_bytes": method.extra_bytes,
         "speculative_config": config or None,
-        "generate": arm.generate,
+        "generate": method.generate,
     }
 
 
 def measured_costs(
     comparison: Comparison, loads: Sequence[Load]
 ) -> list[dict[str, Any]]:
-    """Measured seconds, v and c, by load and arm."""
+    """Measured seconds, v and c, by load and method."""
     found = []
     for one in loads:
         costs = comparison.costs(one.num_streams)
         if costs is None:
             continue
-        for arm in comparison.arms[1:]:
-            v, c = costs.v(arm), costs.c(arm)
-            if v is not None and arm.has_one_length:
+        for method in comparison.methods[1:]:
+            v, c = costs.v(method), costs.c(method)
+            if v is not None and method.has_one_length:
                 found.append(
                     {
                         "num_streams": one.num_streams,
-                        "arm": arm.name,
+                        "method": method.name,
                         "plain_seconds": costs.plain,
                         "v": v,
                         "c": c,

@@ -1,7 +1,7 @@
-"""`run_serve`: vLLM's own serving benchmark against a live server of each arm.
+"""`run_serve`: vLLM's own serving benchmark against a live server of each method.
 
 One rule: one server runs at a time, and gets the same requests at the same moments as
-every other; the arms take turns, so that a drifting machine hits all alike.
+every other; the methods take turns, so that a drifting machine hits all alike.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from rich.console import Console
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench import serve_report
-from vllm_selfspec.bench.arms import PLAIN, Arm
+from vllm_selfspec.bench.methods import PLAIN, Method
 from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.run import (
     SEED,
-    Options,
+    BenchOptions,
     conditions,
     describe,
     engine_settings,
-    find_arms,
     find_draft_model,
+    find_methods,
     prepare,
     progress_bar,
 )
@@ -67,14 +67,14 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the user asked for beyond `Options`.
+    """What the user asked for beyond `BenchOptions`.
 
     Attributes:
         rates: Requests a second, arriving as a Poisson process.
         num_prompts: Requests at each rate.
         goodput: Limits a good request keeps, as in vLLM's `--goodput`: milliseconds by
             `ttft`, `tpot`, `e2el`.
-        repeats: How often every arm has its turn.
+        repeats: How often every method has its turn.
     """
 
     rates: tuple[float, ...]
@@ -104,8 +104,8 @@ def parse_goodput(text: str) -> dict[str, float]:
     return found
 
 
-def run_serve(options: Options, serve: ServeOptions) -> None:
-    """Serves with every arm in turn and writes `serve.json`, `.md` and `.html`.
+def run_serve(options: BenchOptions, serve: ServeOptions) -> None:
+    """Serves with every method in turn and writes `serve.json`, `.md` and `.html`.
 
     The requests are the prompts of all tasks, mixed, at the first of the temperatures.
     Ctrl-C stops the server that runs, and reports the turns that were finished.
@@ -125,30 +125,30 @@ def run_serve(options: Options, serve: ServeOptions) -> None:
     model = find_model(options.model, options.widen, console)
     draft = find_draft_model(options, console)
     groups = [group for group in options.groups if group != "hf"]
-    arms = find_arms(options, groups, model, draft)
+    methods = find_methods(options, groups, model, draft)
     assert options.output is not None, "a server's requests and logs need a place"
     whole_file.make_directory(options.output)
     bench = _ServeBench(options, serve, model, options.output)
     bench.write_requests(tasks)
-    points = _counted(_in_turns(bench, arms, console))
+    points = _counted(_in_turns(bench, methods, console))
     document = {
         **conditions(options, model),
         "rates": serve.rates,
         "num_prompts": serve.num_prompts,
         "goodput": serve.goodput,
         "temperature": options.temperatures[0],
-        "arms": [describe(arm) for arm in arms],
+        "methods": [describe(method) for method in methods],
         "points": points,
     }
     serve_report.write(document, options.output, console)
 
 
 def _in_turns(
-    bench: "_ServeBench", arms: list[Arm], console: Console
+    bench: "_ServeBench", methods: list[Method], console: Console
 ) -> list[dict[str, Any]]:
     """What was measured, a row for each turn and rate; after Ctrl-C what there is."""
     points: list[dict[str, Any]] = []
-    total = bench.serve.repeats * len(arms) * len(bench.serve.rates)
+    total = bench.serve.repeats * len(methods) * len(bench.serve.rates)
     try:
         with progress_bar(console) as progress:
             bar = progress.add_task("", total=total)
@@ -158,9 +158,9 @@ def _in_turns(
                 if not console.is_terminal:  # a log has no bar
                     console.print(f"{len(points)} of {total}: {what}")
 
-            for repeat, arm in product(range(bench.serve.repeats), arms):
-                for point in bench.turn(arm, say):
-                    points.append({"repeat": repeat, "arm": arm.name, **point})
+            for repeat, method in product(range(bench.serve.repeats), methods):
+                for point in bench.turn(method, say):
+                    points.append({"repeat": repeat, "method": method.name, **point})
                     progress.update(bar, advance=1)
     except KeyboardInterrupt:
         if not points:
@@ -174,7 +174,7 @@ def _counted(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     plain = {
         (point["repeat"], point["rate"]): point["texts"]
         for point in points
-        if point["arm"] == PLAIN
+        if point["method"] == PLAIN
     }
     found = []
     for point in points:
@@ -188,9 +188,9 @@ def _counted(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _ServeBench:
-    """One arm's turn after another."""
+    """One method's turn after another."""
 
-    options: Options
+    options: BenchOptions
     serve: ServeOptions
     model: Path
     output: Path
@@ -220,21 +220,25 @@ class _ServeBench:
             lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in chosen)
             whole_file.write("".join(lines), file)
 
-    def turn(self, arm: Arm, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-        """Starts a server for `arm` and measures it at every rate."""
-        say(f"{arm.name}: starts")
+    def turn(
+        self, method: Method, say: Callable[[str], None]
+    ) -> Iterator[dict[str, Any]]:
+        """Starts a server for `method` and measures it at every rate."""
+        say(f"{method.name}: starts")
         log = (
-            self.output / "logs" / f"{arm.name.replace(',', '').replace(' ', '_')}.log"
+            self.output
+            / "logs"
+            / f"{method.name.replace(',', '').replace(' ', '_')}.log"
         )
         whole_file.make_directory(log.parent)
-        with _serving(self.command(arm), log) as server:
+        with _serving(self.command(method), log) as server:
             server.warm_up()
             for rate in self.serve.rates:
-                say(f"{arm.name}: {rate:g} requests a second")
+                say(f"{method.name}: {rate:g} requests a second")
                 yield {"rate": rate, **self.measure(server, rate)}
 
-    def command(self, arm: Arm) -> list[str]:
-        """`vllm serve` for `arm`, its port left out."""
+    def command(self, method: Method) -> list[str]:
+        """`vllm serve` for `method`, its port left out."""
         settings = engine_settings(self.options)
         words = [str(Path(sys.executable).with_name("vllm")), "serve", str(self.model)]
         words += ["--host", "127.0.0.1", "--served-model-name", SERVED_NAME]
@@ -244,8 +248,8 @@ class _ServeBench:
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 words += [f"--{flag}", str(value)]
-        if arm.speculative_config:
-            words += ["--speculative-config", json.dumps(arm.speculative_config)]
+        if method.speculative_config:
+            words += ["--speculative-config", json.dumps(method.speculative_config)]
         return words
 
     def measure(self, server: "_Server", rate: float) -> dict[str, Any]:
@@ -268,7 +272,7 @@ class _ServeBench:
             "--temperature": self.options.temperatures[0],
             "--percentile-metrics": "ttft,tpot,e2el",
             "--metric-percentiles": "50,99",
-            "--seed": SEED,  # the same arrivals for every arm
+            "--seed": SEED,  # the same arrivals for every method
             "--ready-check-timeout-sec": 0,  # it would send a prompt of the benchmark
         }
         words = [str(word) for flag in flags.items() for word in flag]
@@ -311,7 +315,7 @@ class _Server:
             return False
 
     def warm_up(self) -> None:
-        """One request, so that no arm's first is slower than its others."""
+        """One request, so that no method's first is slower than its others."""
         body = {"model": SERVED_NAME, "prompt": "Hello", "max_tokens": 16}
         request = urllib.request.Request(
             f"{self.url}/v1/completions",

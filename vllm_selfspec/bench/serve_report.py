@@ -79,29 +79,29 @@ def explanation(document: Report) -> str:
 
 
 def summary(document: Report) -> list[Row]:
-    """A row for each rate and arm: medians over the turns."""
+    """A row for each rate and method: medians over the turns."""
     points = document["points"]
     plain = {
         (point["repeat"], point["rate"]): point
         for point in points
-        if point["arm"] == document["arms"][0]["name"]
+        if point["method"] == document["methods"][0]["name"]
     }
     found = []
     for rate in document["rates"]:
-        for arm in (arm["name"] for arm in document["arms"]):
-            turns = [p for p in points if (p["arm"], p["rate"]) == (arm, rate)]
+        for method in (method["name"] for method in document["methods"]):
+            turns = [p for p in points if (p["method"], p["rate"]) == (method, rate)]
             pairs = [
                 (p, plain[p["repeat"], rate])
                 for p in turns
                 if (p["repeat"], rate) in plain
             ]
             if pairs:
-                found.append({"rate": rate, "arm": arm, **_summary(pairs)})
+                found.append({"rate": rate, "method": method, **_summary(pairs)})
     return found
 
 
 def _summary(pairs: list[tuple[Row, Row]]) -> Row:
-    """Of the turns of one arm at one rate, each with plain vLLM's."""
+    """Of the turns of one method at one rate, each with plain vLLM's."""
     turns = [own for own, _ in pairs]
     numbers = {
         key: median(turn[key] for turn in turns)
@@ -136,13 +136,13 @@ COLUMNS = (
 
 
 def rows_of(document: Report) -> list[str]:
-    """A Markdown table: a row for each rate and arm."""
+    """A Markdown table: a row for each rate and method."""
     lines = []
     for row in summary(document):
         accepted = row.get("spec_decode_acceptance_rate")
         values = [
             f"{row['rate']:g}",
-            row["arm"],
+            row["method"],
             f"{row['p50_ttft_ms']:.0f} ms",
             f"{row['p50_tpot_ms']:.0f} ms",
             f"{row['p99_tpot_ms']:.0f} ms",
@@ -172,20 +172,20 @@ def html(document: Report) -> str:
 
 
 def plots(document: Report) -> Any:
-    """A panel for each figure, a line for each arm."""
+    """A panel for each figure, a line for each method."""
     rows = summary(document)
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     plot, axes = new_plot(2, 3, 13, 8)
     for axis, (key, title) in zip(axes.flat, PLOTTED.items(), strict=True):
         scale = 1000 if title.endswith(" s") and key.endswith("_ms") else 1
-        for arm in arms:
-            own = [row for row in rows if row["arm"] == arm]
+        for method in methods:
+            own = [row for row in rows if row["method"] == method]
             axis.plot(
                 [row["rate"] for row in own],
                 [row[key] / scale for row in own],
                 ".-",
-                color=color(arm, arms),
-                label=arm,
+                color=color(method, methods),
+                label=method,
             )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("requests per second")

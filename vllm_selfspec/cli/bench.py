@@ -7,7 +7,7 @@ import typer
 
 from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
-from vllm_selfspec.cli.options import arm_groups, json_object, numbers
+from vllm_selfspec.cli.options import json_object, method_groups, numbers
 from vllm_selfspec.cli.packages import raise_if_no_vllm
 
 EPILOG = (
@@ -138,7 +138,7 @@ def bench(
     vLLM, with the bound that the costs measured in the same run allow.
     """
     from vllm_selfspec.bench.comparison import Load
-    from vllm_selfspec.bench.run import Options, run_bench
+    from vllm_selfspec.bench.run import BenchOptions, run_bench
     from vllm_selfspec.bench.serve import ServeOptions, parse_goodput, run_serve
     from vllm_selfspec.bench.tasks import SHIPPED
 
@@ -148,14 +148,14 @@ def bench(
             Load(n, num_prompts if n == 1 else max(num_prompts, per_stream * n))
             for n in numbers("--concurrency", concurrency, int, 1)
         ]
-        options = Options(
+        options = BenchOptions(
             model=model,
             draft_model=draft_model,
             widen=widen,
             tasks=tuple(prompts or SHIPPED),
             loads=tuple(loads),
             temperatures=tuple(numbers("--temperature", temperature, float, 0)),
-            groups=tuple(arm_groups(methods)),
+            groups=tuple(method_groups(methods)),
             lengths=tuple(numbers("--lengths", lengths, int, 1)),
             max_tokens=max_tokens,
             dtype=dtype,

@@ -27,13 +27,13 @@ def numbers(flag: str, text: str, kind: type, least: float) -> list[Any]:
     return found
 
 
-def arm_groups(text: str) -> list[str]:
-    """The arms to compare, of a list such as `selfspec,ngram`.
+def method_groups(text: str) -> list[str]:
+    """The methods to compare, of a list such as `selfspec,ngram`.
 
     Raises:
         ConfigError: If one is not known.
     """
-    from vllm_selfspec.bench.arms import GROUPS
+    from vllm_selfspec.bench.methods import GROUPS
 
     found = [piece.strip() for piece in text.split(",")]
     for piece in found:
