@@ -139,7 +139,7 @@ def test_plans_are_scored_over_two_workers(
         kv_cache_memory_bytes=16 * KV_CACHE_BYTES,
         **TWO,
     )
-    engines.others.append(found._llm)
+    engines.others.append(found._engine.llm)
     everything = found.score(DraftPlan(NUM_LAYERS), range(3))
     assert everything.walk.acceptance == (1,) * everything.k
     less = found.score(DraftPlan.skipping(SkipSet.of(NUM_LAYERS, mlp=[1, 2])), range(3))
