@@ -181,7 +181,7 @@ class Setup(BaseModel, frozen=True):
 class Engine(MeasuredLLM):
     """One of `METHODS`."""
 
-    def __init__(self, setup: Setup, method: str, settings: dict[str, Any]) -> None:
+    def __init__(self, method: str, settings: dict[str, Any]) -> None:
         if method in SYNCHRONOUS:
             settings = {**settings, "async_scheduling": False}
         super().__init__(speculative_config=METHODS[method], **settings)
@@ -206,8 +206,6 @@ def settings_of(
         "dtype": dtype,
         "max_model_len": CONTEXT_LENGTH,
         "max_num_seqs": max(setup.scale.streams),
-        "disable_log_stats": False,
-        "enable_prefix_caching": False,  # prompts repeat; each run does all of it
         "seed": 0,
         **MODES[mode],
     }
@@ -232,7 +230,7 @@ def agreement(setup: Setup, mode: str) -> dict[str, Any]:
         if setup.is_demo or method not in GROUPS["demo"][:2]
     ]
     settings = settings_of(setup, mode, 1, "float32", 1 + len(methods))
-    engines = {method: Engine(setup, method, settings) for method in (PLAIN, *methods)}
+    engines = {method: Engine(method, settings) for method in (PLAIN, *methods)}
     report: dict[str, Any] = {method: {} for method in (*methods, ALONE)}
     num_tokens = setup.scale.num_tokens
     for num_streams in setup.scale.streams:
@@ -277,7 +275,7 @@ def memory(setup: Setup, mode: str, method: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     num_engines = 0 if on_gpu else 1
     settings = settings_of(setup, mode, setup.factor, "bfloat16", num_engines)
-    engine = Engine(setup, method, settings)
+    engine = Engine(method, settings)
     streams = max(setup.scale.streams)
     batch = setup.prompts(setup.tasks[0], streams, engine.tokenizer)
     engine.generate(batch, setup.scale.num_tokens)
@@ -311,7 +309,7 @@ def speed(setup: Setup, mode: str, group: str) -> dict[str, Any]:
     """Tokens per second and the median ratio to plain vLLM, run in turns."""
     methods = (PLAIN, *GROUPS[group])
     settings = settings_of(setup, mode, setup.factor, "bfloat16", len(methods))
-    engines = {method: Engine(setup, method, settings) for method in methods}
+    engines = {method: Engine(method, settings) for method in methods}
     report: dict[str, Any] = {
         "start_up_seconds": {
             method: round(e.start_up, 1) for method, e in engines.items()

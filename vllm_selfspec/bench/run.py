@@ -186,8 +186,6 @@ def start(
     """An engine for each method, in this process."""
     settings = {
         **engine_settings(options),
-        "disable_log_stats": False,  # the counters
-        "use_tqdm_on_load": False,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "gpu_memory_utilization": 0.8 / len(methods),  # checked even so
     }
