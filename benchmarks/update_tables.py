@@ -57,7 +57,7 @@ def script(name: str) -> dict[str, Any]:
 
 
 SUPPORT = script("support_table.py")
-SOURCES = script("sources.py")
+REAL = script("real.py")
 
 
 def bench(document: Document) -> str:
@@ -101,8 +101,8 @@ def speed_ups(
         for run, model, draft, method in saved
     ]
     real = [
-        (model, "the bare flag", *(of_sources(run, "both", n) for n in (1, 8)))
-        + (of_sources(run, "suffix", 1),)
+        (model, "the bare flag", *(of_real(run, "the bare flag", n) for n in (1, 8)))
+        + (of_real(run, "suffix", 1),)
         for run, model in ((qwen, QWEN), (smol, SMOL))
     ]
     columns = ("model", "draft", "concurrency 1", "concurrency 8", "suffix decoding, 1")
@@ -139,11 +139,9 @@ def _gpu_run(document: Document) -> str:
     return f"{head}:\n\n{table}"
 
 
-def of_sources(document: Document, method: str, concurrency: int) -> str:
-    """Of a run of `sources.py`: over code and chat, greedy."""
-    found: str = SOURCES["mean_speed_up"](
-        document, method, concurrency, ("code", "chat")
-    )
+def of_real(document: Document, method: str, concurrency: int) -> str:
+    """Of a run of `real.py`: over code and chat, greedy."""
+    found: str = REAL["mean_speed_up"](document, method, concurrency, ("code", "chat"))
     return found
 
 
@@ -181,7 +179,7 @@ def _bench(run: str) -> Table:
     return Table(BENCHMARKS, (f"{run}/report.json",), bench)
 
 
-SOURCE_RUNS = ("sources/qwen2.5-coder-0.5b.json", "sources/smollm2-135m.json")
+REAL_RUNS = ("real/qwen2.5-coder-0.5b.json", "real/smollm2-135m.json")
 # By the name of the place.
 TABLES: dict[str, Table] = {
     "speed-ups": Table(
@@ -190,7 +188,7 @@ TABLES: dict[str, Table] = {
             "quick/report.json",
             "plain/report.json",
             "exit_layer/bench_plain/report.json",
-            *SOURCE_RUNS,
+            *REAL_RUNS,
         ),
         speed_ups,
     ),
@@ -203,7 +201,7 @@ TABLES: dict[str, Table] = {
     "serve": Table(BENCHMARKS, ("serve/serve.json",), serve_report.markdown),
     "float32": _bench("float32"),
     "lengths": _bench("draft_length"),
-    "sources": Table(BENCHMARKS, SOURCE_RUNS, SOURCES["markdown"]),
+    "real": Table(BENCHMARKS, REAL_RUNS, REAL["markdown"]),
     "gpu": Table(BENCHMARKS, ("gpu/speed-2b.json", "gpu/speed-7b.json"), gpu),
     "seeds": Table(BENCHMARKS, ("seeds.json",), script("seeds.py")["markdown"]),
     "tune": Table(BENCHMARKS, ("tune/tune.json",), script("tune.py")["markdown"]),

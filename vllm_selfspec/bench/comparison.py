@@ -200,7 +200,9 @@ def _result(block: Block, method: Method, reference: Method) -> Result:
     plain, runs = block.runs[reference.name], block.runs[method.name]
     pairs = list(zip(runs, plain, strict=True))
     ratios = [_rate(run) / _rate(base) for run, base in pairs]
-    bounds = [found for run, base in pairs if (found := _bound(run, base)) is not None]
+    bounds = [
+        found for run, base in pairs if (found := forwards_bound(run, base)) is not None
+    ]
     if method is reference or len(bounds) < len(pairs):
         bounds = []
     requests = [request for run in runs for request in run.requests]
@@ -260,7 +262,7 @@ def _tokens_per_verification(runs: Sequence[Run]) -> float:
     return tokens / max(drafts, tokens - accepted, 1)
 
 
-def _bound(run: Run, plain: Run) -> float | None:
+def forwards_bound(run: Run, plain: Run) -> float | None:
     """The ratio of two runs if forwards were all that takes time.
 
     For decoding that is E / (v + k c): with t the time of a plain step, plain vLLM

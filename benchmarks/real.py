@@ -1,0 +1,297 @@
+"""What does each way to draft bring on a real model, beside what vLLM offers?
+
+Measured: tokens per second of plain vLLM, of its own methods and of selfspec, prompt by
+prompt and in turns, so that a machine that slows down does so for all. A figure is the
+median of the ratios to plain vLLM, with the quartiles and the number of samples; plain
+vLLM against itself stands beside it. What bounds a row is E / (v + k c): the *bound* is
+that, added up over the forwards of each run, so it also is what was to be expected.
+
+    python benchmarks/real.py MODEL --concurrency 1,8 --temperature 0,1 -o FILE.json
+
+A cell (task, concurrency, temperature) is saved once it is measured. The same command
+goes on where a former one was stopped, and takes what is saved as it is.
+"""
+
+import importlib.util
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import geometric_mean, median, quantiles
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_selfspec import whole_file
+from vllm_selfspec.bench.comparison import forwards_bound
+from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
+from vllm_selfspec.bench.machine import prepare_environment
+from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
+from vllm_selfspec.bench.provenance import provenance
+from vllm_selfspec.bench.tasks import SHIPPED, load
+from vllm_selfspec.chosen_plan import resolve_plan
+from vllm_selfspec.config import METHOD, SelfSpecConfig
+from vllm_selfspec.plan.cost import ModelWeights
+from vllm_selfspec.plan.target_model import TargetModel
+
+AGAIN = f"{PLAIN}, again"
+N_GRAMS, SUFFIXES, DRAFT_MODEL = "n-grams", "suffix", "draft model"
+BARE_FLAG = "the bare flag"
+# By name, what is written beside the method.
+OURS: dict[str, dict[str, Any]] = {
+    BARE_FLAG: {},
+    "copies": {"draft_source": "context"},
+    "int8": {**MODEL_ALONE, "draft_weights": "int8"},
+    "int4": {**MODEL_ALONE, "draft_weights": "int4"},
+    "int4 and copies": {"draft_weights": "int4"},
+}
+SKIP_SET, SKIP_SET_INT4 = "skip set", "skip set in int4"
+NAMES = (N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS, SKIP_SET, SKIP_SET_INT4)
+console = Console(stderr=True)
+
+
+def methods(
+    names: Sequence[str], draft_model: str | None, profile: str | None
+) -> Iterator[Method]:
+    """Plain vLLM and the others of these names, in the order they are started; those
+    that need what is not there are left out."""
+    found = {N_GRAMS: Method(N_GRAMS, "ngram", {**NGRAM, "num_speculative_tokens": 5})}
+    if importlib.util.find_spec("arctic_inference") is not None:
+        found[SUFFIXES] = Method(SUFFIXES, "suffix", SUFFIX)
+    if draft_model is not None:
+        keys = {"method": "draft_model", "model": draft_model}
+        keys |= {"num_speculative_tokens": 4}
+        found[DRAFT_MODEL] = Method(DRAFT_MODEL, "draft_model", keys)
+    ours = dict(OURS)
+    if profile is not None:
+        ours[SKIP_SET] = {**MODEL_ALONE, "skip_layers": profile}
+        ours[SKIP_SET_INT4] = {**ours[SKIP_SET], "draft_weights": "int4"}
+    found |= {n: Method(n, METHOD, {"method": METHOD, **k}) for n, k in ours.items()}
+    yield Method(PLAIN, "plain")
+    yield from (found[name] for name in names if name in found)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory.")],
+    output: Annotated[Path, typer.Option("-o", help="The JSON, cell by cell.")],
+    task: Annotated[list[str], typer.Option(help="Shipped prompts.")] = [*SHIPPED],  # noqa: B006
+    concurrency: Annotated[str, typer.Option(help="Requests at a time.")] = "1",
+    temperature: Annotated[str, typer.Option(help="Of all requests.")] = "0",
+    method: Annotated[list[str], typer.Option(help="Some of them.")] = [*NAMES],  # noqa: B006
+    draft_model: Annotated[
+        str | None, typer.Option(help="A small model of the same family.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="A skip set that `tune` found.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Of a cell: ratios.")] = 6,
+    max_tokens: Annotated[int, typer.Option(help="Of a request.")] = 64,
+    eager: Annotated[bool, typer.Option(help="Nothing is compiled.")] = False,
+) -> None:
+    """Prints a line a cell, and keeps all of them."""
+    prepare_environment()
+    cells = _saved(output)
+    chosen = [*methods(method, draft_model, profile)]
+    wanted = [
+        {"task": name, "concurrency": streams, "temperature": degrees}
+        for degrees, streams, name in itertools.product(
+            map(float, temperature.split(",")), map(int, concurrency.split(",")), task
+        )
+    ]
+    missing = [key for key in wanted if not any(_is_of(cell, key) for cell in cells)]
+    if not missing:
+        console.print(f"{output} has all of these cells already.")
+        return
+    engines = []
+    for number, one in enumerate(chosen, 1):
+        console.print(f"Engine {number} of {len(chosen)}: {one.name}")
+        engines.append(VllmEngine(one, model, settings_of(eager)))
+    document = {
+        **provenance(_command(model, chosen, eager)),
+        "model": Path(model).name,
+        "eager": eager,
+        "max_tokens": max_tokens,
+        "extra_bytes": {one.name: _extra_bytes(one, model) for one in chosen},
+    }
+    for number, key in enumerate(missing, 1):
+        sampling = Sampling(key["temperature"], max_tokens)
+        turns = _turns(key, samples)
+        cell = key | _measured(engines, turns, key["concurrency"], sampling)
+        cells.append(cell)
+        whole_file.write_json({**document, "cells": cells}, output)
+        console.print(f"{number} of {len(missing)}: {json.dumps(cell)}")
+
+
+def _saved(output: Path) -> list[dict[str, Any]]:
+    if not output.exists():
+        return []
+    found: list[dict[str, Any]] = json.loads(output.read_text())["cells"]
+    return found
+
+
+def _is_of(cell: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(cell[name] == value for name, value in key.items())
+
+
+def _command(model: str, chosen: Sequence[Method], eager: bool) -> str:
+    """Without what only says which cells: several commands may have made them."""
+    words = ["python benchmarks/real.py", Path(model).name]
+    keys = [one.speculative_config or {} for one in chosen]
+    drafts = {str(k["model"]) for k in keys if k.get("method") == "draft_model"}
+    words += [f"--draft-model {Path(path).name}" for path in drafts]
+    words += ["--eager"] * eager
+    return " ".join(words)
+
+
+def _extra_bytes(method: Method, model: str) -> int:
+    """Weights that are kept beside the target's."""
+    keys = dict(method.speculative_config or {})
+    path = Path(model)
+    if keys.get("method") == "draft_model":
+        return int(ModelWeights.from_checkpoint(Path(keys["model"])).streamed)
+    if keys.pop("method", None) != METHOD:
+        return 0
+    target = TargetModel.read(path, model)
+    plan = resolve_plan(SelfSpecConfig.parse(keys), target).plan
+    return plan.extra_bytes(ModelWeights.from_checkpoint(path).step)
+
+
+def settings_of(eager: bool) -> dict[str, Any]:
+    """The same for every engine."""
+    return {
+        "dtype": "bfloat16",
+        "enforce_eager": eager,
+        "max_model_len": 4096,
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 512 << 20,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+
+
+def _turns(key: dict[str, Any], samples: int) -> list[list[Any]]:
+    """The prompts of each sample, one more that is not measured first. Every load and
+    temperature begins elsewhere: suffix decoding remembers answers."""
+    streams = key["concurrency"]
+    prompts = load(key["task"]).sample(None).prompts
+    first = 7 * streams + 29 * int(key["temperature"] > 0)
+    numbers = itertools.count(first)
+    return [
+        [prompts[next(numbers) % len(prompts)] for _ in range(streams)]
+        for _ in range(1 + samples)
+    ]
+
+
+@dataclass
+class Found:
+    """Of one method in a cell."""
+
+    ratios: list[float] = field(default_factory=list)
+    bounds: list[float] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """As it is saved."""
+        counts = [run.counts for run in self.runs]
+        drafts = sum(one.drafts for one in counts)
+        drafted = sum(one.draft_tokens for one in counts)
+        accepted = sum(one.accepted_tokens for one in counts)
+        depths = itertools.zip_longest(*(c.accepted_at for c in counts), fillvalue=0)
+        return {
+            "speed_up": round(median(self.ratios), 3),
+            "quartiles": [round(q, 3) for q in quantiles(self.ratios, n=4)[::2]],
+            "samples": len(self.ratios),
+            "bound": round(median(self.bounds), 3) if self.bounds else None,
+            "drafts, drafted, accepted": [drafts, drafted, accepted],
+            "accepted_at": [round(sum(d) / drafts, 3) for d in depths if drafts][:8],
+            "forward_ms": self._forward_ms(),
+        }
+
+    def _forward_ms(self) -> dict[str, float]:
+        """Median times of single forwards of few rows, by role and rows."""
+        times: dict[tuple[str, int], list[float]] = {}
+        for run in self.runs:
+            for key, seconds in run.forwards.items():
+                times.setdefault(key, []).extend(seconds)
+        return {
+            f"{role} {rows}": round(1e3 * median(seconds), 2)
+            for (role, rows), seconds in sorted(times.items())
+            if rows <= 32 and len(seconds) >= 5
+        }
+
+
+def _measured(
+    engines: Sequence[VllmEngine],
+    turns: Sequence[Sequence[Any]],
+    streams: int,
+    sampling: Sampling,
+) -> dict[str, Any]:
+    """By method; who is first with a sample's prompts changes."""
+    order = [*engines, engines[0]]
+    names = [*(engine.method.name for engine in engines), AGAIN]
+    found = {name: Found() for name in names}
+    for turn, prompts in enumerate(turns):
+        texts = [prompt.render(engines[0].tokenizer) for prompt in prompts]
+        runs = {}
+        for i in range(len(order)):
+            which = (i + turn) % len(order)
+            runs[names[which]] = order[which].run(texts, streams, sampling)
+        if not turn:
+            continue
+        for name, run in runs.items():
+            plain = runs[PLAIN]
+            found[name].runs.append(run)
+            found[name].ratios.append(plain.seconds / run.seconds)
+            bound = forwards_bound(run, plain)
+            found[name].bounds += [] if bound is None else [bound]
+    return {name: one.summary() for name, one in found.items()}
+
+
+def markdown(*documents: dict[str, Any]) -> str:
+    """A table for each saved run: medians, and quartiles where it matters."""
+    return "\n\n".join(map(_table, documents))
+
+
+def _table(document: dict[str, Any]) -> str:
+    known = {name for cell in document["cells"] for name in cell}
+    names = [name for name in (AGAIN, *NAMES) if name in known]
+    head = ["concurrency", "T", "task", *names]
+    how = "eager" if document["eager"] else "compiled, as vLLM does by default"
+    lines = [
+        f"`{document['command']}`, {document['date']}: {document['hardware']}, "
+        f"{document['num_cores']} cores; vLLM {document['vllm']}, bfloat16, {how}; "
+        f"{document['max_tokens']} tokens a request.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---:|' * 2}---|{'---:|' * len(names)}",
+    ]
+    for cell in document["cells"]:
+        row = [cell["concurrency"], f"{cell['temperature']:g}", cell["task"]]
+        row += [_figure(cell[name]) if name in cell else "" for name in names]
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
+def _figure(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['speed_up']:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def mean_speed_up(
+    document: dict[str, Any], method: str, concurrency: int, tasks: Sequence[str]
+) -> str:
+    """The geometric mean over tasks, greedy; empty where that was not run."""
+    found = [
+        cell[method]["speed_up"]
+        for cell in document["cells"]
+        if method in cell
+        and (cell["concurrency"], cell["temperature"]) == (concurrency, 0)
+        and cell["task"] in tasks
+    ]
+    return f"{geometric_mean(found):.2f}x" if len(found) == len(tasks) else ""
+
+
+if __name__ == "__main__":
+    typer.run(main)
