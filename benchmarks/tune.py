@@ -35,9 +35,9 @@ from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
-from vllm_selfspec.tuning.offline.score import Score, best_score, walk
 from vllm_selfspec.tuning.offline.search import Search
 from vllm_selfspec.tuning.offline.tuning_engine import Known, TuningEngine
+from vllm_selfspec.tuning.score import Score, best_score, walk
 
 MODELS = ("demo_model", "plain_model", "small_model")
 TASKS = ("code", "chat")

@@ -5,7 +5,6 @@ is refused at start-up by an error that names the key, the value and the fix.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,22 +18,13 @@ from pydantic import (
 )
 
 from vllm_selfspec.draft_length.options import ByGoodput, DraftLength
-from vllm_selfspec.plan import catalogue
 from vllm_selfspec.plan.axes import AXES
 from vllm_selfspec.plan.axis import Axis
 from vllm_selfspec.plan.axis_skip_layers import AUTO, ONLINE
-from vllm_selfspec.plan.draft_plan import DraftPlan
-from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.keys import Keys, describe, shown
-from vllm_selfspec.plan.profile import (
-    MAX_NUM_SPECULATIVE_TOKENS,
-    Profile,
-    read_profile,
-)
-from vllm_selfspec.plan.skip_set import DEFAULT_SKIP_RATIO, SkipSet
+from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS
 from vllm_selfspec.plan.source import Source
 from vllm_selfspec.plan.sources import MODEL, SOURCES
-from vllm_selfspec.plan.target_model import TargetModel
 
 METHOD = "selfspec"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
@@ -109,6 +99,19 @@ class SelfSpecConfig(Keys):
         "by measured costs and acceptance), 'fixed', 'threshold', 'thompson' or "
         "'thompson-calibrated'.",
     )
+    draft_memory: int | str = Field(
+        default=0,
+        description="Weights that 'auto' may keep beside the target to draft with, in "
+        "bytes or as a share of the target's, like '30%'; an int4 copy of all takes "
+        "27%. 0 takes none.",
+    )
+    calibration_seconds: float = Field(
+        default=20.0,
+        ge=0,
+        le=3600,
+        description="The most that the first start of a model takes to find the plan "
+        "that 'auto' then has; 0 does not look for one.",
+    )
     num_speculative_tokens_per_batch_size: list[tuple[int, int, int]] | None = Field(
         default=None,
         description="vLLM's: how many tokens to draft while so many requests run, as "
@@ -125,6 +128,17 @@ class SelfSpecConfig(Keys):
                 f"is {shown(name)}, but must be one of {', '.join(known)}: write that"
             )
         return name
+
+    @field_validator("draft_memory", mode="before")
+    @classmethod
+    def _is_memory(cls, value: Any) -> Any:
+        is_bytes = type(value) is int and value >= 0
+        if not is_bytes and _share_of(value) is None:
+            raise ValueError(
+                f"is {shown(value)}, but must be bytes or a share of the weights from "
+                "0% to 100%: write one, like 300000000 or '30%'"
+            )
+        return value
 
     @field_validator("num_speculative_tokens_per_batch_size", mode="before")
     @classmethod
@@ -177,7 +191,7 @@ class SelfSpecConfig(Keys):
         for source in SOURCES:
             own = set(source.keys.model_fields) - used
             if source.name == MODEL:
-                own = _keys_of_axes()
+                own = keys_of_axes()
             said = sorted(own & self.model_fields_set)
             if said and not self.may_use(source):
                 raise ValueError(
@@ -187,14 +201,36 @@ class SelfSpecConfig(Keys):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _memory_is_autos(self) -> "SelfSpecConfig":
+        if "draft_memory" in self.model_fields_set and not self.is_auto:
+            raise ValueError(
+                f"draft_memory is {shown(self.draft_memory)}, which says what "
+                "skip_layers 'auto' may take, but another key says how to draft: "
+                "remove one of them"
+            )
+        return self
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the plan to start from is what `auto` finds."""
+        is_said = "skip_layers" in self.model_fields_set
+        is_free = is_said or not self.says_how_the_model_drafts
+        return bool(self.skip_layers == AUTO) and is_free
+
     @property
     def says_how_the_model_drafts(self) -> bool:
         """Whether the user wrote a key of an axis."""
-        return bool(_keys_of_axes() & self.model_fields_set)
+        return bool(keys_of_axes() & self.model_fields_set)
 
     def may_use(self, source: Source) -> bool:
         """Whether the user lets a source draft."""
         return self.draft_source in (AUTO, source.name)
+
+    def memory_beside(self, weight_bytes: float) -> int:
+        """`draft_memory` in bytes, for a target of so many."""
+        share = _share_of(self.draft_memory)
+        return int(self.draft_memory) if share is None else int(share * weight_bytes)
 
     @property
     def is_online(self) -> bool:
@@ -229,106 +265,20 @@ def _config_type(
     return found
 
 
-@dataclass(frozen=True)
-class ChosenPlan:
-    """A configuration resolved against a model.
-
-    Attributes:
-        plan: How it drafts.
-        source: Where that is from, in words.
-        num_speculative_tokens: The draft length it was found to be best at, if any;
-            what the user says comes first.
-    """
-
-    plan: DraftPlan
-    source: str
-    num_speculative_tokens: int | None = None
-
-
-def resolve_plan(
-    config: SelfSpecConfig, target: TargetModel, model_drafts: bool = True
-) -> ChosenPlan:
-    """Turns the user's words into a plan for a model.
-
-    A word or a profile is the plan to start from; without one that is the target
-    itself, if any axis is spoken of, and else what `auto` says. Then each axis changes
-    it as its own keys say.
-
-    Raises:
-        PlanError: If the model has no such parts, or the keys do not go together.
-        ProfileError: If a profile is missing, malformed or of another model.
-    """
-    if not model_drafts or not config.may_use(SOURCES.named(MODEL)):
-        return ChosenPlan(DraftPlan(target.num_layers), "draft_source")
-    said = _said(config)
-    chosen = _start(config, target, has_axes=bool(said))
-    plan = chosen.plan
-    for axis in AXES:
-        plan = axis.resolve(config, target, plan)
-    return replace(chosen, plan=plan, source=chosen.source or ", ".join(said))
-
-
-def _keys_of_axes() -> set[str]:
+def keys_of_axes() -> set[str]:
     """The keys that say how the model drafts."""
     return {key for axis in AXES for key in axis.keys.model_fields}
 
 
-def _said(config: SelfSpecConfig) -> list[str]:
-    """The keys of axes that the user wrote, in words."""
-    keys = [key for axis in AXES for key in axis.keys.model_fields]
-    values = {
-        key: getattr(config, key) for key in keys if key in config.model_fields_set
-    }
-    return [
-        f"{key} {value}" if isinstance(value, str) else key
-        for key, value in values.items()
-        if value is not None
-    ]
-
-
-def _start(config: SelfSpecConfig, target: TargetModel, has_axes: bool) -> ChosenPlan:
-    """The plan that a word of the user's names; the target itself where there is none
-    and some axis is spoken of."""
-    word = config.skip_layers
-    is_said = "skip_layers" in config.model_fields_set
-    if not isinstance(word, str) or (has_axes and not is_said):
-        return ChosenPlan(DraftPlan(target.num_layers), "")
-    if word == AUTO:
-        return _auto_plan(target, "auto")
-    if word == ONLINE:
-        kept = config.online.profile
-        if kept is None or not Path(kept).exists():
-            return _auto_plan(target, "online, from auto")
-        return _profile_plan(kept, target, f"online, from profile {kept}")
-    return _profile_plan(word, target, f"profile {word}")
-
-
-def _auto_plan(target: TargetModel, word: str) -> ChosenPlan:
-    entry = catalogue.find(target)
-    if entry is not None:
-        source = f"{word}: the catalogue's plan for {entry.model}"
-        return _plan_of_profile(entry, target.num_layers, source)
-    return ChosenPlan(
-        DraftPlan.skipping(SkipSet.evenly_spread(target.num_layers)),
-        f"{word}: no catalogue entry for this model, so {DEFAULT_SKIP_RATIO:.0%} of "
-        "the sublayers, evenly spread, first and last layer kept",
-    )
-
-
-def _profile_plan(path: str, target: TargetModel, source: str) -> ChosenPlan:
-    profile = read_profile(Path(path))
-    profile.check_fits(target)
-    return _plan_of_profile(profile, target.num_layers, source)
-
-
-def _plan_of_profile(profile: Profile, num_layers: int, source: str) -> ChosenPlan:
+def _share_of(memory: object) -> float | None:
+    """0.3 of `30%`; None of what is no share."""
+    if not isinstance(memory, str) or not memory.endswith("%"):
+        return None
     try:
-        plan = profile.plan(num_layers)
-    except PlanError as error:
-        raise type(error)(f"{source}: {error}") from error
-    if profile.figures is None:
-        return ChosenPlan(plan, source)
-    return ChosenPlan(plan, source, profile.figures.num_speculative_tokens)
+        share = float(memory.removesuffix("%")) / 100
+    except ValueError:
+        return None
+    return share if 0 <= share <= 1 else None
 
 
 def _is_schedule_entry(entry: Any) -> bool:

@@ -118,6 +118,24 @@ def online_of(vllm_config: Any) -> "Online | None":
     return None if options is None else Online.model_validate(options)
 
 
+def calibration_of(vllm_config: Any) -> dict[str, Any] | None:
+    """What to look for a draft plan by at this start; None where that is not to be
+    done: see `engine.first_start`."""
+    if not uses_selfspec(vllm_config):
+        return None
+    found: dict[str, Any] | None = vllm_config.additional_config["selfspec"].get(
+        "calibration"
+    )
+    return found
+
+
+def acceptance_of(vllm_config: Any) -> tuple[float, ...]:
+    """Chance that each draft token of the model is accepted, as it was found before;
+    none where it was not."""
+    found = vllm_config.additional_config["selfspec"].get("acceptance", ())
+    return tuple(map(float, found))
+
+
 def plan_of(vllm_config: Any) -> "DraftPlan":
     """The draft plan that `translate` put into this `VllmConfig`."""
     from vllm_selfspec.plan.draft_plan import DraftPlan

@@ -16,8 +16,9 @@ from pydantic import Field
 from helpers.engines import Engines, greedy, prompts_of, run, token_ids
 from helpers.environment import IS_V2
 from helpers.models import NUM_LAYERS
+from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.cli.preview import Preview
-from vllm_selfspec.config import ConfigError, SelfSpecConfig, resolve_plan
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.plan import axes
 from vllm_selfspec.plan.axis import Axis
 from vllm_selfspec.plan.draft_plan import DraftPlan
@@ -25,8 +26,8 @@ from vllm_selfspec.plan.keys import Keys
 from vllm_selfspec.plan.profile import read_profile
 from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.plan.target_model import TargetModel
-from vllm_selfspec.tuning.offline.score import best_score
 from vllm_selfspec.tuning.offline.search import Search
+from vllm_selfspec.tuning.score import best_score
 
 NAME = "shift"
 MOST = 40

@@ -14,7 +14,8 @@ from helpers.engines import Engines, greedy, prompts_of, run, token_ids
 from helpers.environment import IS_V2
 from helpers.full_disk import full_disk
 from helpers.models import DEMO_MODEL, NUM_LAYERS
-from vllm_selfspec.config import ConfigError, Online, SelfSpecConfig, resolve_plan
+from vllm_selfspec.chosen_plan import resolve_plan
+from vllm_selfspec.config import ConfigError, Online, SelfSpecConfig
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.profile import ProfileError, read_profile

@@ -23,10 +23,10 @@ from vllm_selfspec.plan.profile import read_profile
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.candidates import greedy_path, neighbours, single_changes
 from vllm_selfspec.tuning.offline.engines import RayEngines
-from vllm_selfspec.tuning.offline.score import Score, best_score, walk
 from vllm_selfspec.tuning.offline.search import Search
 from vllm_selfspec.tuning.offline.tune import parse_budget
 from vllm_selfspec.tuning.offline.tuning_engine import TuningEngine
+from vllm_selfspec.tuning.score import Score, best_score, walk
 from vllm_selfspec.whole_file import WriteError
 
 NUM_DRAFTS = 4

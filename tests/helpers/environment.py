@@ -3,7 +3,10 @@
 One rule: it is set before anything imports vLLM, which reads it once.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -21,6 +24,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the first start of a model finds must not be found by the next run's.
+if "SELFSPEC_TEST_CACHE" not in os.environ:
+    os.environ["SELFSPEC_TEST_CACHE"] = "1"  # of this process and those it starts
+    os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="selfspec-tests-")
+    atexit.register(shutil.rmtree, os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 
 # `make test-v2` runs with vLLM's V2 model runner, under Triton's interpreter.
 IS_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"

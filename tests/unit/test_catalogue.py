@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from helpers.models import build_tiny_model
+from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.cli.main import app
-from vllm_selfspec.config import SelfSpecConfig, resolve_plan
+from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.plan import catalogue
 from vllm_selfspec.plan.catalogue import entries, find
 from vllm_selfspec.plan.cost import ModelWeights

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from helpers.models import NUM_LAYERS, build_tiny_model
 from vllm_selfspec import __version__
+from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.cli import main as cli
 from vllm_selfspec.cli import preview
-from vllm_selfspec.config import SelfSpecConfig, resolve_plan
+from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.engine import versions
 from vllm_selfspec.plan.cost import ModelWeights, bound, expected_tokens
 from vllm_selfspec.plan.families import UnsupportedModelError

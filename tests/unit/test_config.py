@@ -27,12 +27,8 @@ from helpers.configurations import (
     wanted_skip_set,
     written,
 )
-from vllm_selfspec.config import (
-    ChosenPlan,
-    SelfSpecConfig,
-    config_type,
-    resolve_plan,
-)
+from vllm_selfspec.chosen_plan import ChosenPlan, resolve_plan
+from vllm_selfspec.config import SelfSpecConfig, config_type
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel

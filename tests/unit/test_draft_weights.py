@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from helpers.models import NUM_LAYERS, build_tiny_model
+from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.cli.preview import Preview
-from vllm_selfspec.config import ConfigError, SelfSpecConfig, resolve_plan
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.plan.axis_draft_weights import BYTES_PER_WEIGHT, DraftWeights
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan

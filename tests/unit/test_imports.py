@@ -19,7 +19,7 @@ ORDER = (
     ("whole_file",),
     ("plan",),
     ("draft_length",),
-    ("config", "served_config"),
+    ("config", "chosen_plan", "served_config"),
     ("draft",),
     ("engine",),
     ("bench",),
@@ -29,11 +29,12 @@ ORDER = (
 )
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Of these neither torch nor vLLM is imported, not even within a function.
-PURE = ("plan", "draft_length", "config", "served_config")
+PURE = ("plan", "draft_length", "config", "chosen_plan", "served_config")
 # Imports against the order, all within functions, and why each is needed.
 AGAINST_THE_ORDER = {
     ("draft.v1_proposer", "tuning.online.tuner"): "only where 'online' is asked for",
     ("engine.scheduler", "tuning.online.tuner"): "only where 'online' is asked for",
+    ("engine.scheduler", "tuning.calibration"): "only at a model's first start",
 }
 LOADING, LAZY, TYPING = "loading", "lazy", "typing"
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
+from vllm_selfspec.chosen_plan import resolve_plan
+from vllm_selfspec.config import METHOD, SelfSpecConfig
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet

@@ -4,7 +4,6 @@ One rule: whatever is saved with a figure in it, reports, profiles and cards, sa
 with the same keys.
 """
 
-import os
 import platform
 import shlex
 import sys
@@ -12,8 +11,8 @@ from datetime import date
 from pathlib import Path
 
 from vllm_selfspec import __version__
-from vllm_selfspec.bench.machine import cpu_name
 from vllm_selfspec.engine import versions
+from vllm_selfspec.engine.hardware import device_name, num_cores
 
 SCRIPTS = "benchmarks"  # the folder of them
 
@@ -35,7 +34,6 @@ def provenance(command: str | None) -> dict[str, str | int]:
     """
     import torch
 
-    on_gpu = torch.cuda.is_available()
     return {
         **({} if command is None else {"command": command}),
         "date": date.today().isoformat(),
@@ -43,6 +41,6 @@ def provenance(command: str | None) -> dict[str, str | int]:
         "vllm": versions.vllm_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "hardware": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "num_cores": os.cpu_count() or 1,
+        "hardware": device_name(),
+        "num_cores": num_cores(),
     }

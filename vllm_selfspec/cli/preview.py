@@ -13,7 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm_selfspec.config import METHOD, SelfSpecConfig, resolve_plan
+from vllm_selfspec.chosen_plan import resolve_plan
+from vllm_selfspec.config import METHOD, SelfSpecConfig
 from vllm_selfspec.plan.cost import (
     CheckpointError,
     ModelWeights,

@@ -110,6 +110,7 @@ class RowPlanner:
         self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._max_drafts = served_config.num_model_tokens(vllm_config)
         self._sources = FreeSources(served_config.sources_of(vllm_config))
+        self._acceptance = served_config.acceptance_of(vllm_config)
         self._goes_by_costs = served_config.plans_draft_lengths(vllm_config)
         self._uniform = [] if self._sources.num_kinds else uniform_lengths(vllm_config)
         parallel_config = vllm_config.parallel_config
@@ -138,12 +139,29 @@ class RowPlanner:
         """Whether all requests get one length."""
         return bool(self._uniform)
 
+    @property
+    def model_drafts(self) -> bool:
+        """Whether the model drafts at all."""
+        return self._max_drafts > 0
+
     def took_free_tokens(self, req_ids: Sequence[str]) -> Bools:
         """Whether what was last planned for each request are free tokens, `[n]`."""
         return np.array([req_id in self._kinds for req_id in req_ids], bool)
 
-    def use_costs(self, costs: StepCosts) -> None:
-        """Plans by these costs, knowing nothing of requests."""
+    def leave_to_free_sources(self) -> None:
+        """Has the model draft nothing, from the next `use_costs` on."""
+        self._max_drafts = 0
+
+    def use_costs(
+        self, costs: StepCosts, acceptance: Sequence[float] | None = None
+    ) -> None:
+        """Plans by these costs, knowing nothing of requests.
+
+        Args:
+            costs: Of this model on this machine.
+            acceptance: Chance that each draft token of the model is accepted, given
+                those before it; None takes what was found before, if anything was.
+        """
         self.goodput = Goodput(
             self._max_num_reqs,
             self._max_drafts,
@@ -152,6 +170,8 @@ class RowPlanner:
             self._sources.max_tokens,
             max(1, self._sources.num_kinds),
         )
+        found = self._acceptance if acceptance is None else acceptance
+        self.goodput.acceptance.expect(found[: self._max_drafts])
 
     def plan(self, step: SampledStep) -> RowPlan:
         """What is drafted after a step; first learns from what it verified.

@@ -38,7 +38,7 @@ from vllm_selfspec.draft.v1_step import (
 )
 from vllm_selfspec.draft.view import DraftView, LoadedTarget
 from vllm_selfspec.plan.draft_plan import DraftPlan
-from vllm_selfspec.served_config import plan_of
+from vllm_selfspec.served_config import calibration_of, plan_of
 
 if TYPE_CHECKING:
     from vllm_selfspec.tuning.online.tuner import OnlineTuner
@@ -86,7 +86,8 @@ class SelfSpecProposer:
         plan = plan_of(self._vllm_config)
         self._target = LoadedTarget(target, plan, self._vllm_config)
         self.use_plan(plan)
-        if self.tuner is None:  # otherwise it is exchanged too often
+        # Otherwise it is exchanged, too often or once more.
+        if self.tuner is None and calibration_of(self._vllm_config) is None:
             compile_view(self._view, self._vllm_config)
 
     def use_plan(self, plan: DraftPlan) -> None:
@@ -96,6 +97,18 @@ class SelfSpecProposer:
         left in the KV cache is overwritten before it is read.
         """
         self.plan, self._view = plan, self._target.view(plan)
+
+    def adopt(self, plan: DraftPlan | None) -> None:
+        """Drafts by a plan to the end, compiled; or, for None, leaves drafting to free
+        sources, and gives back what the model's drafts have taken."""
+        if plan is not None:
+            self.use_plan(plan)
+            compile_view(self._view, self._vllm_config)
+            return
+        assert self.planner is not None
+        self.planner.leave_to_free_sources()
+        self.use_plan(DraftPlan(self.plan.num_layers))
+        self._target.release()
 
     @torch.inference_mode()
     def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:

@@ -167,6 +167,10 @@ class LoadedTarget:
             if (loader := AXES.named(name).loader) is not None
         }
 
+    def release(self) -> None:
+        """Gives back what was loaded; from now on the target alone can be run."""
+        self._loaded.clear()
+
     def view(self, plan: DraftPlan) -> "DraftView":
         """The target, run as a plan says."""
         builder = ViewBuilder(self.target, plan.num_layers, self._family)

@@ -4,6 +4,8 @@ One rule: a new request is taken to be like the ones before it, and shows within
 steps how it differs.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vllm_selfspec.draft_length.trials import logit, sigmoid, trials
@@ -16,6 +18,8 @@ GUESS_TRIALS = 2.0
 # Before a position was seen: that of the one before it, of the weight of more, because
 # one bad trial would otherwise keep it from ever being tried again.
 NEIGHBOUR_TRIALS = 10.0
+# Of what was found before, on other texts: enough to begin with, and soon outweighed.
+EXPECTED_TRIALS = 20.0
 # How many trials the population's figures remember.
 POPULATION_TRIALS = 500.0
 # How far requests lie apart: the deviation of their logits is about 0.5. Counted on
@@ -51,6 +55,19 @@ class Acceptance:
         self._taken = np.zeros((num_kinds, max_drafts))
         self._own = np.zeros(num_slots)  # b
         self._known = np.zeros(num_slots)  # the sum in the denominator
+        self._population = self._estimate()
+
+    def expect(self, chances: Sequence[float]) -> None:
+        """Takes new requests to be like others that were seen before.
+
+        Args:
+            chances: That drafts of the first kind are accepted, by position, given
+                those before; at most as many as the longest draft.
+        """
+        reached = np.cumprod([1.0, *chances])[:-1]
+        num = EXPECTED_TRIALS * reached
+        self._tried[0, : len(num)] = num
+        self._taken[0, : len(num)] = num * chances
         self._population = self._estimate()
 
     def admit(self, slot: int) -> None:

@@ -21,8 +21,11 @@ from vllm_selfspec.draft_length.best_lengths import (
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.types import Bools, Floats, Ints, Slots
 
-# Share of the time spent on finding out whether drafting pays again.
+# Share of the time spent on finding out whether drafting pays again. Each trial in vain
+# makes the next one wait longer, so that over T seconds they take in the order of
+# sqrt(T); to a limit, because texts change and nobody says so.
 EXPLORE_SHARE = 0.005
+MOST_PATIENCE = 20.0
 # A free proposal that was passed over is verified all the same once in so many times,
 # and so many tokens of it: its kind may have turned good.
 TRY_EVERY, TRIED_TOKENS = 50, 4
@@ -101,6 +104,8 @@ class Goodput:
         self._max_drafts, self._max_free = max_drafts, max_free
         self._owed = 0.0  # seconds that trials may take by now
         self._price = 0.0  # of the next one, when it was last looked at
+        self._patience = 1.0  # how many times its price a trial waits for
+        self._hope = 1.0  # chance of the first draft token at the last trial
         self._passed_over = np.zeros(num_kinds, np.int64)
 
     @property
@@ -146,6 +151,7 @@ class Goodput:
         else:
             found = Plan(best_lengths(survival, own_room, self.costs, prompts))
         if found.lengths.any():
+            self._patience = 1.0 if found.num_steps else self._patience
             return found
         return self._trial(num_reqs, own_room, prompts)
 
@@ -178,9 +184,13 @@ class Goodput:
             return Plan(np.zeros(num_reqs, np.int64))
         seconds = verify_seconds(self.costs, num_reqs, int(tried.sum()), prompts)
         self._price = float(seconds) - plain + float(self.costs.draft(num_reqs))
+        self._price *= self._patience
         if self._owed < self._price:
             return Plan(np.zeros(num_reqs, np.int64))
         self._owed = self._price = 0.0
+        hope = float(self.acceptance.population()[0])
+        grown = 1.0 if hope > self._hope else self._patience + 1
+        self._patience, self._hope = min(grown, MOST_PATIENCE), hope
         return Plan(tried, is_trial=True)
 
     def beliefs(self) -> dict[str, float]:

@@ -51,11 +51,13 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
     )
     most = min(most, MAX_ROWS_GPU if torch.cuda.is_available() else MAX_ROWS_CPU)
     num_rows = [n for n in NUM_ROWS if n <= max(2, most)]
+    planner = getattr(drafter, "planner", None)
+    drafts = num_model_tokens(config) and (planner is None or planner.model_drafts)
     verify, draft = [], []
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
         step = partial(drafter.dummy_step, runner, n)
-        num_drafts = NUM_DRAFTS if num_model_tokens(config) else 0
+        num_drafts = NUM_DRAFTS if drafts else 0
         alone, drafting = seconds_of(
             [partial(step, 0), partial(step, num_drafts)], repeats
         )

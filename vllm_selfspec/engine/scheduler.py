@@ -48,7 +48,11 @@ def prepare(vllm_config: Any, executor: Any) -> None:
     # release that is supported was tried with them.
     logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
     tunes = served_config.tunes_online(vllm_config)
-    if tunes or served_config.plans_draft_lengths(vllm_config):
+    if served_config.calibration_of(vllm_config) is not None:
+        from vllm_selfspec.tuning.calibration import calibrate
+
+        calibrate(vllm_config, executor)
+    elif tunes or served_config.plans_draft_lengths(vllm_config):
         costs = measured(executor)
         if tunes:
             _start_tuning(vllm_config, executor, costs)

@@ -12,19 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.config import (
-    METHOD,
-    ChosenPlan,
-    ConfigError,
-    SelfSpecConfig,
-    resolve_plan,
-)
+from vllm_selfspec.chosen_plan import ChosenPlan, resolve_plan
+from vllm_selfspec.config import METHOD, ConfigError, SelfSpecConfig
 from vllm_selfspec.draft import stats as draft_stats
 from vllm_selfspec.draft_length.options import (
     STOPPING,
     ByGoodput,
     schedule_of_all,
 )
+from vllm_selfspec.engine.first_start import FirstStart, can_try_plans
 from vllm_selfspec.engine.support import (
     raise_if_model_cannot_draft,
     raise_if_refused,
@@ -32,6 +28,7 @@ from vllm_selfspec.engine.support import (
 )
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_skip_layers import AUTO
+from vllm_selfspec.plan.calibrated import USEFUL
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.sources import MODEL, SOURCES
 from vllm_selfspec.plan.target_model import TargetModel
@@ -109,7 +106,12 @@ def _resolve(
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config)
     model_drafts = _model_drafts(config, model_config)
-    chosen = resolve_plan(config, target_of(model_config), model_drafts)
+    is_ahead = _prefers_async(config, engine_args)
+    first = FirstStart(config, model_config, parallel_config, is_ahead)
+    target = target_of(model_config)
+    chosen = resolve_plan(config, target, model_drafts, first.known)
+    if _is_useless(config, chosen):
+        model_drafts = False
     deployment = Deployment(
         model_config,
         parallel_config,
@@ -122,6 +124,8 @@ def _resolve(
     sources = _sources(config, engine_args, model_drafts)
     draft_stats.share_directory()
     _log(chosen, sources)
+    is_able = can_try_plans(engine_args, model_config, parallel_config)
+    calibration = first.request(chosen, is_able)
     num_model_tokens = _num_drafts(config, chosen) if MODEL in sources else 0
     engine_args.additional_config = {
         **engine_args.additional_config,
@@ -131,6 +135,8 @@ def _resolve(
             "online": _online(config),
             "sources": sources,
             "num_model_tokens": num_model_tokens,
+            "acceptance": chosen.acceptance,
+            "calibration": calibration,
         },
     }
     longest = [SOURCES.named(name).max_tokens(sources[name]) for name in sources]
@@ -155,6 +161,14 @@ def _model_drafts(config: SelfSpecConfig, model_config: Any) -> bool:
         logger.warning("%s. That is what it does now", error)
         return False
     return True
+
+
+def _is_useless(config: SelfSpecConfig, chosen: ChosenPlan) -> bool:
+    """Whether the first start has found that the model's drafts bring nothing, and
+    others may draft in their place."""
+    if not config.is_auto or config.draft_source != AUTO or chosen.figures is None:
+        return False
+    return chosen.is_calibrated and chosen.figures.speed_up < USEFUL
 
 
 def _raise_if_not_tunable(parallel_config: Any) -> None:
@@ -256,6 +270,10 @@ def _log(chosen: ChosenPlan, sources: Mapping[str, Any]) -> None:
     free = [SOURCES.named(name).words for name in sources if name != MODEL]
     model = [f"{chosen.plan} ({chosen.source})"] if MODEL in sources else []
     logger.info("selfspec drafts with: %s", "; ".join([*model, *free]))
+    if chosen.is_calibrated and chosen.figures is not None:
+        what = "are expected to bring" if model else "are left out: they would bring"
+        speed_up = chosen.figures.speed_up
+        logger.info("selfspec: the model's own drafts %s %.2fx", what, speed_up)
 
 
 def _num_drafts(config: SelfSpecConfig, chosen: ChosenPlan) -> int:

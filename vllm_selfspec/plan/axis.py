@@ -139,6 +139,13 @@ class Axis(ABC):
         in bytes."""
         return 0
 
+    def within_memory(
+        self, plan: "DraftPlan", target: StepCost, most_bytes: float
+    ) -> Any:
+        """The value that drafts fastest of those with which `plan` keeps at most
+        `most_bytes` beside the target, whose bytes are given."""
+        return plan[self.name]
+
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:
         """What a search that starts from `plan` may choose, by parameter: at least two
         values of each, as JSON has them. Names are no other axis's."""

@@ -107,6 +107,15 @@ class DraftPlan:
             draft = AXES.named(name).cost(value, draft, target)
         return found
 
+    def within_memory(self, target: StepCost, most_bytes: float) -> "DraftPlan":
+        """The plan with what brings most for at most so many bytes beside the target,
+        whose bytes are given."""
+        plan = self
+        for axis in AXES:
+            value = axis.within_memory(plan, target, most_bytes)
+            plan = plan.with_value(axis.name, value)
+        return plan
+
     def choices(self, is_exchangeable: bool = False) -> dict[str, tuple[Any, ...]]:
         """What a search that starts from here may choose, by parameter; with
         `is_exchangeable`, while an engine serves."""

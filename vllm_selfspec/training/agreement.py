@@ -16,7 +16,7 @@ from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.training.texts import Continuation
-from vllm_selfspec.tuning.offline.score import Score, best_score
+from vllm_selfspec.tuning.score import Score, best_score
 
 MAX_DRAFTS = 8
 Bools = NDArray[np.bool_]

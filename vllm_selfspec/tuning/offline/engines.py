@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.plan.draft_plan import DraftPlan
-from vllm_selfspec.tuning.offline.score import Score
 from vllm_selfspec.tuning.offline.tuning_engine import Known, TuningEngine
+from vllm_selfspec.tuning.score import Score
 
 
 class Engines(Protocol):

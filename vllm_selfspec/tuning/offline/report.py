@@ -10,8 +10,8 @@ from rich.table import Table
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
-from vllm_selfspec.tuning.offline.score import Score
 from vllm_selfspec.tuning.offline.search import Found
+from vllm_selfspec.tuning.score import Score
 
 
 def frontier(found: Sequence[Found]) -> list[Found]:

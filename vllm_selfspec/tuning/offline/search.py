@@ -21,7 +21,7 @@ from vllm_selfspec.tuning.candidates import (
     neighbours,
     single_changes,
 )
-from vllm_selfspec.tuning.offline.score import Score
+from vllm_selfspec.tuning.score import Score
 from vllm_selfspec.whole_file import WriteError
 
 # A plan that is this far behind the best on the first texts is not tried on the rest.

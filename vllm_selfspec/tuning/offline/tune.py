@@ -28,9 +28,9 @@ from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.tuning.offline import report
 from vllm_selfspec.tuning.offline.engines import Engines, LocalEngine, RayEngines
-from vllm_selfspec.tuning.offline.score import Score
 from vllm_selfspec.tuning.offline.search import Found, Search
 from vllm_selfspec.tuning.offline.tuning_engine import Known
+from vllm_selfspec.tuning.score import Score
 
 KV_CACHE_BYTES = 1 << 30
 NUM_MEASURED = 3  # candidates that generate for real in the end

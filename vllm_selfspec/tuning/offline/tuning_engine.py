@@ -6,7 +6,6 @@ exchanging the draft view, never by starting another engine.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from vllm_selfspec.engine.spec_counters import Counts
 from vllm_selfspec.engine.workers import use_plan
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.step_cost import StepCost
-from vllm_selfspec.tuning.offline.score import Score, Walk, best_score
+from vllm_selfspec.tuning import probing
+from vllm_selfspec.tuning.score import Score, Walk, best_score
 
 # CPU attention takes multiples of 32; small blocks make a row's own blocks small.
 BLOCK_SIZE = 32
@@ -93,7 +93,7 @@ class TuningEngine:
             known: What another engine has found out; None to find it out.
             settings: Of `vllm.LLM`.
         """
-        from vllm_selfspec.tuning.offline.probe import MAX_ROWS
+        from vllm_selfspec.tuning.probe import MAX_ROWS
 
         self._num_drafts, self._num_streams = num_drafts, num_streams
         self._max_tokens = max_tokens
@@ -116,7 +116,7 @@ class TuningEngine:
         self._has_read = False
         if known is None:
             texts = tuple(self._generated(prompts))
-            num_layers = self._engine.ask(_num_layers)[0]
+            num_layers = self._engine.ask(probing.num_layers)[0]
             known = Known(
                 num_layers,
                 texts,
@@ -141,15 +141,18 @@ class TuningEngine:
     def right(self, plan: DraftPlan, numbers: Sequence[int]) -> list[Ints]:
         """Right drafts at every position of some texts: see `Probe.num_right`."""
         if not self._has_read:
-            texts = [text.token_ids for text in self.known.texts]
-            self._engine.ask(_start_probe, self._num_drafts, texts)
+            token_ids = [text.token_ids for text in self.known.texts]
+            self._engine.ask(probing.start_probe, self._num_drafts, token_ids)
             self._has_read = True
-        return [
-            self._engine.ask(_num_right, number, self.known.texts[number].first, plan)[
-                0
-            ]
-            for number in numbers
+        texts = [self.known.texts[number] for number in numbers]
+        sizes = [len(text.token_ids) - 1 - text.first for text in texts]
+        positions = [
+            text.first + np.arange(n) for text, n in zip(texts, sizes, strict=True)
         ]
+        which = np.repeat(np.asarray(numbers, np.int64), sizes)
+        rows = which, np.concatenate(positions), plan, self._num_drafts
+        found = self._engine.ask(probing.num_right, *rows)[0]
+        return np.split(found, np.cumsum(sizes)[:-1])
 
     def score(self, plan: DraftPlan, numbers: Sequence[int]) -> Score:
         """What the plan gains on some texts."""
@@ -200,7 +203,9 @@ class TuningEngine:
     def _measure_verify(self) -> Floats:
         """v: a step that verifies 1, 2, ... draft tokens a stream, over a plain one."""
         rows = [self._num_streams * (1 + k) for k in range(self._num_drafts + 1)]
-        seconds = np.max(self._engine.ask(_time_steps, rows), axis=0)
+        seconds = np.max(
+            self._engine.ask(probing.time_steps, rows, NUM_TIMINGS), axis=0
+        )
         plain, *verify = without_interruptions(rows, seconds)
         found: Floats = np.array(verify) / plain
         return found
@@ -209,7 +214,8 @@ class TuningEngine:
         """The head, an attention and an MLP sublayer in a draft step, over a plain
         step."""
         found: Floats = np.max(
-            self._engine.ask(_time_sublayers, self._num_streams), axis=0
+            self._engine.ask(probing.time_sublayers, self._num_streams, NUM_TIMINGS),
+            axis=0,
         )
         return found
 
@@ -219,40 +225,3 @@ def _walk_of(counts: Counts, k: int) -> Walk:
     emitted = counts.drafts + counts.accepted_tokens
     tried_at = (counts.drafts,) * k
     return Walk(emitted, counts.drafts, counts.accepted_at[:k], tried_at)
-
-
-# What follows runs in the workers, by their probe.
-_probes: dict[int, Any] = {}
-
-
-def _num_layers(worker: Any) -> int:
-    config = worker.model_runner.model_config
-    return int(config.get_total_num_hidden_layers())
-
-
-def _start_probe(worker: Any, num_drafts: int, texts: Sequence[Sequence[int]]) -> None:
-    from vllm_selfspec.tuning.offline.probe import Probe
-
-    probe = _probes[id(worker.model_runner)] = Probe(worker, num_drafts)
-    for text in texts:
-        probe.read(text)
-
-
-def _num_right(worker: Any, number: int, first: int, plan: DraftPlan) -> Ints:
-    found: Ints = _probes[id(worker.model_runner)].num_right(number, first, plan)
-    return found
-
-
-def _time_steps(worker: Any, num_rows: Sequence[int]) -> list[float]:
-    """Seconds of a step of so many rows, for each."""
-    from vllm_selfspec.engine.measure import seconds_of
-
-    runner = worker.model_runner
-    step = partial(runner.drafter.dummy_step, runner, num_drafts=0)
-    return seconds_of([partial(step, num) for num in num_rows], NUM_TIMINGS)
-
-
-def _time_sublayers(worker: Any, num_rows: int) -> tuple[float, float, float]:
-    from vllm_selfspec.engine.measure import measure_sublayers
-
-    return measure_sublayers(worker, num_rows, NUM_TIMINGS)

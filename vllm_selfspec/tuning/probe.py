@@ -1,15 +1,15 @@
 """`Probe`: drafts from every position of a text at once, in the worker.
 
 One rule: it drafts as the engine does. Rows are requests of their own to the V1
-proposer's draft loop: row t has the text up to its token t behind it, in the target's
-own KV cache. What lies before the block of token t all rows share; that block, which
-the row will write to, it has a copy of. With nothing skipped every draft is therefore
-what the target says, which is how a probe checks itself.
+proposer's draft loop: row t has a text up to its token t behind it, in the target's own
+KV cache. What lies before the block of token t all rows of a text share; that block,
+which the row will write to, it has a copy of. With nothing skipped every draft is
+therefore what the target says, which is how a probe checks itself.
 
 It takes KV blocks as it likes: the engine must be idle, and must not keep prefixes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
 MAX_ROWS = 64
+# Of the KV cache, what rows' own blocks may take; the rest is for the texts.
+MOST_OWN = 0.5
 
 
 class ProbeError(RuntimeError):
@@ -33,7 +35,7 @@ class Probe:
     """Texts in the target's KV cache, and rows that draft from within them."""
 
     def __init__(self, worker: Any, num_drafts: int) -> None:
-        """For drafts of `num_drafts` tokens, in vLLM's V1 worker."""
+        """For drafts of at most `num_drafts` tokens, in vLLM's V1 worker."""
         self._runner = worker.model_runner
         self._num_drafts = num_drafts
         tables = self._runner.input_batch.block_table
@@ -43,12 +45,21 @@ class Probe:
         ]
         # Block 0 is vLLM's null block. KV cache groups share the blocks of one pool.
         self._next_block = 1
+        self._max_rows = self._fitting_rows()
         # By group: blocks of a row's own, from the newest token's on.
         self._own = [
-            self._take(MAX_ROWS * self._num_own(size)).reshape(MAX_ROWS, -1)
+            self._take(self._max_rows * self._num_own(size)).reshape(self._max_rows, -1)
             for _, _, size in self._groups
         ]
+        self._first_block = self._next_block
         self._texts: list[tuple[Ints, list[Ints]]] = []
+
+    def _fitting_rows(self) -> int:
+        """Rows at once: what the engine has buffers for, and the KV cache room."""
+        most = min(MAX_ROWS, self._runner.scheduler_config.max_num_seqs)
+        blocks = sum(self._num_own(size) for _, _, size in self._groups)
+        room = int(MOST_OWN * self._runner.kv_cache_config.num_blocks) // blocks
+        return int(max(1, min(most, room)))
 
     def _num_own(self, block_size: int) -> int:
         """Blocks that a draft may write to."""
@@ -65,7 +76,7 @@ class Probe:
         return np.arange(first, first + num)
 
     @torch.inference_mode()
-    def read(self, token_ids: Sequence[int]) -> int:
+    def read(self, token_ids: Sequence[int] | Ints) -> int:
         """Runs the target over a text, once; returns its number."""
         text = np.asarray(token_ids, np.int64)
         blocks = [self._take(-(-len(text) // size)) for _, _, size in self._groups]
@@ -118,57 +129,85 @@ class Probe:
             is_prefilling=torch.ones(1, dtype=torch.bool),
         )
 
-    @torch.inference_mode()
-    def num_right(self, number: int, first: int, plan: DraftPlan) -> Ints:
-        """How many draft tokens are right at each position.
+    def continued(self, texts: Sequence[Sequence[int]], num_tokens: int) -> list[Ints]:
+        """Texts with as many tokens more as the target says come next, greedily: drafts
+        of which nothing is left out.
 
         Args:
-            number: Of the text, whose tokens from `first` on are the target's own.
-            first: The first position to draft from.
+            texts: Token ids.
+            num_tokens: At most the drafts that the probe is for.
+        """
+        numbers = np.array([self.read(text) for text in texts])
+        last = np.array([len(text) - 1 for text in texts])
+        config = self._runner.model_config
+        self._runner.drafter.use_plan(DraftPlan(config.get_total_num_hidden_layers()))
+        found = self._in_parts(self._draft, numbers, last, num_tokens)
+        self._texts, self._next_block = [], self._first_block  # they are read no more
+        return [np.concatenate(pair) for pair in zip(texts, found, strict=True)]
+
+    def num_right(
+        self, numbers: Ints, positions: Ints, plan: DraftPlan, num_drafts: int
+    ) -> Ints:
+        """How many draft tokens are right at some positions.
+
+        Args:
+            numbers: Of the texts, which are the target's own from there on, `[n]`.
+            positions: Of the newest token, before the last of the text, `[n]`.
             plan: How the draft differs from its target.
+            num_drafts: Tokens to draft, at most those that the probe is for.
 
         Returns:
-            For each newest token from `first` to the last but one, how many of the
-            drafted tokens are the text's own next ones before the first that is not.
+            For each position how many of the drafted tokens are the text's own next
+            ones before the first that is not, `[n]`.
         """
         self._runner.drafter.use_plan(plan)
-        text, _ = self._texts[number]
-        positions = np.arange(first, len(text) - 1)
-        found = [
-            self._num_right(number, positions[start : start + MAX_ROWS])
-            for start in range(0, len(positions), MAX_ROWS)
-        ]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return self._in_parts(self._num_right, numbers, positions, num_drafts)
 
-    def _num_right(self, number: int, positions: Ints) -> Ints:
-        text, _ = self._texts[number]
-        steps = np.arange(1, self._num_drafts + 1)
-        wanted = positions[:, None] + steps  # [num_rows, num_drafts]
-        exists = wanted < len(text)
-        drafts = self._draft(number, positions)
-        is_right = exists & (drafts == text[np.minimum(wanted, len(text) - 1)])
+    def _in_parts(
+        self,
+        ask: Callable[[Ints, Ints, int], Ints],
+        numbers: Ints,
+        positions: Ints,
+        num_drafts: int,
+    ) -> Ints:
+        """Of as many rows at once as there may be."""
+        starts = range(0, len(positions), self._max_rows)
+        parts = [slice(start, start + self._max_rows) for start in starts]
+        return np.concatenate(
+            [ask(numbers[rows], positions[rows], num_drafts) for rows in parts]
+        )
+
+    def _num_right(self, numbers: Ints, positions: Ints, num_drafts: int) -> Ints:
+        drafts = self._draft(numbers, positions, num_drafts)
+        is_right = np.zeros(drafts.shape, bool)
+        for row, (number, position) in enumerate(zip(numbers, positions, strict=True)):
+            wanted = self._texts[number][0][position + 1 :][:num_drafts]
+            is_right[row, : len(wanted)] = drafts[row, : len(wanted)] == wanted
         found: Ints = np.cumprod(is_right, axis=1).sum(axis=1)
         return found
 
-    def _draft(self, number: int, positions: Ints) -> Ints:
+    @torch.inference_mode()
+    def _draft(self, numbers: Ints, positions: Ints, num_drafts: int) -> Ints:
         """Draft tokens `[num_rows, num_drafts]`."""
-        text, blocks = self._texts[number]
         rows = np.arange(len(positions))
+        texts = [self._texts[number] for number in numbers]
         groups = []
-        for (gid, attn_groups, size), shared, own in zip(
-            self._groups, blocks, self._own, strict=True
-        ):
-            table = self._tables(positions // size, shared, own)
-            self._copy_blocks(gid, shared[positions // size], own[: len(rows), 0])
+        for which, (gid, attn_groups, size) in enumerate(self._groups):
+            own, shared = self._own[which], [blocks[which] for _, blocks in texts]
+            at = positions // size
+            table = self._tables(at, shared, own)
+            newest = np.array([blocks[i] for blocks, i in zip(shared, at, strict=True)])
+            self._copy_blocks(gid, newest, own[: len(rows), 0])
             view = self._runner.drafter._view
             kept = [g for g in attn_groups if view.attn_layer_names & {*g.layer_names}]
             if kept:
                 groups.append(KVGroup(kept, table, size))
+        tokens = [text[i] for (text, _), i in zip(texts, positions, strict=True)]
         batch = DraftBatch(
             rows=rows,
-            token_ids=text[positions].astype(np.int32),
+            token_ids=np.array(tokens, np.int32),
             first_positions=positions,
-            num_drafts=np.full(len(rows), self._num_drafts),
+            num_drafts=np.full(len(rows), num_drafts),
             kv_groups=groups,
             device=self._runner.device,
         )
@@ -178,12 +217,12 @@ class Probe:
         found: Ints = token_ids.cpu().numpy().astype(np.int64)
         return found
 
-    def _tables(self, at: Ints, shared: Ints, own: Ints) -> torch.Tensor:
-        """Block tables: the text's up to block `at` of each row, then the row's own."""
+    def _tables(self, at: Ints, shared: Sequence[Ints], own: Ints) -> torch.Tensor:
+        """Block tables: a text's up to block `at` of each row, then the row's own."""
         width = int(at.max()) + own.shape[1]
         table = np.zeros((len(at), width), np.int32)
         for row, count in enumerate(at):
-            table[row, :count] = shared[:count]
+            table[row, :count] = shared[row][:count]
             table[row, count : count + own.shape[1]] = own[row]
         return torch.from_numpy(table).to(self._runner.device)
 

@@ -1,0 +1,141 @@
+"""What is known of a model when it starts, and whether a plan is to be looked for.
+
+One rule: a plan is looked for once, at the first start of a model on a machine, and
+where nobody has said how to draft; the next starts read it (`plan.calibrated`).
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_selfspec import __version__
+from vllm_selfspec.chosen_plan import ChosenPlan, Known
+from vllm_selfspec.config import SelfSpecConfig
+from vllm_selfspec.draft_length.options import ByGoodput
+from vllm_selfspec.engine.hardware import device_name, num_cores
+from vllm_selfspec.engine.versions import vllm_version
+from vllm_selfspec.plan.calibrated import Circumstances
+from vllm_selfspec.plan.cost import CheckpointError
+from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
+from vllm_selfspec.plan.step_cost import StepCost
+from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
+
+logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
+
+
+class FirstStart:
+    """The first start of a model, or one after it.
+
+    Attributes:
+        known: What a plan may be chosen by.
+    """
+
+    def __init__(
+        self,
+        config: SelfSpecConfig,
+        model_config: Any,
+        parallel_config: Any,
+        is_ahead: bool,
+    ) -> None:
+        """Looks up what is known, where `auto` asks for it.
+
+        Args:
+            config: The user's.
+            model_config: vLLM's, of the target.
+            parallel_config: vLLM's.
+            is_ahead: Whether steps are scheduled ahead of the device. What was found
+                where they are not says nothing there: copies are not to be had.
+        """
+        self._is_ahead = is_ahead
+        self._config, self._circumstances = config, None
+        self.known = Known()
+        if not config.is_auto:
+            return
+        step = step_of(model_config) if config.draft_memory else None
+        memory = 0 if step is None else config.memory_beside(step.total)
+        found = _circumstances(model_config, parallel_config, memory)
+        self._circumstances = found
+        is_wanted = config.calibration_seconds and not is_ahead
+        calibrated = found.find() if is_wanted else None
+        self.known = Known(calibrated, step)
+
+    def request(self, chosen: ChosenPlan, is_able: bool) -> dict[str, Any] | None:
+        """What to look for, as it travels to the engine; None where nothing is.
+
+        Args:
+            chosen: The plan to start from.
+            is_able: Whether the engine can try plans.
+        """
+        config = self._config
+        by_goodput = isinstance(config.draft_length, ByGoodput)
+        if not (chosen.is_guess and config.calibration_seconds and by_goodput):
+            return None
+        if not is_able or self._is_ahead:
+            logger.info(
+                "selfspec drafts by a plan that was not tried on this model, and "
+                "cannot try any here: `vllm-selfspec tune` finds a better one"
+            )
+            return None
+        assert self._circumstances is not None
+        return {
+            "seconds": config.calibration_seconds,
+            "circumstances": asdict(self._circumstances),
+        }
+
+
+def can_try_plans(engine_args: Any, model_config: Any, parallel_config: Any) -> bool:
+    """Whether an engine whose steps are scheduled one after the other can: it has texts
+    of this model to try them on, and every worker the same."""
+    return (
+        not engine_args.enable_lora
+        and parallel_config.data_parallel_size == 1
+        and not model_config.skip_tokenizer_init
+        and str(engine_args.load_format) != "dummy"
+    )
+
+
+def circumstances_from(request: dict[str, Any]) -> Circumstances:
+    """Of what `FirstStart.request` has made."""
+    found = dict(request["circumstances"])
+    found["versions"] = tuple(tuple(pair) for pair in found["versions"])
+    return Circumstances(**found)
+
+
+def _circumstances(
+    model_config: Any, parallel_config: Any, memory: int
+) -> Circumstances:
+    import torch
+
+    ranks = parallel_config.tensor_parallel_size
+    num = ranks if torch.cuda.is_available() else num_cores()
+    versions = {
+        "vllm": vllm_version(),
+        "torch": torch.__version__,
+        "vllm_selfspec": __version__,
+    }
+    return Circumstances(
+        TargetModel(0, str(model_config.model)).short_name,
+        _fingerprint(model_config),
+        f"{model_config.dtype}".removeprefix("torch."),
+        f"{num} x {device_name()}",
+        tuple(versions.items()),
+        memory,
+    )
+
+
+def _fingerprint(model_config: Any) -> str:
+    """Of the weights; of those on the Hub, which may not be here yet, their commit."""
+    path = Path(model_config.model)
+    if path.is_dir():
+        return weights_fingerprint(path)
+    return str(getattr(model_config.hf_config, "_commit_hash", None))[:16]
+
+
+def step_of(model_config: Any) -> StepCost | None:
+    """Bytes that a decode step reads; None where they cannot be found out."""
+    model = str(model_config.model)
+    try:
+        return read_weights(model, locate(model, DESCRIPTION)).step
+    except CheckpointError:
+        return None
