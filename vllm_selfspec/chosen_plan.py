@@ -12,6 +12,7 @@ from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.plan import catalogue
 from vllm_selfspec.plan.axes import AXES
 from vllm_selfspec.plan.axis_skip_layers import AUTO, ONLINE
+from vllm_selfspec.plan.calibrated import USEFUL
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.keys import shown
@@ -45,6 +46,12 @@ class ChosenPlan:
     def num_speculative_tokens(self) -> int | None:
         """The draft length it was found to be best at, if any."""
         return None if self.figures is None else self.figures.num_speculative_tokens
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether the first start has found that it brings nothing."""
+        speed_up = 0.0 if self.figures is None else self.figures.speed_up
+        return self.is_calibrated and speed_up < USEFUL
 
     @property
     def acceptance(self) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from helpers.full_disk import full_disk
 from helpers.models import DEMO_MODEL, NUM_LAYERS
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.profile import read_profile
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -301,6 +302,24 @@ def test_tune_survives_a_kill_and_writes_a_profile_that_vllm_takes(
     assert own["num_model_tokens"] == 5, "the user's word"
     with pytest.raises(ValueError, match="LlamaForCausalLM in place of Qwen3"):
         EngineArgs(tiny_models["llama"], speculative_config=spec).create_engine_config()
+
+
+def test_tune_says_what_memory_brings(tmp_path: Path) -> None:
+    profile = tmp_path / "found.json"
+    size = 0.3 * ModelWeights.from_checkpoint(DEMO_MODEL).step.total
+    command = [*COMMAND, str(DEMO_MODEL), *SMALL, "-o", str(profile), "--memory", "30%"]
+    done = subprocess.run(
+        [*command, "--budget", "8s"], capture_output=True, text=True, check=True
+    )
+    assert "weights in int4" in done.stdout
+    _, _, table = done.stdout.partition("Frontier: speed-up against memory")
+    _, _, *rows = table.strip().splitlines()
+    cells = [row.split() for row in rows if row.strip().endswith("x") or "x " in row]
+    speeds = [float(word[:-1]) for row in cells for word in row if word.endswith("x")]
+    assert speeds == sorted(speeds) and speeds, "more memory stands there if it pays"
+    plan = read_profile(profile).plan(12)
+    step = ModelWeights.from_checkpoint(DEMO_MODEL).step
+    assert plan.extra_bytes(step) <= size
 
 
 def test_a_budget_that_is_none_is_refused() -> None:

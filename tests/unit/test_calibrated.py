@@ -86,12 +86,13 @@ def test_where_nothing_can_be_written_nothing_is_kept(cache: Path) -> None:
 
 def test_the_newest_plan_of_a_model_is_found_for_a_reader(cache: Path) -> None:
     kept()
-    newer = replace(HERE, memory=7)
+    newer = replace(HERE, dtype="float32")
     newer.keep({**PLAN.to_dict(), "model": "newer", "figures": FIGURES})
     os.utime(HERE.file, (1, 1))
-    found = calibrated.newest_of("f00")
+    found = calibrated.newest_of("f00", 0)
     assert found is not None and found.model == "newer"
-    assert calibrated.newest_of("f01") is None
+    assert calibrated.newest_of("f01", 0) is None
+    assert calibrated.newest_of("f00", 5) is None, "for as much memory"
 
 
 def test_auto_takes_it() -> None:

@@ -16,9 +16,9 @@ from helpers.models import NUM_LAYERS, build_tiny_model
 from vllm_selfspec import __version__
 from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.cli import main as cli
-from vllm_selfspec.cli import preview
 from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.engine import versions
+from vllm_selfspec.plan import cost
 from vllm_selfspec.plan.cost import ModelWeights, bound, expected_tokens
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -333,7 +333,7 @@ def test_demo_reports_a_refusal_in_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_sizes_have_three_digits(num_bytes: int, text: str) -> None:
-    assert preview.decimal(num_bytes) == text
+    assert cost.decimal(num_bytes) == text
 
 
 @pytest.mark.parametrize("use", ("", "; cli.app(['show', sys.argv[1]])"))

@@ -13,20 +13,23 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm_selfspec.chosen_plan import resolve_plan
+from vllm_selfspec.chosen_plan import Known, resolve_plan
 from vllm_selfspec.config import METHOD, SelfSpecConfig
+from vllm_selfspec.plan.axis_skip_layers import AUTO
+from vllm_selfspec.plan.calibrated import newest_of
 from vllm_selfspec.plan.cost import (
     CheckpointError,
     ModelWeights,
     bound,
+    decimal,
     expected_tokens,
 )
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
 from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
 from vllm_selfspec.plan.skip_set import SUBLAYERS
-from vllm_selfspec.plan.sources import SOURCES
-from vllm_selfspec.plan.target_model import TargetModel
+from vllm_selfspec.plan.sources import MODEL, SOURCES
+from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 
 TABLE_K = (1, 2, 4, 8)
 TABLE_ACCEPTANCE = (0.6, 0.8, 0.9, 1.0)
@@ -51,6 +54,7 @@ class Preview:
         source: Where that is from, in words.
         weights: Bytes of the model's parts.
         sources: Names of the draft sources.
+        expected: Speed-up that a search has found the plan to bring, if one has.
     """
 
     model: str
@@ -60,6 +64,7 @@ class Preview:
     source: str
     weights: ModelWeights
     sources: tuple[str, ...]
+    expected: float | None = None
 
     @classmethod
     def of(cls, model: str, keys: dict[str, Any]) -> "Preview":
@@ -80,11 +85,20 @@ class Preview:
                 f"{target.num_layers} layers in one and {weights.num_layers} in the "
                 "other: download it again"
             )
-        chosen = resolve_plan(config, target)
+        found = None
+        if config.is_auto:
+            memory = config.memory_beside(weights.step.total)
+            found = newest_of(weights_fingerprint(path), memory)
+        chosen = resolve_plan(config, target, known=Known(found, weights.step))
         plan, source = chosen.plan, chosen.source
         usable = [one for one in SOURCES if config.may_use(one) and not one.refusal()]
-        sources = tuple(one.name for one in usable)
-        return cls(model, target.class_name, keys, plan, source, weights, sources)
+        is_left_out = chosen.is_useless and config.draft_source == AUTO
+        left_out = {MODEL} if is_left_out else set()
+        sources = tuple(one.name for one in usable if one.name not in left_out)
+        expected = None if chosen.figures is None else chosen.figures.speed_up
+        return cls(
+            model, target.class_name, keys, plan, source, weights, sources, expected
+        )
 
     @property
     def num_layers(self) -> int:
@@ -126,6 +140,7 @@ class Preview:
             "skippable_sublayers": list(SUBLAYERS),
             "sources": list(self.sources),
             "plan": {"source": self.source, **self.plan.to_dict()},
+            "expected_speed_up": self.expected,
             "extra_bytes": self.plan.extra_bytes(self.weights.step),
             "streamed_bytes": {
                 part: {"target": target, "draft": draft}
@@ -177,11 +192,15 @@ class Preview:
         return table
 
     def _extra(self) -> dict[str, str]:
+        rows = {}
+        if self.expected is not None:
+            rows["expected"] = f"{self.expected:.2f}x for one request at a time"
         num_bytes = self.plan.extra_bytes(self.weights.step)
-        if not num_bytes:
-            return {}
-        share = num_bytes / self.weights.step.total
-        return {"extra memory": f"{decimal(num_bytes)}, {share:.0%} of the weights"}
+        if num_bytes:
+            share = num_bytes / self.weights.step.total
+            size = f"{decimal(num_bytes)}, {share:.0%} of the weights"
+            rows["extra memory"] = size
+        return rows
 
     def _map(self, console: Console) -> Group:
         """The sublayers as rows of symbols under the numbers of their layers."""
@@ -233,12 +252,3 @@ def _in_groups(marks: str) -> str:
     """`marks` with a gap before every tenth, so that a layer is easily counted."""
     starts = range(0, len(marks), LAYERS_PER_GROUP)
     return " ".join(marks[i : i + LAYERS_PER_GROUP] for i in starts)
-
-
-def decimal(num_bytes: int) -> str:
-    """`1_073_844_224` as `1.07 GB`."""
-    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    num_decimals = max(3 - len(str(int(size))), 0) if units[0] != "B" else 0
-    return f"{size:.{num_decimals}f} {units[0]}"

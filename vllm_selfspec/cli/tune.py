@@ -76,6 +76,14 @@ def tune(
             help="The longest draft; a plan is scored at its best length.",
         ),
     ] = 6,
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE|BYTES",
+            help="What a plan may keep beside the target, like 30% or 300000000 bytes: "
+            "copies of its weights in 4 bits, as far as there is room.",
+        ),
+    ] = "0",
     objective: Annotated[
         Literal["predicted", "measured"],
         typer.Option(
@@ -134,6 +142,7 @@ def tune(
                 budget_s=parse_budget(budget),
                 num_streams=concurrency,
                 max_drafts=max_drafts,
+                memory=int(memory) if memory.isdigit() else memory,
                 objective=objective,
                 ray=ray,
                 tensor_parallel_size=tensor_parallel_size,

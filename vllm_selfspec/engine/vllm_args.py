@@ -28,7 +28,6 @@ from vllm_selfspec.engine.support import (
 )
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_skip_layers import AUTO
-from vllm_selfspec.plan.calibrated import USEFUL
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.sources import MODEL, SOURCES
 from vllm_selfspec.plan.target_model import TargetModel
@@ -110,7 +109,7 @@ def _resolve(
     first = FirstStart(config, model_config, parallel_config, is_ahead)
     target = target_of(model_config)
     chosen = resolve_plan(config, target, model_drafts, first.known)
-    if _is_useless(config, chosen):
+    if chosen.is_useless and config.draft_source == AUTO:  # others draft
         model_drafts = False
     deployment = Deployment(
         model_config,
@@ -161,14 +160,6 @@ def _model_drafts(config: SelfSpecConfig, model_config: Any) -> bool:
         logger.warning("%s. That is what it does now", error)
         return False
     return True
-
-
-def _is_useless(config: SelfSpecConfig, chosen: ChosenPlan) -> bool:
-    """Whether the first start has found that the model's drafts bring nothing, and
-    others may draft in their place."""
-    if not config.is_auto or config.draft_source != AUTO or chosen.figures is None:
-        return False
-    return chosen.is_calibrated and chosen.figures.speed_up < USEFUL
 
 
 def _raise_if_not_tunable(parallel_config: Any) -> None:

@@ -5,7 +5,7 @@ Drafting is bound by the bytes that a step reads, and hardly a token of a traine
 depends on more than four bits of a weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -196,6 +196,13 @@ class DraftWeightsAxis(Axis):
         """With and without the copies of each part that the search starts from."""
         words = plan[self.name].by_part
         return {_param(p): (SAME, word) for p, word in words.items() if word != SAME}
+
+    def candidates(self, plan: "DraftPlan") -> Iterator[DraftWeights]:
+        """One of the copies that the search may make, for each."""
+        words = plan[self.name].by_part
+        for part, word in words.items():
+            if word != SAME:
+                yield DraftWeights(**{part: word})
 
     def params(self, value: DraftWeights) -> dict[str, Any]:
         return {_param(part): word for part, word in value.by_part.items()}

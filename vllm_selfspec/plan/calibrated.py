@@ -59,7 +59,9 @@ class Circumstances:
     def keep(self, document: Mapping[str, Any]) -> None:
         """Keeps a profile, if it can be written; processes that do so at once write one
         after the other, each a whole one."""
-        text = f"{json.dumps({**document, 'note': str(self)}, indent=2)}\n"
+        origin = {**document.get("provenance", {}), "memory": self.memory}
+        whole = {**document, "note": str(self), "provenance": origin}
+        text = f"{json.dumps(whole, indent=2)}\n"
         whole_file.write_if_possible(text, self.file, "calibrated plan", Counter())
 
     def __str__(self) -> str:
@@ -76,11 +78,15 @@ def directory() -> Path:
     return Path(root).expanduser() / "selfspec" / "plans"
 
 
-def newest_of(weights: str) -> Profile | None:
-    """The plan that was kept last for a checkpoint, whatever the circumstances."""
+def newest_of(weights: str, memory: int) -> Profile | None:
+    """The plan that was kept last for a checkpoint and so many bytes beside it, under
+    whatever other circumstances."""
     files = directory().glob(f"*-{weights}-*.json")
-    newest = sorted(files, key=lambda file: file.stat().st_mtime)[-1:]
-    return _read(newest[0]) if newest else None
+    for file in sorted(files, key=lambda file: -file.stat().st_mtime):
+        found = _read(file)
+        if found is not None and (found.provenance or {}).get("memory") == memory:
+            return found
+    return None
 
 
 def _read(file: Path) -> Profile | None:

@@ -335,3 +335,12 @@ def bound(tokens_per_verification: float, k: int, c: float, v: float = 1.0) -> f
             f"{k}, {c} and {v}: costs are shares of one target step"
         )
     return tokens_per_verification / (v + k * c)
+
+
+def decimal(num_bytes: int) -> str:
+    """`1_073_844_224` as `1.07 GB`."""
+    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    num_decimals = max(3 - len(str(int(size))), 0) if units[0] != "B" else 0
+    return f"{size:.{num_decimals}f} {units[0]}"

@@ -147,6 +147,10 @@ class DraftPlan:
                 for value in axis.candidates(self):
                     yield self.with_value(axis.name, value)
 
+    def to_keys(self) -> dict[str, Any]:
+        """As a user writes it: a key for each axis with a value."""
+        return {name: AXES.named(name).to_json(value) for name, value in self.values}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a key for each axis, as in a profile, and `num_layers`."""
         stored = {axis.name: axis.to_json(self[axis.name]) for axis in AXES}

@@ -9,7 +9,9 @@ from rich.table import Table
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.page import new_plot
+from vllm_selfspec.plan.cost import decimal
 from vllm_selfspec.plan.skip_set import SUBLAYERS, SkipSet
+from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.tuning.offline.search import Found
 from vllm_selfspec.tuning.score import Score
 
@@ -58,6 +60,22 @@ def show(
         f"{figures['num_speculative_tokens']} draft tokens.",
         style="bold",
     )
+
+
+def show_memory(found: Sequence[Found], step: StepCost, console: Console) -> None:
+    """Prints what more memory brings: plans that are better than all that take less."""
+    table = Table(title="Frontier: speed-up against memory", box=None, pad_edge=False)
+    for name in ("memory", "of the weights", "expected", "c", "k"):
+        table.add_column(name, justify="right")
+    table.add_column("plan", overflow="fold")
+    best = 0.0
+    for one in sorted(found, key=lambda f: (f.plan.extra_bytes(step), -f.speed_up)):
+        if one.speed_up > best:
+            best, size = one.speed_up, one.plan.extra_bytes(step)
+            cells = decimal(size), f"{size / step.total:.0%}", f"{best:.2f}x"
+            figures = f"{one.draft_cost:.2f}", str(one.k)
+            table.add_row(*cells, *figures, one.plan.outline())
+    console.print(table)
 
 
 def _cells(one: Found) -> tuple[str, ...]:

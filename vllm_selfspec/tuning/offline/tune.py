@@ -22,9 +22,11 @@ from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
-from vllm_selfspec.config import ConfigError
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.plan.cost import ModelWeights, decimal
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.tuning.offline import report
 from vllm_selfspec.tuning.offline.engines import Engines, LocalEngine, RayEngines
@@ -54,6 +56,7 @@ class TuneOptions:
         budget_s: Seconds to search for.
         num_streams: Concurrent requests to tune for.
         max_drafts: The longest draft.
+        memory: What a plan may keep beside the target, as `draft_memory` has it.
         objective: `predicted`, or `measured`: real generation of every plan.
         ray: Ray workers with an engine each; 0 for one engine in this process.
         tensor_parallel_size: vLLM's.
@@ -72,6 +75,7 @@ class TuneOptions:
     budget_s: float
     num_streams: int
     max_drafts: int
+    memory: int | str
     objective: str
     ray: int
     tensor_parallel_size: int
@@ -108,8 +112,13 @@ def run_tune(options: TuneOptions) -> None:
     model = find_model(options.model, options.widen, console)
     task = load(options.task).sample(options.num_prompts, options.seed)
     prompts = token_ids(task.prompts, model, options.max_prompt_tokens)
+    step = ModelWeights.from_checkpoint(model).step
+    start = _first_plan(options, step)
+    if start.values:
+        size = decimal(start.extra_bytes(step))
+        console.print(f"Every plan may draft with: {start}, {size} beside the target.")
     console.print(f"Starting vLLM, and {len(prompts)} texts of {options.task} ...")
-    engines = _start(options, model, prompts)
+    engines = _start(options, start, model, prompts)
     every = range(len(engines.known.texts))
     _check(engines, every)
 
@@ -117,7 +126,7 @@ def run_tune(options: TuneOptions) -> None:
         return engines.measure([(plan, options.max_drafts) for plan in plans], numbers)
 
     search = Search(
-        DraftPlan(engines.known.num_layers),
+        start,
         measure if options.objective == "measured" else engines.score,
         len(every),
         options.output.with_suffix(".study.db"),
@@ -141,10 +150,22 @@ def run_tune(options: TuneOptions) -> None:
     whole_file.write_json(document, options.output)
     report.write(document, found, options.output)
     report.show(document, found, measured, console)
+    if start.values:
+        report.show_memory(found, step, console)
+
+
+def _first_plan(options: TuneOptions, step: StepCost) -> DraftPlan:
+    """What all others are made from: the target, with what `memory` has room for."""
+    config = SelfSpecConfig.parse({"draft_memory": options.memory})
+    plan = DraftPlan(step.num_layers)
+    return plan.within_memory(step, config.memory_beside(step.total))
 
 
 def _start(
-    options: TuneOptions, model: Path, prompts: Sequence[dict[str, Any]]
+    options: TuneOptions,
+    start: DraftPlan,
+    model: Path,
+    prompts: Sequence[dict[str, Any]],
 ) -> Engines:
     from vllm.platforms import current_platform
 
@@ -155,6 +176,7 @@ def _start(
         "max_num_batched_tokens": max(2048, room),
         "tensor_parallel_size": options.tensor_parallel_size,
         "seed": options.seed,
+        "start": start,
     }
     if current_platform.is_cpu():
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
@@ -180,6 +202,7 @@ def _study_name(options: TuneOptions, model: Path, known: Known) -> str:
     """Studies can be gone on with where model, texts and objective are the same."""
     what = [options.objective, weights_fingerprint(model), texts_fingerprint(known)]
     what += [f"k{options.max_drafts}", f"streams{options.num_streams}"]
+    what += [f"memory{options.memory}"] if options.memory else []
     return "-".join(what)
 
 

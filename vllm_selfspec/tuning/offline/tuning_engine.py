@@ -80,6 +80,7 @@ class TuningEngine:
         num_drafts: int,
         num_streams: int = 1,
         known: Known | None = None,
+        start: DraftPlan | None = None,
         **settings: Any,
     ) -> None:
         """Starts vLLM, lets the target go on with every prompt, and measures costs.
@@ -91,6 +92,8 @@ class TuningEngine:
             num_drafts: The longest draft that is scored.
             num_streams: Concurrent requests to tune for.
             known: What another engine has found out; None to find it out.
+            start: A plan with all that others may keep beside the target; None where
+                that is nothing.
             settings: Of `vllm.LLM`.
         """
         from vllm_selfspec.tuning.probe import MAX_ROWS
@@ -101,6 +104,7 @@ class TuningEngine:
             "method": "selfspec",
             "draft_source": "model",
             "skip_layers": {},
+            **({} if start is None else start.to_keys()),
             "num_speculative_tokens": num_drafts,
             "draft_length": "fixed",
             "num_speculative_tokens_per_batch_size": [[1, MAX_ROWS, num_drafts]],
