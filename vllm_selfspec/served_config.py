@@ -46,11 +46,33 @@ def sources_of(vllm_config: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+def source_on_device(vllm_config: Any) -> str | None:
+    """The free source that proposes on the device, for steps that are scheduled ahead;
+    None where no one does. One that could looks at tokens on the host where vLLM has
+    decided otherwise, as it does on CPUs."""
+    if not uses_selfspec(vllm_config):
+        return None
+    if vllm_config.scheduler_config.async_scheduling is False:
+        return None
+    found: str | None = vllm_config.additional_config["selfspec"].get("on_device")
+    return found
+
+
 def has_free_sources(vllm_config: Any) -> bool:
-    """Whether anything but the model drafts; the tokens must then be on the host."""
+    """Whether anything but the model drafts that looks at tokens on the host."""
     from vllm_selfspec.plan.sources import MODEL
 
-    return uses_selfspec(vllm_config) and bool(sources_of(vllm_config).keys() - {MODEL})
+    if not uses_selfspec(vllm_config) or source_on_device(vllm_config):
+        return False
+    return bool(sources_of(vllm_config).keys() - {MODEL})
+
+
+def num_planned_tokens(vllm_config: Any) -> int:
+    """The most that is drafted for a request and step by what drafts for all of them:
+    the model, or a source on the device."""
+    if source_on_device(vllm_config):
+        return int(vllm_config.speculative_config.num_speculative_tokens)
+    return num_model_tokens(vllm_config)
 
 
 def plans_rows(vllm_config: Any) -> bool:

@@ -165,7 +165,7 @@ def test_copies_leave_the_text_as_it_is(
     path, params = tiny_models[family], greedy(NUM_TOKENS)
     prompts = [*looping_prompts(3), *prompts_of(2)]
     expected, _ = run(engines.get(path), prompts, params)
-    llm = engines.get(path, {"draft_source": "context"})
+    llm = engines.get(path, {"draft_source": "context"}, async_scheduling=False)
     found, counts = run(llm, prompts, params)
     assert token_ids(found) == token_ids(expected)
     assert counts.draft_tokens and drafted(llm)["context"]

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_ids
+from helpers.engines import (
+    Engines,
+    drafter_of,
+    greedy,
+    prompts_of,
+    run,
+    token_ids,
+    with_costs,
+)
 from helpers.environment import IS_V2, TESTS
 from helpers.models import DEMO_MODEL
 
@@ -198,6 +206,39 @@ def test_vllms_warm_up_of_its_kernels_leaves_nothing_behind(
     expected, _ = run(engines.get(tiny_models["llama"]), prompts_of(2), greedy(8))
     found, _ = run(llm, prompts_of(2), greedy(8))
     assert token_ids(found) == token_ids(expected)
+
+
+@pytest.mark.shows("Engine", "copies matched on the device, scheduled ahead of it")
+@pytest.mark.parametrize("policy", ["fixed", "goodput"])
+def test_copies_are_matched_on_the_device_where_steps_run_ahead(
+    policy: str,
+    tiny_models: dict[str, str],
+    engines: Engines,
+    cpu_schedules_as_configured: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm import SamplingParams
+
+    path, params = tiny_models["llama"], greedy(16)
+    prompts = [{"prompt_token_ids": [n, 9, 7, 3, 8, 1] * 3} for n in (4, 5, 6)]
+    prompts += prompts_of(2)
+    expected, _ = run(engines.get(path), prompts, params)
+    spec = {"draft_source": "auto", "draft_length": policy, "prompt_lookup_max": 3}
+    llm = engines.get(path, spec)
+    config = llm.llm_engine.vllm_config
+    assert config.scheduler_config.async_scheduling
+    assert config.additional_config["selfspec"]["on_device"] == "context"
+    if policy == "goodput":
+        with_costs(llm, ((1, 64), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+    found, counts = run(llm, prompts, params)
+    assert token_ids(found) == token_ids(expected)
+    assert counts.accepted_tokens > 5, "text that repeats itself is copied"
+    always = {"temperature": 1, "max_tokens": 16, "ignore_eos": True}
+    seeded = [SamplingParams(**always, seed=seed) for seed in range(5)]
+    expected, _ = run(engines.get(path), prompts, seeded)
+    found, counts = run(llm, prompts, seeded)
+    assert token_ids(found) == token_ids(expected), "of a seed, too"
+    assert counts.draft_tokens
 
 
 def test_a_batch_of_any_length_finds_the_graph_of_its_own(

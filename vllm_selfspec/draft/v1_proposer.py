@@ -132,7 +132,8 @@ class SelfSpecProposer:
             num_tokens_across_dp=num_rows_across_dp,
             skip_compiled=not self._view.is_compiled,
         ):
-            return self._view(token_ids, token_ids.long())
+            # What is drafted of nothing may be any token, also one past all positions.
+            return self._view(token_ids, torch.zeros_like(token_ids, dtype=torch.long))
 
     @torch.inference_mode()
     def run_along(self, runner: Any) -> None:

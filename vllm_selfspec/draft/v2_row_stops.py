@@ -8,6 +8,7 @@ have.
 """
 
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from vllm_selfspec.draft.v2_planned import PlannedSpeculator, num_drafted_in
 from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.plan.source import NOTHING
+from vllm_selfspec.plan.sources import SOURCES
 
 
 def make_speculator(
@@ -44,6 +46,11 @@ def make_speculator(
             "VLLM_USE_V2_MODEL_RUNNER is not 0: set it to 0, or serve without that"
         )
     served_config.mark_in_use()
+    on_device = served_config.source_on_device(vllm_config)
+    if on_device is not None:
+        found = resolve_name(str(SOURCES.named(on_device).speculator))
+        speculator: SelfSpecSpeculator = found(vllm_config, device)
+        return speculator
     if served_config.stops_rows(vllm_config):
         return RowStoppingSpeculator(vllm_config, device)
     if served_config.plans_rows(vllm_config):

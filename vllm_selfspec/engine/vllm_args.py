@@ -16,7 +16,6 @@ from vllm_selfspec.chosen_plan import ChosenPlan, resolve_plan
 from vllm_selfspec.config import METHOD, ConfigError, SelfSpecConfig
 from vllm_selfspec.draft import stats as draft_stats
 from vllm_selfspec.draft_length.options import (
-    STOPPING,
     ByGoodput,
     schedule_of_all,
 )
@@ -26,6 +25,7 @@ from vllm_selfspec.engine.support import (
     raise_if_refused,
     raise_if_unsupported,
 )
+from vllm_selfspec.engine.used_sources import runs_ahead, used_sources
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_skip_layers import AUTO
 from vllm_selfspec.plan.families import UnsupportedModelError
@@ -105,7 +105,7 @@ def _resolve(
     config = SelfSpecConfig.parse(keys)
     raise_if_unsupported(model_config, parallel_config)
     model_drafts = _model_drafts(config, model_config)
-    is_ahead = _prefers_async(config, engine_args)
+    is_ahead = config.draft_source == AUTO and runs_ahead(engine_args)
     first = FirstStart(config, model_config, parallel_config, is_ahead)
     target = target_of(model_config)
     chosen = resolve_plan(config, target, model_drafts, first.known)
@@ -120,11 +120,17 @@ def _resolve(
     raise_if_refused(chosen.plan, deployment)
     if config.is_online:
         _raise_if_not_tunable(parallel_config)
-    sources = _sources(config, engine_args, model_drafts)
+    used = used_sources(config, engine_args, chosen, model_drafts)
+    sources = used.options
     draft_stats.share_directory()
     _log(chosen, sources)
     is_able = can_try_plans(engine_args, model_config, parallel_config)
-    calibration = first.request(chosen, is_able)
+    calibration = first.request(chosen, is_able) if MODEL in sources else None
+    if used.on_device is not None and chosen.is_guess:
+        logger.info(
+            "selfspec knows no plan by which this model drafts well, so copies alone "
+            "draft: `vllm-selfspec tune` finds one"
+        )
     num_model_tokens = _num_drafts(config, chosen) if MODEL in sources else 0
     engine_args.additional_config = {
         **engine_args.additional_config,
@@ -133,6 +139,7 @@ def _resolve(
             "draft_length": config.draft_length.model_dump(),
             "online": _online(config),
             "sources": sources,
+            "on_device": used.on_device,
             "num_model_tokens": num_model_tokens,
             "acceptance": chosen.acceptance,
             "calibration": calibration,
@@ -191,70 +198,6 @@ def target_of(model_config: Any) -> TargetModel:
             "architectures": model_config.hf_config.architectures,
         },
     )
-
-
-def _sources(
-    config: SelfSpecConfig, engine_args: Any, model_drafts: bool
-) -> dict[str, dict[str, Any]]:
-    """The sources that draft, with the values of their keys.
-
-    With 'auto' those that need the tokens on the host are used where they are there
-    anyway: asynchronous scheduling, which they would switch off, is worth more to the
-    V2 runner's users than copies to most.
-    """
-    sources = [
-        source
-        for source in SOURCES
-        if config.may_use(source) and (model_drafts or source.name != MODEL)
-    ]
-    refusals = {source.name: source.refusal() for source in sources}
-    if refusals.get(config.draft_source) is not None:
-        raise ConfigError(
-            f"draft_source is {config.draft_source!r}, but "
-            f"{refusals[config.draft_source]}"
-        )
-    sources = [source for source in sources if refusals[source.name] is None]
-    stops = isinstance(config.draft_length, STOPPING)
-    if model_drafts and not stops and _prefers_async(config, engine_args):
-        sources = [source for source in sources if source.name == MODEL]
-    free = [source.name for source in sources if source.name != MODEL]
-    if stops:
-        what = f"draft_length {config.draft_length.policy!r} stops single requests"
-        _schedule_after_drafting(engine_args, f"{what} while they draft")
-    elif free:
-        what = f"draft_source {free[0]!r} looks at the newest tokens"
-        _schedule_after_drafting(engine_args, what)
-    return {source.name: source.options(config) for source in sources}
-
-
-def _prefers_async(config: SelfSpecConfig, engine_args: Any) -> bool:
-    """Whether copies, which are left to us, are worth less than scheduling ahead."""
-    return config.draft_source == AUTO and _runs_ahead(engine_args)
-
-
-def _runs_ahead(engine_args: Any) -> bool:
-    """Whether steps would be scheduled ahead of the device: vLLM will say so for sure
-    when the configuration is whole."""
-    from vllm import envs
-    from vllm.triton_utils import HAS_TRITON
-
-    if engine_args.async_scheduling is False:
-        return False
-    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
-        return bool(engine_args.async_scheduling) or HAS_TRITON
-    return bool(envs.VLLM_USE_V2_MODEL_RUNNER)
-
-
-def _schedule_after_drafting(engine_args: Any, what: str) -> None:
-    """Switches asynchronous scheduling off: a step that is scheduled before the drafts
-    of the last one are known would verify, and reserve, the full length for each."""
-    if engine_args.async_scheduling:
-        raise ConfigError(
-            f"{what}, so a step is scheduled after that, but async_scheduling is True: "
-            "leave it out, or use draft_source 'model' with draft_length 'goodput' or "
-            "'fixed'"
-        )
-    engine_args.async_scheduling = False
 
 
 def _log(chosen: ChosenPlan, sources: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ class Circumstances:
     """What must be the same.
 
     Attributes:
-        model: Its short name, to find files by eye.
+        model: Its short name, which is only shown: a copy may have another.
         weights: Fingerprint of the checkpoint.
         dtype: Of its weights as they are served.
         hardware: Name of the device, and how many of its cores or ranks.
@@ -48,9 +48,10 @@ class Circumstances:
     @property
     def file(self) -> Path:
         """Where a plan is kept."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        same = {key: value for key, value in asdict(self).items() if key != "model"}
+        text = json.dumps(same, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return directory() / f"{self.model}-{self.weights}-{key}.json"
+        return directory() / f"{self.weights}-{key}.json"
 
     def find(self) -> Profile | None:
         """The plan that was found under them; None where there is none."""
@@ -81,7 +82,7 @@ def directory() -> Path:
 def newest_of(weights: str, memory: int) -> Profile | None:
     """The plan that was kept last for a checkpoint and so many bytes beside it, under
     whatever other circumstances."""
-    files = directory().glob(f"*-{weights}-*.json")
+    files = directory().glob(f"{weights}-*.json")
     for file in sorted(files, key=lambda file: -file.stat().st_mtime):
         found = _read(file)
         if found is not None and (found.provenance or {}).get("memory") == memory:

@@ -68,11 +68,15 @@ class Source(ABC):
         keys: The user's configuration keys, with bounds and descriptions; each has a
             default. No other source or axis has a key of that name.
         num_kinds: Of its proposals.
+        speculator: What proposes for all rows on the device, where the V2 runner's
+            steps are scheduled ahead of it, as `module:name`; None where the source
+            looks at tokens on the host. Workers alone import it.
     """
 
     name: ClassVar[str]
     keys: ClassVar[type[Keys]] = Keys
     num_kinds: ClassVar[int] = 1
+    speculator: ClassVar[str | None] = None
 
     @property
     @abstractmethod
@@ -89,6 +93,10 @@ class Source(ABC):
     def options(self, config: Any) -> dict[str, Any]:
         """The values of its keys in a `SelfSpecConfig`, as JSON has them."""
         return {key: getattr(config, key) for key in self.keys.model_fields}
+
+    def options_on_device(self, config: Any) -> dict[str, Any]:
+        """The same for its speculator."""
+        return self.options(config)
 
     @abstractmethod
     def max_tokens(self, options: Mapping[str, Any]) -> int:

@@ -22,6 +22,9 @@ from vllm_selfspec.plan.source import NOTHING, Proposal, Proposer, Source
 # differs; within one it hardly does.
 KINDS = (1, 2, 3, 4, 6, 9, 16)
 MAX_MATCH = 256  # that may be asked for
+# Of vLLM's matcher on the device, whose work grows with the square of the match, and of
+# which a row verifies all tokens, whether they match or not; less than by default.
+ON_DEVICE = {"prompt_lookup_max": 5, "num_copied_tokens": 8}
 
 
 class ContextKeys(Keys):
@@ -80,10 +83,18 @@ class ContextSource(CopyingSource):
 
     name = "context"
     keys = ContextKeys
+    speculator = "vllm_selfspec.draft.v2_copies:DeviceCopies"
 
     @property
     def words(self) -> str:
         return "copies from the request's own tokens"
+
+    def options_on_device(self, config: Any) -> dict[str, Any]:
+        options = self.options(config)
+        for key in ON_DEVICE.keys() - config.model_fields_set:
+            options[key] = min(options[key], ON_DEVICE[key])
+        bounds = options["prompt_lookup_min"], options["prompt_lookup_max"]
+        return {**options, "prompt_lookup_min": min(bounds)}
 
     def proposer(self, options: Mapping[str, Any]) -> Proposer:
         return Copier(**options)

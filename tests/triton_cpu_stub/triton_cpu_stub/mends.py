@@ -40,10 +40,18 @@ def _rebind_the_language_once() -> None:
 
 def _take_integers_for_masks() -> None:
     """Triton 3.9.0 stores through a comparison that was reshaped, as vLLM's grammar
-    bitmask does, with 'mask has unsupported dtype': the interpreter's mask is int32."""
+    bitmask does, and loads through one of comparisons' `and`, as its n-gram matcher
+    does, with 'mask has unsupported dtype': the interpreter's mask is int32."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    load = InterpreterBuilder.create_masked_load
     store = InterpreterBuilder.create_masked_store
+
+    def create_masked_load(
+        self: Any, ptrs: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any
+    ) -> Any:
+        mask = TensorHandle(mask.data.astype(bool), mask.dtype)
+        return load(self, ptrs, mask, other, cache_policy, is_volatile)
 
     def create_masked_store(
         self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any
@@ -51,6 +59,7 @@ def _take_integers_for_masks() -> None:
         mask = TensorHandle(mask.data.astype(bool), mask.dtype)
         return store(self, ptrs, value, mask, cache_policy)
 
+    InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
 
 

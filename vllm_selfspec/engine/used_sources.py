@@ -1,0 +1,119 @@
+"""`used_sources`: which draft sources an engine uses, and where they look at tokens.
+
+One rule: what a user asks for is used or refused by name. What is left to us is used
+where it costs nothing: asynchronous scheduling, which sources on the host would switch
+off, is worth more to the V2 runner's users than copies to most.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_selfspec.chosen_plan import ChosenPlan
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.draft_length.options import STOPPING
+from vllm_selfspec.plan.source import Source
+from vllm_selfspec.plan.sources import MODEL, SOURCES
+
+
+@dataclass(frozen=True)
+class UsedSources:
+    """What drafts.
+
+    Attributes:
+        options: The values of their keys, by the names of the sources.
+        on_device: The one that proposes for all rows on the device, if one does.
+    """
+
+    options: dict[str, dict[str, Any]]
+    on_device: str | None = None
+
+
+def used_sources(
+    config: SelfSpecConfig, engine_args: Any, chosen: ChosenPlan, model_drafts: bool
+) -> UsedSources:
+    """Chooses; switches asynchronous scheduling off where it must be.
+
+    Args:
+        config: The user's.
+        engine_args: vLLM's `EngineArgs`.
+        chosen: The model's draft plan.
+        model_drafts: Whether it drafts at all.
+
+    Raises:
+        ConfigError: If what was asked for is not installed, or goes not together.
+    """
+    usable = _usable(config, model_drafts)
+    stops = isinstance(config.draft_length, STOPPING)
+    if not stops and runs_ahead(engine_args):
+        ahead = _ahead_of_the_device(config, chosen, usable)
+        if ahead is not None and ahead.name == MODEL:
+            return UsedSources({MODEL: ahead.options(config)})
+        if ahead is not None:
+            return UsedSources(
+                {ahead.name: ahead.options_on_device(config)}, ahead.name
+            )
+    free = [source.name for source in usable if source.name != MODEL]
+    if stops:
+        what = f"draft_length {config.draft_length.policy!r} stops single requests"
+        _schedule_after_drafting(engine_args, f"{what} while they draft")
+    elif free:
+        what = f"draft_source {free[0]!r} looks at the newest tokens"
+        _schedule_after_drafting(engine_args, what)
+    return UsedSources({source.name: source.options(config) for source in usable})
+
+
+def _usable(config: SelfSpecConfig, model_drafts: bool) -> list[Source]:
+    sources = [
+        source
+        for source in SOURCES
+        if config.may_use(source) and (model_drafts or source.name != MODEL)
+    ]
+    refusals = {source.name: source.refusal() for source in sources}
+    if refusals.get(config.draft_source) is not None:
+        raise ConfigError(
+            f"draft_source is {config.draft_source!r}, but "
+            f"{refusals[config.draft_source]}"
+        )
+    return [source for source in sources if refusals[source.name] is None]
+
+
+def _ahead_of_the_device(
+    config: SelfSpecConfig, chosen: ChosenPlan, usable: list[Source]
+) -> Source | None:
+    """The one source that drafts where steps are scheduled ahead; None where what was
+    asked for cannot.
+
+    The model, unless its plan is one that nobody has measured: then a source that takes
+    next to nothing is the better guess.
+    """
+    by_name = {source.name: source for source in usable}
+    on_device = [source for source in usable if source.speculator is not None]
+    is_measured = not chosen.is_guess or bool(config.draft_memory)
+    if MODEL in by_name and (is_measured or not on_device):
+        return by_name[MODEL]
+    return on_device[0] if on_device else None
+
+
+def runs_ahead(engine_args: Any) -> bool:
+    """Whether steps would be scheduled ahead of the device: vLLM will say so for sure
+    when the configuration is whole."""
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if engine_args.async_scheduling is False:
+        return False
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
+        return bool(engine_args.async_scheduling) or HAS_TRITON
+    return bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+
+
+def _schedule_after_drafting(engine_args: Any, what: str) -> None:
+    """Switches asynchronous scheduling off: a step that is scheduled before the drafts
+    of the last one are known would verify, and reserve, the full length for each."""
+    if engine_args.async_scheduling:
+        raise ConfigError(
+            f"{what}, so a step is scheduled after that, but async_scheduling is True: "
+            "leave it out, or use draft_source 'model' with draft_length 'goodput' or "
+            "'fixed'"
+        )
+    engine_args.async_scheduling = False
