@@ -30,6 +30,7 @@ BARE = {"draft_length": "goodput", "draft_source": "auto"}
 PROMPTS = ["def add(a, b):\n", "The answer is", "import os\nimport sys\nimport os\n"]
 # A model whose forwards dominate: its first start has seconds, a tiny model's has ms.
 KEPT: list[Engines] = []  # vLLM's engines cannot end one by one in a process
+SMALL = KV_CACHE_BYTES // 2
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -181,12 +182,57 @@ def test_the_probe_says_what_the_target_goes_on_with(
     ]
 
 
+def test_what_goes_wrong_meanwhile_is_no_reason_not_to_serve(
+    cache: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs_are(1.0, monkeypatch)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(probing, "num_right", fails)
+    llm = start(max_model_len=204)
+    assert not planner_of(llm).model_drafts, "nobody knows a plan"
+    assert not [*cache.glob("*.json")]
+    assert token_ids(run(llm, PROMPTS, greedy(24))[0]) == token_ids(expected(engines))
+
+
+@pytest.mark.parametrize(
+    ("keys", "drafts"),
+    [
+        ({}, False),
+        ({"draft_source": "model"}, True),
+        ({"draft_length": "fixed"}, True),
+        ({"draft_memory": "30%"}, True),
+        ({"exit_layer": 3}, True),
+    ],
+)
+def test_a_plan_that_nobody_has_measured_does_not_draft_beside_copies(
+    keys: dict[str, Any], drafts: bool, cache: Path
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    spec = {"method": "selfspec", "calibration_seconds": 0, **keys}
+    if keys == {"exit_layer": 3}:
+        del spec["calibration_seconds"]
+    config = EngineArgs(
+        str(DEMO_MODEL), dtype="float32", speculative_config=spec
+    ).create_engine_config()
+    found = config.additional_config["selfspec"]
+    assert ("model" in found["sources"]) is drafts
+    assert found["calibration"] is None
+
+
 def test_a_cache_too_small_for_any_text_is_no_reason_to_stop(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs_are(1.0, monkeypatch)
-    llm = start(max_model_len=203, kv_cache_memory_bytes=KV_CACHE_BYTES // 2)
+    llm = start(max_model_len=203, kv_cache_memory_bytes=SMALL)
     assert not [*cache.glob("*.json")], "nothing was found"
+    assert not planner_of(llm).model_drafts
+    llm = start(
+        {"draft_source": "model"}, max_model_len=203, kv_cache_memory_bytes=SMALL
+    )
     assert drafter(llm).plan.skip_set.num_skipped == 11, "evenly spread, as guessed"
 
 

@@ -176,6 +176,18 @@ def first_accepted(llm: Any) -> float:
     return float(counts.accepted_at[0] / counts.drafts)
 
 
+def test_the_log_says_which_kernel_computes(
+    models: dict[str, str], engines: Engines
+) -> None:
+    kernels = {
+        word: {copy.quant_method.kernel for copy in copies_in(found)}
+        for word in ("int8", "int4")
+        if (found := engines.get(models["qwen2"], spec(word)))
+    }
+    assert all("Kernel" in name for name in kernels["int8"]), kernels
+    assert kernels["int4"] == {"int4_scaled_mm_cpu"}
+
+
 @pytest.mark.skipif(IS_V2, reason="the copies are the same")
 def test_where_the_fast_kernel_is_missing_vllm_chooses_another(
     models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch

@@ -349,6 +349,46 @@ def test_a_trial_is_one_token_for_everybody() -> None:
     assert 0 < trials < 100
 
 
+def trials_in(plan: Goodput, num_steps: int, is_right: bool) -> list[int]:
+    """The steps of one request in which drafting is tried; nothing else drafts."""
+    found = []
+    for step in range(num_steps):
+        planned = plan.plan(at(0), np.array([8]))
+        found += [step] * planned.is_trial
+        accepted = planned.lengths if is_right else 0 * planned.lengths
+        plan.acceptance.observe(at(0), planned.lengths, accepted)
+    return found
+
+
+def test_each_trial_in_vain_makes_the_next_one_wait_longer() -> None:
+    plan = Goodput(1, 8, costs(draft=2.0))
+    found = np.array(trials_in(plan, 30_000, is_right=False))
+    waits = np.diff(found)
+    assert (np.diff(waits[:6]) > 0).all(), waits
+    assert waits[-1] > 3 * waits[0]
+    assert waits[-1] == pytest.approx(waits[-2], rel=0.1), "to a limit"
+
+
+def test_a_trial_that_was_right_makes_the_next_one_come_soon() -> None:
+    plan = Goodput(1, 8, costs(draft=2.0))
+    in_vain = np.diff(trials_in(plan, 30_000, is_right=False))
+    again = np.diff(trials_in(plan, 8_000, is_right=True))
+    assert again[1:].mean() < 0.3 * in_vain[-3:].mean()
+
+
+def test_what_was_found_before_is_what_new_requests_are_like() -> None:
+    acceptance = Acceptance(2, 3)
+    acceptance.expect([0.9, 0.5])
+    found = acceptance.population()
+    assert found[:2] == pytest.approx([0.9, 0.5], abs=0.08)
+    assert found[2] == pytest.approx(found[1], abs=0.02), "like the one before it"
+    acceptance.admit(1)
+    assert acceptance.survival(at(1))[0, 0] == pytest.approx(found[0])
+    for _ in range(60):
+        acceptance.observe(at(0), np.array([1]), np.array([0]))
+    assert acceptance.population()[0] < 0.45, "and is soon outweighed"
+
+
 def test_no_room_and_no_requests_draft_nothing() -> None:
     plan = Goodput(2, 8, costs())
     assert plan.plan(at(0, 1), np.array([0, 0])).num_steps == 0

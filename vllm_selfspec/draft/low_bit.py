@@ -68,6 +68,11 @@ class LowBitCopies:
         """Whether compiled code drafts with all of them as eager code does."""
         return all(method.may_compile for method in self._methods())
 
+    @property
+    def kernels(self) -> set[str]:
+        """vLLM's names of what computes with them."""
+        return {method.kernel for method in self._methods()}
+
     def _methods(self) -> Iterator[Any]:
         for copies in self.parts.values():
             for copy in copies.values():
@@ -92,9 +97,11 @@ def take_copies(plan: DraftPlan, target: nn.Module, vllm_config: VllmConfig) -> 
                 copies.add(HEAD, module, words[HEAD])
     _taken[_key(target)] = copies
     logger.info_once(
-        "selfspec keeps %d linear layers in fewer bits beside the target: %.1f MB",
+        "selfspec keeps %d linear layers in fewer bits beside the target: %.1f MB, for "
+        "vLLM's kernel %s",
         sum(map(len, copies.parts.values())),
         copies.num_bytes / 1e6,
+        " and ".join(sorted(copies.kernels)) or "(none)",
     )
     for reason in sorted(copies.left):
         logger.info_once("selfspec drafts with %s as they are", reason)

@@ -65,6 +65,11 @@ class LowBitMethod(ABC):
         """Gives a layer without a weight, but with its bias, the parameters that the
         kernel reads, of `weight` `[output_size, input_size]`."""
 
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """vLLM's name of the kernel that computes."""
+
     @abstractmethod
     def run(self, layer: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
         """Calls the kernel."""
@@ -97,6 +102,10 @@ class OfScheme(LowBitMethod):
             )
             self.fill(layer, weight)
             self.scheme.process_weights_after_loading(layer)
+
+    @property
+    def kernel(self) -> str:
+        return type(getattr(self.scheme, "kernel", self.scheme)).__name__
 
     @abstractmethod
     def fill(self, layer: Any, weight: torch.Tensor) -> None:
@@ -151,6 +160,10 @@ class CPUInt4(LowBitMethod):
     def __init__(self, dtype: torch.dtype, group_size: int) -> None:
         super().__init__(dtype)
         self.group_size = group_size
+
+    @property
+    def kernel(self) -> str:
+        return "int4_scaled_mm_cpu"
 
     @staticmethod
     def is_supported(output_size: int) -> bool:

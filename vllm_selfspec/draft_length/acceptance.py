@@ -19,7 +19,7 @@ GUESS_TRIALS = 2.0
 # one bad trial would otherwise keep it from ever being tried again.
 NEIGHBOUR_TRIALS = 10.0
 # Of what was found before, on other texts: enough to begin with, and soon outweighed.
-EXPECTED_TRIALS = 20.0
+EXPECTED_TRIALS = 50.0
 # How many trials the population's figures remember.
 POPULATION_TRIALS = 500.0
 # How far requests lie apart: the deviation of their logits is about 0.5. Counted on

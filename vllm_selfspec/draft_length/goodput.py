@@ -25,7 +25,7 @@ from vllm_selfspec.draft_length.types import Bools, Floats, Ints, Slots
 # makes the next one wait longer, so that over T seconds they take in the order of
 # sqrt(T); to a limit, because texts change and nobody says so.
 EXPLORE_SHARE = 0.005
-MOST_PATIENCE = 20.0
+MOST_PATIENCE = 8.0
 # A free proposal that was passed over is verified all the same once in so many times,
 # and so many tokens of it: its kind may have turned good.
 TRY_EVERY, TRIED_TOKENS = 50, 4

@@ -15,6 +15,7 @@ from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.draft_length.options import ByGoodput
 from vllm_selfspec.engine.hardware import device_name, num_cores
 from vllm_selfspec.engine.versions import vllm_version
+from vllm_selfspec.plan.axis_skip_layers import AUTO
 from vllm_selfspec.plan.calibrated import Circumstances
 from vllm_selfspec.plan.cost import CheckpointError
 from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
@@ -67,21 +68,32 @@ class FirstStart:
             chosen: The plan to start from.
             is_able: Whether the engine can try plans.
         """
-        config = self._config
-        by_goodput = isinstance(config.draft_length, ByGoodput)
-        if not (chosen.is_guess and config.calibration_seconds and by_goodput):
+        seconds = self._config.calibration_seconds
+        is_wanted = self._is_left_to_us(chosen) and seconds and is_able
+        if not is_wanted or self._is_ahead or self._circumstances is None:
             return None
-        if not is_able or self._is_ahead:
-            logger.info(
-                "selfspec drafts by a plan that was not tried on this model, and "
-                "cannot try any here: `vllm-selfspec tune` finds a better one"
-            )
-            return None
-        assert self._circumstances is not None
-        return {
-            "seconds": config.calibration_seconds,
-            "circumstances": asdict(self._circumstances),
-        }
+        return {"seconds": seconds, "circumstances": asdict(self._circumstances)}
+
+    def _is_left_to_us(self, chosen: ChosenPlan) -> bool:
+        """Whether nobody has measured the plan, and nobody has asked for it."""
+        by_goodput = isinstance(self._config.draft_length, ByGoodput)
+        return chosen.is_guess and self._config.is_auto and by_goodput
+
+    def leaves_drafting_to_others(self, chosen: ChosenPlan, request: object) -> bool:
+        """Whether the model drafts nothing, because that brings nothing, or because
+        nobody knows whether it does, nor will know after this start."""
+        if self._config.draft_source != AUTO:
+            return False
+        if chosen.is_useless:
+            return True
+        is_unknown = self._is_left_to_us(chosen) and request is None
+        if not is_unknown or self._config.draft_memory:
+            return False
+        logger.info(
+            "selfspec knows no plan by which this model drafts well, and tries none "
+            "here, so copies alone draft: `vllm-selfspec tune` finds one"
+        )
+        return True
 
 
 def can_try_plans(engine_args: Any, model_config: Any, parallel_config: Any) -> bool:

@@ -49,9 +49,9 @@ def prepare(vllm_config: Any, executor: Any) -> None:
     logging.getLogger("vllm.config.scheduler").addFilter(_is_not_of_ours)
     tunes = served_config.tunes_online(vllm_config)
     if served_config.calibration_of(vllm_config) is not None:
-        from vllm_selfspec.tuning.calibration import calibrate
+        from vllm_selfspec.tuning.calibration import calibrate_or_go_on
 
-        calibrate(vllm_config, executor)
+        calibrate_or_go_on(vllm_config, executor)
     elif tunes or served_config.plans_draft_lengths(vllm_config):
         costs = measured(executor)
         if tunes:

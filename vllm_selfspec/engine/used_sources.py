@@ -8,7 +8,6 @@ off, is worth more to the V2 runner's users than copies to most.
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_selfspec.chosen_plan import ChosenPlan
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.draft_length.options import STOPPING
 from vllm_selfspec.plan.source import Source
@@ -29,15 +28,14 @@ class UsedSources:
 
 
 def used_sources(
-    config: SelfSpecConfig, engine_args: Any, chosen: ChosenPlan, model_drafts: bool
+    config: SelfSpecConfig, engine_args: Any, model_drafts: bool
 ) -> UsedSources:
     """Chooses; switches asynchronous scheduling off where it must be.
 
     Args:
         config: The user's.
         engine_args: vLLM's `EngineArgs`.
-        chosen: The model's draft plan.
-        model_drafts: Whether it drafts at all.
+        model_drafts: Whether the model drafts.
 
     Raises:
         ConfigError: If what was asked for is not installed, or goes not together.
@@ -45,7 +43,7 @@ def used_sources(
     usable = _usable(config, model_drafts)
     stops = isinstance(config.draft_length, STOPPING)
     if not stops and runs_ahead(engine_args):
-        ahead = _ahead_of_the_device(config, chosen, usable)
+        ahead = _ahead_of_the_device(usable)
         if ahead is not None and ahead.name == MODEL:
             return UsedSources({MODEL: ahead.options(config)})
         if ahead is not None:
@@ -77,21 +75,11 @@ def _usable(config: SelfSpecConfig, model_drafts: bool) -> list[Source]:
     return [source for source in sources if refusals[source.name] is None]
 
 
-def _ahead_of_the_device(
-    config: SelfSpecConfig, chosen: ChosenPlan, usable: list[Source]
-) -> Source | None:
-    """The one source that drafts where steps are scheduled ahead; None where what was
-    asked for cannot.
-
-    The model, unless its plan is one that nobody has measured: then a source that takes
-    next to nothing is the better guess.
-    """
-    by_name = {source.name: source for source in usable}
-    on_device = [source for source in usable if source.speculator is not None]
-    is_measured = not chosen.is_guess or bool(config.draft_memory)
-    if MODEL in by_name and (is_measured or not on_device):
-        return by_name[MODEL]
-    return on_device[0] if on_device else None
+def _ahead_of_the_device(usable: list[Source]) -> Source | None:
+    """The one source that drafts where steps are scheduled ahead, the model if it
+    drafts; None where what was asked for cannot."""
+    able = [one for one in usable if one.name == MODEL or one.speculator is not None]
+    return min(able, key=lambda one: one.name != MODEL, default=None)
 
 
 def runs_ahead(engine_args: Any) -> bool:

@@ -109,7 +109,9 @@ def _resolve(
     first = FirstStart(config, model_config, parallel_config, is_ahead)
     target = target_of(model_config)
     chosen = resolve_plan(config, target, model_drafts, first.known)
-    if chosen.is_useless and config.draft_source == AUTO:  # others draft
+    is_able = can_try_plans(engine_args, model_config, parallel_config)
+    calibration = first.request(chosen, is_able) if model_drafts else None
+    if first.leaves_drafting_to_others(chosen, calibration):
         model_drafts = False
     deployment = Deployment(
         model_config,
@@ -120,17 +122,10 @@ def _resolve(
     raise_if_refused(chosen.plan, deployment)
     if config.is_online:
         _raise_if_not_tunable(parallel_config)
-    used = used_sources(config, engine_args, chosen, model_drafts)
+    used = used_sources(config, engine_args, model_drafts)
     sources = used.options
     draft_stats.share_directory()
     _log(chosen, sources)
-    is_able = can_try_plans(engine_args, model_config, parallel_config)
-    calibration = first.request(chosen, is_able) if MODEL in sources else None
-    if used.on_device is not None and chosen.is_guess:
-        logger.info(
-            "selfspec knows no plan by which this model drafts well, so copies alone "
-            "draft: `vllm-selfspec tune` finds one"
-        )
     num_model_tokens = _num_drafts(config, chosen) if MODEL in sources else 0
     engine_args.additional_config = {
         **engine_args.additional_config,

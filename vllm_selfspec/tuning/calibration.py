@@ -93,6 +93,23 @@ class Found:
         )
 
 
+def calibrate_or_go_on(vllm_config: Any, executor: Any) -> None:
+    """`calibrate`; what goes wrong there is no reason not to serve."""
+    try:
+        calibrate(vllm_config, executor)
+    except Exception:  # of any type: it tries what this model may never have run
+        logger.exception("selfspec could not look for a draft plan")
+        _go_on_without(vllm_config, executor)
+
+
+def _go_on_without(vllm_config: Any, executor: Any) -> None:
+    """Leaves drafting to others, or where there are none to a plan that nobody has
+    measured."""
+    plan = None if has_free_sources(vllm_config) else plan_of(vllm_config)
+    executor.collective_rpc(adopt_plan, args=(plan,))
+    executor.collective_rpc(use_costs, args=(measured(executor),))
+
+
 def calibrate(vllm_config: Any, executor: Any) -> None:
     """Finds a plan, has the workers draft by it, and keeps it for the next start.
 
@@ -120,13 +137,8 @@ def calibrate(vllm_config: Any, executor: Any) -> None:
     found = search.best() if search.reads(_prompts(vllm_config.model_config)) else None
     ask(probing.stop_probe)
     if not search.has_texts:
-        logger.info(
-            "selfspec has no text to try plans on, or too small a KV cache: it drafts "
-            "with %s, which nobody has measured",
-            guess,
-        )
-        ask(adopt_plan, guess)
-        ask(use_costs, measured(executor))
+        logger.info("selfspec has no text to try plans on, or too small a KV cache")
+        _go_on_without(vllm_config, executor)
         return
     # Where nothing else drafts, whether it pays is decided step by step.
     must_draft = not has_free_sources(vllm_config)
@@ -275,15 +287,14 @@ def _prompts(model_config: Any) -> list[list[int]]:
     tokenizer cannot be had."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
+    chosen = [p for task in TASKS for p in load(task).sample(NUM_PROMPTS).prompts]
+    most = min(MAX_PROMPT_TOKENS, model_config.max_model_len - NUM_TOKENS - 1)
     try:
         tokenizer: Any = cached_tokenizer_from_config(model_config)
-    except Exception as error:  # of many types, and no reason not to serve
-        logger.info("selfspec cannot read the tokenizer: %s", error)
+        found = [tokenizer.encode(p.render(tokenizer))[-most:] for p in chosen]
+    except Exception as error:  # of many types
+        logger.info("selfspec cannot use the tokenizer: %s", error)
         return []
-    chosen = [p for task in TASKS for p in load(task).sample(NUM_PROMPTS).prompts]
-    texts = [prompt.render(tokenizer) for prompt in chosen]
-    most = min(MAX_PROMPT_TOKENS, model_config.max_model_len - NUM_TOKENS - 1)
-    found = [tokenizer.encode(text)[-most:] for text in texts]
     return [token_ids for token_ids in found if token_ids] if most > 0 else []
 
 
