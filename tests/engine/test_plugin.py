@@ -34,6 +34,7 @@ DRAFTING = {
     "engine.scheduler",
     "draft.seeded",
     "draft.v1_proposer",
+    "draft.v2_copies",
     "draft.v2_row_stops",
     "draft.v2_drawing",
     "draft.v2_graphs",

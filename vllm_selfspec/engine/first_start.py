@@ -13,7 +13,7 @@ from vllm_selfspec import __version__
 from vllm_selfspec.chosen_plan import ChosenPlan, Known
 from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.draft_length.options import ByGoodput
-from vllm_selfspec.engine.hardware import device_name, num_cores
+from vllm_selfspec.engine.hardware import device_name, num_cores, on_cpu
 from vllm_selfspec.engine.versions import vllm_version
 from vllm_selfspec.plan.axis_skip_layers import AUTO
 from vllm_selfspec.plan.calibrated import Circumstances
@@ -120,7 +120,7 @@ def _circumstances(
     import torch
 
     ranks = parallel_config.tensor_parallel_size
-    num = ranks if torch.cuda.is_available() else num_cores()
+    num = num_cores() if on_cpu() else ranks
     versions = {
         "vllm": vllm_version(),
         "torch": torch.__version__,

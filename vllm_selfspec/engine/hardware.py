@@ -6,10 +6,19 @@ from pathlib import Path
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's where there is none."""
-    import torch
+    """The GPU's name, or the processor's where there is none. As vLLM finds it out: to
+    ask CUDA would keep vLLM from forking its workers."""
+    from vllm.platforms import current_platform
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    found: str = _cpu_name() if on_cpu() else current_platform.get_device_name()
+    return found
+
+
+def on_cpu() -> bool:
+    """Whether vLLM serves on the processor."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def num_cores() -> int:
