@@ -30,7 +30,7 @@ from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
 from vllm_selfspec.bench.provenance import provenance
-from vllm_selfspec.bench.tasks import SHIPPED, load
+from vllm_selfspec.bench.tasks import SHIPPED, Prompt, load
 from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.config import METHOD, SelfSpecConfig
 from vllm_selfspec.plan.cost import ModelWeights
@@ -39,6 +39,15 @@ from vllm_selfspec.plan.target_model import TargetModel
 AGAIN = f"{PLAIN}, again"
 N_GRAMS, SUFFIXES, DRAFT_MODEL = "n-grams", "suffix", "draft model"
 BARE_FLAG = "the bare flag"
+WINDOW = {"draft_window": 512}
+# What is asked of a long document: pages and modules of this repository, so nothing is
+# downloaded.
+LONG = {
+    "question": "Which rule does the text above state last, and why? Answer briefly.",
+    "summary": "Summarise the text above in a few sentences.",
+    "continuation": "",
+}
+REPOSITORY = Path(__file__).resolve().parents[1]
 # By name, what is written beside the method.
 OURS: dict[str, dict[str, Any]] = {
     BARE_FLAG: {},
@@ -46,6 +55,8 @@ OURS: dict[str, dict[str, Any]] = {
     "int8": {**MODEL_ALONE, "draft_weights": "int8"},
     "int4": {**MODEL_ALONE, "draft_weights": "int4"},
     "int4 and copies": {"draft_weights": "int4"},
+    "window": {**MODEL_ALONE, **WINDOW},
+    "int4, window": {**MODEL_ALONE, "draft_weights": "int4", **WINDOW},
 }
 SKIP_SET, SKIP_SET_INT4 = "skip set", "skip set in int4"
 NAMES = (N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS, SKIP_SET, SKIP_SET_INT4)
@@ -86,6 +97,9 @@ def main(
     profile: Annotated[
         str | None, typer.Option(help="A skip set that `tune` found.")
     ] = None,
+    context: Annotated[
+        str, typer.Option(help="Tokens of a document before the tasks of long ones.")
+    ] = "0",
     samples: Annotated[int, typer.Option(help="Of a cell: ratios.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="Of a request.")] = 64,
     eager: Annotated[bool, typer.Option(help="Nothing is compiled.")] = False,
@@ -96,8 +110,12 @@ def main(
     chosen = [*methods(method, draft_model, profile)]
     wanted = [
         {"task": name, "concurrency": streams, "temperature": degrees}
-        for degrees, streams, name in itertools.product(
-            map(float, temperature.split(",")), map(int, concurrency.split(",")), task
+        | ({"context": length} if length else {})
+        for degrees, length, streams, name in itertools.product(
+            map(float, temperature.split(",")),
+            map(int, context.split(",")),
+            map(int, concurrency.split(",")),
+            task,
         )
     ]
     missing = [key for key in wanted if not any(_is_of(cell, key) for cell in cells)]
@@ -107,7 +125,8 @@ def main(
     engines = []
     for number, one in enumerate(chosen, 1):
         console.print(f"Engine {number} of {len(chosen)}: {one.name}")
-        engines.append(VllmEngine(one, model, settings_of(eager)))
+        longest = max(key.get("context", 0) for key in wanted)
+        engines.append(VllmEngine(one, model, settings_of(eager, longest)))
     document = {
         **provenance(_command(model, chosen, eager)),
         "model": Path(model).name,
@@ -117,7 +136,7 @@ def main(
     }
     for number, key in enumerate(missing, 1):
         sampling = Sampling(key["temperature"], max_tokens)
-        turns = _turns(key, samples)
+        turns = _turns(key, samples, engines[0].tokenizer)
         cell = key | _measured(engines, turns, key["concurrency"], sampling)
         cells.append(cell)
         whole_file.write_json({**document, "cells": cells}, output)
@@ -132,7 +151,7 @@ def _saved(output: Path) -> list[dict[str, Any]]:
 
 
 def _is_of(cell: dict[str, Any], key: dict[str, Any]) -> bool:
-    return all(cell[name] == value for name, value in key.items())
+    return all(cell.get(n) == key.get(n) for n in ("context", *key))
 
 
 def _command(model: str, chosen: Sequence[Method], eager: bool) -> str:
@@ -158,23 +177,26 @@ def _extra_bytes(method: Method, model: str) -> int:
     return plan.extra_bytes(ModelWeights.from_checkpoint(path).step)
 
 
-def settings_of(eager: bool) -> dict[str, Any]:
-    """The same for every engine."""
+def settings_of(eager: bool, context: int = 0) -> dict[str, Any]:
+    """The same for every engine; `context` is that of the longest prompts."""
     return {
         "dtype": "bfloat16",
         "enforce_eager": eager,
-        "max_model_len": 4096,
+        "max_model_len": 4096 + context,
         "max_num_seqs": 16,
-        "kv_cache_memory_bytes": 512 << 20,
+        "kv_cache_memory_bytes": (512 << 20) + context * (100 << 10),
         "enable_prefix_caching": False,
         "disable_log_stats": False,
     }
 
 
-def _turns(key: dict[str, Any], samples: int) -> list[list[Any]]:
+def _turns(key: dict[str, Any], samples: int, tokenizer: Any) -> list[list[Any]]:
     """The prompts of each sample, one more that is not measured first. Every load and
     temperature begins elsewhere: suffix decoding remembers answers."""
     streams = key["concurrency"]
+    if "context" in key:
+        texts = _long_prompts(key["task"], key["context"], tokenizer)
+        return [list(itertools.islice(texts, streams)) for _ in range(1 + samples)]
     prompts = load(key["task"]).sample(None).prompts
     first = 7 * streams + 29 * int(key["temperature"] > 0)
     numbers = itertools.count(first)
@@ -182,6 +204,19 @@ def _turns(key: dict[str, Any], samples: int) -> list[list[Any]]:
         [prompts[next(numbers) % len(prompts)] for _ in range(streams)]
         for _ in range(1 + samples)
     ]
+
+
+def _long_prompts(task: str, context: int, tokenizer: Any) -> Iterator[Prompt]:
+    """One piece of this repository after the other, each of `context` tokens, and what
+    is asked of it; from the start again when it is over."""
+    files = sorted([*REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*/*/*.py")])
+    tokens = tokenizer.encode("\n".join(file.read_text() for file in files))
+    for start in itertools.cycle(range(0, len(tokens) - context, context)):
+        text = tokenizer.decode(tokens[start : start + context])
+        content: Any = text
+        if LONG[task]:
+            content = [{"role": "user", "content": f"{text}\n\n{LONG[task]}"}]
+        yield Prompt(f"{task} {start}", content)
 
 
 @dataclass
@@ -257,7 +292,8 @@ def markdown(*documents: dict[str, Any]) -> str:
 def _table(document: dict[str, Any]) -> str:
     known = {name for cell in document["cells"] for name in cell}
     names = [name for name in (AGAIN, *NAMES) if name in known]
-    head = ["concurrency", "T", "task", *names]
+    has_context = any("context" in cell for cell in document["cells"])
+    head = [*["context"] * has_context, "concurrency", "T", "task", *names]
     how = "eager" if document["eager"] else "compiled, as vLLM does by default"
     lines = [
         f"`{document['command']}`, {document['date']}: {document['hardware']}, "
@@ -265,10 +301,11 @@ def _table(document: dict[str, Any]) -> str:
         f"{document['max_tokens']} tokens a request.",
         "",
         f"| {' | '.join(head)} |",
-        f"|{'---:|' * 2}---|{'---:|' * len(names)}",
+        f"|{'---:|' * (2 + has_context)}---|{'---:|' * len(names)}",
     ]
     for cell in document["cells"]:
-        row = [cell["concurrency"], f"{cell['temperature']:g}", cell["task"]]
+        row = [cell.get("context", "")] * has_context
+        row += [cell["concurrency"], f"{cell['temperature']:g}", cell["task"]]
         row += [_figure(cell[name]) if name in cell else "" for name in names]
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)

@@ -100,9 +100,12 @@ class ViewBuilder:
         own_modules: The modules on the way from `model` to `layers`. They are the
             view's, not the target's.
         may_compile: Whether the view drafts the same when it is compiled.
+        window: The last tokens that attention reads, beside the first block; None
+            where it reads all.
     """
 
     may_compile = True
+    window: int | None = None
 
     def __init__(self, target: Any, num_layers: int, family: Family) -> None:
         path, layers = find_layers(target, num_layers)
@@ -188,10 +191,12 @@ class DraftView:
         own_modules: See `ViewBuilder`.
         may_compile: See `ViewBuilder`.
         is_compiled: Whether `model` runs compiled code; see `compile`.
+        window: See `ViewBuilder`.
         attn_layer_names: vLLM's names of the attention layers that run.
     """
 
     def __init__(self, built: ViewBuilder) -> None:
+        self.window = built.window
         self.model, self.own_modules = built.model, built.own_modules
         self.may_compile, self.is_compiled = built.may_compile, False
         self.attn_layer_names = frozenset(

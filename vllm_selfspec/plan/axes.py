@@ -6,6 +6,7 @@ To add one: a file beside this with a class that extends `Axis`, and a row; or
 
 from vllm_selfspec.plan.axis import Axis
 from vllm_selfspec.plan.axis_draft_weights import DraftWeightsAxis
+from vllm_selfspec.plan.axis_draft_window import DraftWindowAxis
 from vllm_selfspec.plan.axis_exit_layer import ExitLayerAxis
 from vllm_selfspec.plan.axis_skip_layers import SkipLayersAxis
 from vllm_selfspec.plan.table import Table
@@ -16,5 +17,6 @@ AXES: Table[Axis] = Table(
         SkipLayersAxis(),
         ExitLayerAxis(),
         DraftWeightsAxis(),
+        DraftWindowAxis(),
     ],
 )

@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
+from vllm_selfspec.draft.v1_proposer import window_of
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
@@ -201,7 +202,8 @@ class Probe:
             view = self._runner.drafter._view
             kept = [g for g in attn_groups if view.attn_layer_names & {*g.layer_names}]
             if kept:
-                groups.append(KVGroup(kept, table, size))
+                window = window_of(self._runner, gid, view)
+                groups.append(KVGroup(kept, table, size, window))
         tokens = [text[i] for (text, _), i in zip(texts, positions, strict=True)]
         batch = DraftBatch(
             rows=rows,

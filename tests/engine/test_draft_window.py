@@ -1,0 +1,172 @@
+"""A draft that reads a window of the KV cache; the text is the same without."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.engines import Engines, drafter_of, greedy, run, token_ids
+from helpers.models import NUM_LAYERS, VOCAB_SIZE, build_tiny_model
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.draft.batch import DraftBatch, KVGroup
+from vllm_selfspec.plan.draft_plan import DraftPlan
+
+BLOCK_SIZE, NUM_BLOCKS = 32, 16
+LONG = {"max_model_len": 512, "block_size": BLOCK_SIZE}
+NOTHING = {"skip_layers": {}}
+WINDOW = 64
+
+
+def batch_of(newest: list[int], num_steps: int, window: int | None) -> DraftBatch:
+    """Rows whose blocks are numbered by row and place: 100, 101, ..., 200, ..."""
+    rows = np.arange(len(newest))
+    table = 100 * (1 + torch.arange(len(newest)))[:, None] + torch.arange(NUM_BLOCKS)
+    group = KVGroup([], table.int(), BLOCK_SIZE, window)
+    return DraftBatch(
+        rows=rows,
+        token_ids=np.zeros(len(newest), np.int32),
+        first_positions=np.array(newest),
+        num_drafts=np.full(len(newest), num_steps),
+        kv_groups=[group],
+        device=torch.device("cpu"),
+    )
+
+
+def read_by(batch: DraftBatch, step: int, row: int) -> list[int]:
+    """Blocks that a row reads, and how many tokens of the last."""
+    (reads,) = batch._groups
+    length = int(reads.seq_lens[step, row])
+    num = -(-length // BLOCK_SIZE)
+    return [*reads.block_table[row, :num].tolist(), length - (num - 1) * BLOCK_SIZE]
+
+
+def test_the_first_block_and_the_last_ones_are_read() -> None:
+    batch = batch_of([300, 70, 31], num_steps=2, window=WINDOW)
+    # Token 300 is the 13th of block 9: two blocks before it make 64 tokens at least.
+    assert read_by(batch, 0, 0) == [100, 108, 109, 13]
+    assert read_by(batch, 1, 0) == [100, 108, 109, 14]
+    assert read_by(batch, 0, 1) == [200, 201, 202, 7], "shorter: all of it"
+    assert read_by(batch, 0, 2) == [300, 32]
+    assert read_by(batch, 1, 2) == [300, 301, 1]
+
+
+def test_a_window_grows_with_the_steps_of_a_draft() -> None:
+    batch = batch_of([319], num_steps=3, window=WINDOW)
+    assert read_by(batch, 0, 0) == [100, 108, 109, 32]
+    assert read_by(batch, 2, 0) == [100, 108, 109, 110, 2]
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_tokens_are_written_where_they_would_be_without(window: int | None) -> None:
+    batch = batch_of([300, 70], num_steps=2, window=window)
+    (reads,) = batch._groups
+    assert reads.slots[0].tolist() == [109 * 32 + 12, 202 * 32 + 6]
+    assert batch.positions[1].tolist() == [301, 71]
+
+
+def prompts(num: int, length: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(3)
+    return [
+        {"prompt_token_ids": rng.integers(1, VOCAB_SIZE, length + 7 * i).tolist()}
+        for i in range(num)
+    ]
+
+
+def test_a_window_of_the_whole_context_drafts_the_same(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    path, params = tiny_models["llama"], greedy(24)
+    counted = []
+    for keys in ({}, {"draft_window": 512}):
+        llm = engines.get(path, {"exit_layer": 3, **keys}, **LONG)
+        counted.append(run(llm, prompts(3, 200), params)[1])
+    assert counted[0] == counted[1] and counted[0].draft_tokens
+
+
+@pytest.fixture(scope="module")
+def models(
+    tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("gemma3")
+    layers = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+    gemma3 = build_tiny_model(
+        "gemma3_text", directory, sliding_window=48, layer_types=layers
+    )
+    return {**tiny_models, "gemma3": str(gemma3)}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
+def test_the_text_is_plain_vllms(
+    family: str, models: dict[str, str], engines: Engines
+) -> None:
+    path, params = models[family], greedy(24)
+    texts = prompts(4, 230)
+    expected, _ = run(engines.get(path, **LONG), texts, params)
+    llm = engines.get(path, {**NOTHING, "draft_window": WINDOW}, **LONG)
+    found, counts = run(llm, texts, params)
+    assert token_ids(found) == token_ids(expected)
+    assert counts.draft_tokens
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    assert drafter_of(runner)._view.window == WINDOW
+
+
+def test_a_window_is_read_and_not_the_whole(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """With nothing skipped a draft is the target's, unless it reads less."""
+    path, params, texts = tiny_models["llama"], greedy(24), prompts(4, 300)
+    whole = engines.get(path, NOTHING, **LONG)
+    assert run(whole, texts, params)[1].acceptance == 1
+    llm = engines.get(path, {**NOTHING, "draft_window": WINDOW}, **LONG)
+    acceptance = run(llm, texts, params)[1].acceptance
+    assert acceptance is not None and acceptance < 1
+    short = run(llm, prompts(3, 40), greedy(16))[1].acceptance
+    assert short == 1, "a short context is read as a whole"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_prefix_caching": True},
+        {"max_num_batched_tokens": 64, "enable_chunked_prefill": True},
+        {"kv_cache_memory_bytes": 3 << 20},
+    ],
+    ids=["prefix cache", "chunked prefill", "preemption"],
+)
+def test_whatever_else_happens_to_the_cache(
+    settings: dict[str, Any], tiny_models: dict[str, str], engines: Engines
+) -> None:
+    path, params, texts = tiny_models["llama"], greedy(40), prompts(6, 230)
+    expected, _ = run(engines.get(path, **LONG), texts, params)
+    spec = {"exit_layer": 3, "draft_window": WINDOW}
+    llm = engines.get(path, spec, **{**LONG, **settings})
+    for _ in range(2):
+        found, counts = run(llm, texts, params)
+        assert token_ids(found) == token_ids(expected)
+        assert counts.draft_tokens
+
+
+def test_what_is_no_window_is_refused() -> None:
+    for value in (0, 63, -1, "64", 64.5, True):
+        with pytest.raises(ConfigError, match="draft_window"):
+            SelfSpecConfig.parse({"draft_window": value})
+
+
+def test_it_is_saved_and_read() -> None:
+    plan = DraftPlan.of(4, draft_window=WINDOW)
+    assert DraftPlan.from_dict(plan.to_dict()) == plan
+    assert "window of 64" in str(plan)
+    assert plan.to_dict()["draft_window"] == WINDOW
+    assert DraftPlan(4).to_dict()["draft_window"] is None
+
+
+def test_the_v2_runner_refuses_it_by_name() -> None:
+    from vllm_selfspec import served_config
+
+    own = {"plan": {"draft_window": WINDOW}, "online": None}
+    config = SimpleNamespace(additional_config={"selfspec": own})
+    assert "draft_window" in str(served_config.needs_v1_runner(config))
+    own["plan"] = {"draft_window": None}
+    assert served_config.needs_v1_runner(config) is None
