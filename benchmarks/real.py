@@ -191,17 +191,20 @@ def settings_of(eager: bool, context: int = 0) -> dict[str, Any]:
 
 
 def _turns(key: dict[str, Any], samples: int, tokenizer: Any) -> list[list[Any]]:
-    """The prompts of each sample, one more that is not measured first. Every load and
-    temperature begins elsewhere: suffix decoding remembers answers."""
+    """The prompts of each sample, one more that is not measured first: one, or two for
+    each of several streams, as in `bench`. With one each, the time of a sample would be
+    that of the slowest request, which others that end sooner do not shorten. Every load
+    and temperature begins elsewhere: suffix decoding remembers answers."""
     streams = key["concurrency"]
+    num = streams if streams == 1 else 2 * streams
     if "context" in key:
         texts = _long_prompts(key["task"], key["context"], tokenizer)
-        return [list(itertools.islice(texts, streams)) for _ in range(1 + samples)]
+        return [list(itertools.islice(texts, num)) for _ in range(1 + samples)]
     prompts = load(key["task"]).sample(None).prompts
     first = 7 * streams + 29 * int(key["temperature"] > 0)
     numbers = itertools.count(first)
     return [
-        [prompts[next(numbers) % len(prompts)] for _ in range(streams)]
+        [prompts[next(numbers) % len(prompts)] for _ in range(num)]
         for _ in range(1 + samples)
     ]
 

@@ -97,6 +97,11 @@ def models(
     return {**tiny_models, "gemma3": str(gemma3)}
 
 
+@pytest.mark.shows(
+    "Engine",
+    "drafts that read a window of the KV cache",
+    v2="no: the V2 runner's CUDA graphs would hold its block tables",
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
 def test_the_text_is_plain_vllms(
     family: str, models: dict[str, str], engines: Engines

@@ -70,6 +70,7 @@ def copies_in(llm: Any) -> list[Any]:
 
 
 @pytest.mark.v2
+@pytest.mark.shows("Engine", "drafts in 8 and 4 bits")
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_text_is_plain_vllms(

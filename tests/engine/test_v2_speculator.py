@@ -208,7 +208,6 @@ def test_vllms_warm_up_of_its_kernels_leaves_nothing_behind(
     assert token_ids(found) == token_ids(expected)
 
 
-@pytest.mark.shows("Engine", "copies matched on the device, scheduled ahead of it")
 @pytest.mark.parametrize("policy", ["fixed", "goodput"])
 def test_copies_are_matched_on_the_device_where_steps_run_ahead(
     policy: str,

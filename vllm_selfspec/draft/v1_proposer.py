@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
@@ -36,6 +35,7 @@ from vllm_selfspec.draft.v1_step import (
     num_drafted_in,
     num_tokens_left,
     sampled_step,
+    window_of,
 )
 from vllm_selfspec.draft.view import DraftView, LoadedTarget
 from vllm_selfspec.plan.draft_plan import DraftPlan
@@ -338,14 +338,6 @@ class SelfSpecProposer:
             skip_compiled=not view.is_compiled,
         ):
             return view(token_ids, batch.positions[step])
-
-
-def window_of(runner: Any, gid: int, view: DraftView) -> int | None:
-    """What a draft reads of a KV cache group: layers with a sliding window of their own
-    read that, or the last tokens they know would be others."""
-    spec = runner.kv_cache_config.kv_cache_groups[gid].kv_cache_spec
-    is_full = isinstance(spec, FullAttentionSpec) and spec.sliding_window is None
-    return view.window if is_full else None
 
 
 def _set_loras(runner: Any, rows: np.ndarray) -> None:

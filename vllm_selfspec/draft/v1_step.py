@@ -1,4 +1,5 @@
-"""What the V1 runner knows of a step that has sampled, in terms of `SampledStep`.
+"""What the V1 runner knows of a step that has sampled, as a `SampledStep`, and of what
+drafts read.
 
 One rule: it reads the runner after bookkeeping, when the newest tokens are in its
 arrays, and before anything is drafted.
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_selfspec.draft.row_planner import SampledStep
 from vllm_selfspec.draft_length.types import Ints
@@ -50,3 +52,11 @@ def num_tokens_left(runner: Any) -> Ints:
     num_output = num_tokens - batch.num_prompt_tokens[: len(most)]
     found: Ints = np.maximum(most - num_output - 1, 0)
     return found
+
+
+def window_of(runner: Any, gid: int, view: Any) -> int | None:
+    """What a draft reads of a KV cache group: layers with a sliding window of their own
+    read that, or the last tokens they know would be others."""
+    spec = runner.kv_cache_config.kv_cache_groups[gid].kv_cache_spec
+    is_full = isinstance(spec, FullAttentionSpec) and spec.sliding_window is None
+    return view.window if is_full else None

@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
-from vllm_selfspec.draft.v1_proposer import window_of
+from vllm_selfspec.draft.v1_step import window_of
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
