@@ -9,11 +9,11 @@ that never were. What is there already is left as it is; what was fetched is che
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -185,8 +185,7 @@ def _dequantise(gguf: Path, readers: Path, made: Path) -> None:
     """In a process of its own, which sees the readers."""
     console.print("Dequantising to bf16 ...")
     code = (
-        "import sys, torch, transformers as t\n"
-        f"sys.path.append({str(readers)!r})\n"
+        "import torch, transformers as t\n"
         f"folder, made = {str(gguf.parent)!r}, {str(made)!r}\n"
         "model = t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,"
         " gguf_file='model.gguf', quantization_config=t.GgufConfig(dequantize=True))\n"
@@ -194,18 +193,20 @@ def _dequantise(gguf: Path, readers: Path, made: Path) -> None:
         "found = t.AutoTokenizer.from_pretrained(folder, gguf_file='model.gguf')\n"
         "found.save_pretrained(made)\n"
     )
-    run = _python(code)
+    paths = [str(readers), os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:]
         raise FetchError(
             f"transformers could not read the GGUF file ({' '.join(last)}): "
             "fetch the model from the Hub"
         )
-
-
-def _python(code: str) -> subprocess.CompletedProcess[str]:
-    words: Sequence[str] = (sys.executable, "-c", code)
-    return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
 if __name__ == "__main__":
