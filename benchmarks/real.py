@@ -15,7 +15,7 @@ goes on where a former one was stopped, and takes what is saved as it is.
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
@@ -137,7 +137,9 @@ def main(
     for number, key in enumerate(missing, 1):
         sampling = Sampling(key["temperature"], max_tokens)
         turns = _turns(key, samples, engines[0].tokenizer)
-        cell = key | _measured(engines, turns, key["concurrency"], sampling)
+        seconds_of = _decode_seconds if "context" in key else _all_seconds
+        streams = key["concurrency"]
+        cell = key | _measured(engines, turns, streams, sampling, seconds_of)
         cells.append(cell)
         whole_file.write_json({**document, "cells": cells}, output)
         console.print(f"{number} of {len(missing)}: {json.dumps(cell)}")
@@ -260,11 +262,22 @@ class Found:
         }
 
 
+def _all_seconds(run: Run) -> float:
+    return run.seconds
+
+
+def _decode_seconds(run: Run) -> float:
+    """From first tokens to last ones, added up over the requests: the prefill of a long
+    prompt takes longer than all that follows it here."""
+    return sum(request.latency - request.first_token for request in run.requests)
+
+
 def _measured(
     engines: Sequence[VllmEngine],
     turns: Sequence[Sequence[Any]],
     streams: int,
     sampling: Sampling,
+    seconds_of: Callable[[Run], float],
 ) -> dict[str, Any]:
     """By method; who is first with a sample's prompts changes."""
     order = [*engines, engines[0]]
@@ -281,7 +294,7 @@ def _measured(
         for name, run in runs.items():
             plain = runs[PLAIN]
             found[name].runs.append(run)
-            found[name].ratios.append(plain.seconds / run.seconds)
+            found[name].ratios.append(seconds_of(plain) / seconds_of(run))
             bound = forwards_bound(run, plain)
             found[name].bounds += [] if bound is None else [bound]
     return {name: one.summary() for name, one in found.items()}

@@ -20,6 +20,7 @@ from helpers.engines import (
 )
 from helpers.environment import IS_V2
 from helpers.models import DEMO_MODEL
+from vllm_selfspec.draft.view import DraftView
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.plan import calibrated
 from vllm_selfspec.plan.draft_plan import DraftPlan
@@ -234,6 +235,27 @@ def test_a_cache_too_small_for_any_text_is_no_reason_to_stop(
         {"draft_source": "model"}, max_model_len=203, kv_cache_memory_bytes=SMALL
     )
     assert drafter(llm).plan.skip_set.num_skipped == 11, "evenly spread, as guessed"
+
+
+def test_a_timed_draft_step_stays_within_the_positions_that_there_are(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever token it drafts: a vocabulary may be larger than the longest context."""
+    llm = engines.get(str(DEMO_MODEL), {"exit_layer": 3})
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    seen: list[int] = []
+    call = DraftView.__call__
+
+    def noted(self: Any, input_ids: Any, positions: Any) -> Any:
+        seen.append(int(positions.max()))
+        return call(self, input_ids, positions)
+
+    monkeypatch.setattr(DraftView, "__call__", noted)
+    monkeypatch.setattr(
+        DraftView, "compute_logits", lambda self, hidden: hidden.new_ones(2, 999_999)
+    )
+    runner.drafter.dummy_step(runner, 2, 3)
+    assert seen == [0, 0, 0]
 
 
 SERVER = """
