@@ -208,8 +208,11 @@ def test_vllms_warm_up_of_its_kernels_leaves_nothing_behind(
     assert token_ids(found) == token_ids(expected)
 
 
-@pytest.mark.parametrize("policy", ["fixed", "goodput"])
+@pytest.mark.parametrize(
+    ("source", "policy"), [("context", "fixed"), ("auto", "goodput")]
+)
 def test_copies_are_matched_on_the_device_where_steps_run_ahead(
+    source: str,
     policy: str,
     tiny_models: dict[str, str],
     engines: Engines,
@@ -222,7 +225,7 @@ def test_copies_are_matched_on_the_device_where_steps_run_ahead(
     prompts = [{"prompt_token_ids": [n, 9, 7, 3, 8, 1] * 3} for n in (4, 5, 6)]
     prompts += prompts_of(2)
     expected, _ = run(engines.get(path), prompts, params)
-    spec = {"draft_source": "auto", "draft_length": policy, "prompt_lookup_max": 3}
+    spec = {"draft_source": source, "draft_length": policy, "prompt_lookup_max": 3}
     llm = engines.get(path, spec)
     config = llm.llm_engine.vllm_config
     assert config.scheduler_config.async_scheduling
