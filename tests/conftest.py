@@ -1,6 +1,7 @@
 """The fixtures of all tests, and what pytest is asked for: see `helpers`."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from helpers.engines import Engines
 from helpers.environment import IS_V2
 from helpers.models import FAMILIES, build_tiny_model
+from vllm_selfspec.plan import calibrated
 
 _shown: dict[tuple[str, str], bool] = {}
 _of_v2: dict[tuple[str, str], str] = {}
@@ -46,6 +48,12 @@ def interpreter() -> None:
         from triton_cpu_stub.mends import mend
 
         mend()
+
+
+@pytest.fixture(autouse=True)
+def no_plan_is_known() -> None:
+    """Of a tiny model, which every test would find that comes after its first start."""
+    shutil.rmtree(calibrated.directory(), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -200,9 +200,13 @@ def _log(chosen: ChosenPlan, sources: Mapping[str, Any]) -> None:
     model = [f"{chosen.plan} ({chosen.source})"] if MODEL in sources else []
     logger.info("selfspec drafts with: %s", "; ".join([*model, *free]))
     if chosen.is_calibrated and chosen.figures is not None:
-        what = "are expected to bring" if model else "are left out: they would bring"
-        speed_up = chosen.figures.speed_up
-        logger.info("selfspec: the model's own drafts %s %.2fx", what, speed_up)
+        speed_up = f"{chosen.figures.speed_up:.2f}x"
+        what = f"are expected to bring {speed_up}"
+        if not model:
+            what = f"are left out: they would bring {speed_up}"
+        if not chosen.figures.speed_up:
+            what = "are left out: no plan for them looked promising"
+        logger.info("selfspec: the model's own drafts %s", what)
 
 
 def _num_drafts(config: SelfSpecConfig, chosen: ChosenPlan) -> int:
