@@ -243,6 +243,22 @@ def test_copies_are_matched_on_the_device_where_steps_run_ahead(
     assert counts.draft_tokens
 
 
+@pytest.mark.parametrize("source", ["model", "auto"])
+def test_a_first_start_looks_for_no_plan_here(
+    source: str, tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """Plans are tried by the V1 runner's worker, also where nothing runs ahead."""
+    path = tiny_models["llama"]
+    spec = {"draft_source": source, "draft_length": "goodput"}
+    llm = engines.get(path, spec, async_scheduling=False, max_num_seqs=5)
+    own = llm.llm_engine.vllm_config.additional_config["selfspec"]
+    assert own["calibration"] is None
+    assert ("model" in own["sources"]) is (source == "model")
+    expected, _ = run(engines.get(path), prompts_of(2), greedy(8))
+    found, _ = run(llm, prompts_of(2), greedy(8))
+    assert token_ids(found) == token_ids(expected)
+
+
 def test_a_batch_of_any_length_finds_the_graph_of_its_own(
     tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:

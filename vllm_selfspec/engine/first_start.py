@@ -14,6 +14,7 @@ from vllm_selfspec.chosen_plan import ChosenPlan, Known
 from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.draft_length.options import ByGoodput
 from vllm_selfspec.engine.hardware import device_name, num_cores, on_cpu
+from vllm_selfspec.engine.used_sources import takes_v2_runner
 from vllm_selfspec.engine.versions import vllm_version
 from vllm_selfspec.plan.axis_skip_layers import AUTO
 from vllm_selfspec.plan.calibrated import Circumstances
@@ -98,9 +99,11 @@ class FirstStart:
 
 def can_try_plans(engine_args: Any, model_config: Any, parallel_config: Any) -> bool:
     """Whether an engine whose steps are scheduled one after the other can: it has texts
-    of this model to try them on, and every worker the same."""
+    of this model to try them on, every worker the same, and the V1 runner's draft loop,
+    which the probe is for."""
     return (
-        not engine_args.enable_lora
+        not takes_v2_runner()
+        and not engine_args.enable_lora
         and parallel_config.data_parallel_size == 1
         and not model_config.skip_tokenizer_init
         and str(engine_args.load_format) != "dummy"

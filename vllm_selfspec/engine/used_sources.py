@@ -86,13 +86,20 @@ def runs_ahead(engine_args: Any) -> bool:
     """Whether steps would be scheduled ahead of the device: vLLM will say so for sure
     when the configuration is whole."""
     from vllm import envs
-    from vllm.triton_utils import HAS_TRITON
 
     if engine_args.async_scheduling is False:
         return False
-    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
-        return bool(engine_args.async_scheduling) or HAS_TRITON
-    return bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+    is_asked = bool(engine_args.async_scheduling)
+    return (is_asked and envs.VLLM_USE_V2_MODEL_RUNNER is None) or takes_v2_runner()
+
+
+def takes_v2_runner() -> bool:
+    """Whether vLLM would take its V2 runner, as far as can be said before then."""
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    asked = envs.VLLM_USE_V2_MODEL_RUNNER
+    return bool(HAS_TRITON if asked is None else asked)
 
 
 def _schedule_after_drafting(engine_args: Any, what: str) -> None:
