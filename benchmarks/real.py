@@ -15,12 +15,14 @@ goes on where a former one was stopped, and takes what is saved as it is.
 import importlib.util
 import itertools
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
 from typing import Annotated, Any
 
+import make_tasks
 import typer
 from rich.console import Console
 
@@ -29,8 +31,9 @@ from vllm_selfspec.bench.comparison import forwards_bound
 from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
+from vllm_selfspec.bench.own_models import OWN_MODELS
 from vllm_selfspec.bench.provenance import provenance
-from vllm_selfspec.bench.tasks import SHIPPED, Prompt, load
+from vllm_selfspec.bench.tasks import SHIPPED, Prompt
 from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.config import METHOD, SelfSpecConfig
 from vllm_selfspec.plan.cost import ModelWeights
@@ -136,7 +139,7 @@ def main(
     }
     for number, key in enumerate(missing, 1):
         sampling = Sampling(key["temperature"], max_tokens)
-        turns = _turns(key, samples, engines[0].tokenizer)
+        turns = _turns(key, samples, engines[0].tokenizer, _is_ours(model))
         seconds_of = _decode_seconds if "context" in key else _all_seconds
         streams = key["concurrency"]
         cell = key | _measured(engines, turns, streams, sampling, seconds_of)
@@ -192,23 +195,34 @@ def settings_of(eager: bool, context: int = 0) -> dict[str, Any]:
     }
 
 
-def _turns(key: dict[str, Any], samples: int, tokenizer: Any) -> list[list[Any]]:
+def _is_ours(model: str) -> bool:
+    """Whether it was trained on a part of what prompts are made of."""
+    return Path(model).name.startswith(tuple(OWN_MODELS.values()))
+
+
+def _turns(
+    key: dict[str, Any], samples: int, tokenizer: Any, held_out: bool = False
+) -> list[list[Prompt]]:
     """The prompts of each sample, one more that is not measured first: one, or two for
     each of several streams, as in `bench`. With one each, the time of a sample would be
-    that of the slowest request, which others that end sooner do not shorten. Every load
-    and temperature begins elsewhere: suffix decoding remembers answers."""
+    that of the slowest request, which others that end sooner do not shorten. Nothing is
+    asked twice, in any cell: suffix decoding remembers answers."""
     streams = key["concurrency"]
     num = streams if streams == 1 else 2 * streams
     if "context" in key:
         texts = _long_prompts(key["task"], key["context"], tokenizer)
         return [list(itertools.islice(texts, num)) for _ in range(1 + samples)]
-    prompts = load(key["task"]).sample(None).prompts
-    first = 7 * streams + 29 * int(key["temperature"] > 0)
-    numbers = itertools.count(first)
-    return [
-        [prompts[next(numbers) % len(prompts)] for _ in range(num)]
-        for _ in range(1 + samples)
-    ]
+    prompts = _prompts(key, num * (1 + samples), held_out)
+    return [[*itertools.islice(prompts, num)] for _ in range(1 + samples)]
+
+
+def _prompts(key: dict[str, Any], num: int, held_out: bool) -> Iterator[Prompt]:
+    """Made as the shipped ones are, of texts that our own models were trained on or of
+    those `held_out` from them: to a real model both are alike, and they are more."""
+    make = {one.__name__: one for one in make_tasks.TASKS}[key["task"]]
+    seed = f"{key['task']} {key['concurrency']} {key['temperature']}"
+    for row in make(make_tasks.sources_of(held_out), random.Random(seed), num):
+        yield Prompt(row["id"], row.get("messages") or row["prompt"])
 
 
 def _long_prompts(task: str, context: int, tokenizer: Any) -> Iterator[Prompt]:
