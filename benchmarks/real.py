@@ -16,15 +16,18 @@ import importlib.util
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
 from typing import Annotated, Any
 
-import make_tasks
 import typer
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import make_tasks
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.comparison import forwards_bound

@@ -28,17 +28,21 @@ class Table:
 
     Attributes:
         page: Path of the page in the repository.
-        runs: Paths of the JSON files below `RESULTS` that it is made of.
+        runs: Paths of the JSON files below `RESULTS` that it is made of; none where it
+            is worked out.
         markdown: Makes it, of one document for each run.
+        script: That works it out, where no run does.
     """
 
     page: str
     runs: tuple[str, ...]
     markdown: Markdown
+    script: str = ""
 
     def start(self, name: str) -> str:
         """The comment that opens the place."""
-        return f"<!-- {name}: {', '.join(f'{RESULTS}/{run}' for run in self.runs)} -->"
+        runs = ", ".join(f"{RESULTS}/{run}" for run in self.runs)
+        return f"<!-- {name}: {runs or self.script} -->"
 
     def text(self) -> str:
         """What belongs there."""
@@ -211,6 +215,12 @@ TABLES: dict[str, Table] = {
     "float32": _bench("float32"),
     "lengths": _bench("draft_length"),
     "real": Table(BENCHMARKS, REAL_RUNS, REAL["markdown"]),
+    "window_on_paper": Table(
+        BENCHMARKS,
+        (),
+        script("window_on_paper.py")["markdown"],
+        "benchmarks/window_on_paper.py",
+    ),
     "gpu": Table(BENCHMARKS, ("gpu/speed-2b.json", "gpu/speed-7b.json"), gpu),
     "seeds": Table(BENCHMARKS, ("seeds.json",), script("seeds.py")["markdown"]),
     "tune": Table(BENCHMARKS, ("tune/tune.json",), script("tune.py")["markdown"]),
