@@ -70,7 +70,10 @@ console = Console(stderr=True)
 
 
 def methods(
-    names: Sequence[str], draft_model: str | None, profile: str | None
+    names: Sequence[str],
+    draft_model: str | None,
+    profile: str | None,
+    int4_profile: str | None = None,
 ) -> Iterator[Method]:
     """Plain vLLM and the others of these names, in the order they are started; those
     that need what is not there are left out."""
@@ -84,7 +87,8 @@ def methods(
     ours = dict(OURS)
     if profile is not None:
         ours[SKIP_SET] = {**MODEL_ALONE, "skip_layers": profile}
-        ours[SKIP_SET_INT4] = {**ours[SKIP_SET], "draft_weights": "int4"}
+    if int4_profile is not None:
+        ours[SKIP_SET_INT4] = {**MODEL_ALONE, "skip_layers": int4_profile}
     found |= {n: Method(n, METHOD, {"method": METHOD, **k}) for n, k in ours.items()}
     yield Method(PLAIN, "plain")
     yield from (found[name] for name in names if name in found)
@@ -103,6 +107,9 @@ def main(
     profile: Annotated[
         str | None, typer.Option(help="A skip set that `tune` found.")
     ] = None,
+    int4_profile: Annotated[
+        str | None, typer.Option(help="What `tune --memory 30%` found.")
+    ] = None,
     context: Annotated[
         str, typer.Option(help="Tokens of a document before the tasks of long ones.")
     ] = "0",
@@ -113,7 +120,7 @@ def main(
     """Prints a line a cell, and keeps all of them."""
     prepare_environment()
     cells = _saved(output)
-    chosen = [*methods(method, draft_model, profile)]
+    chosen = [*methods(method, draft_model, profile, int4_profile)]
     wanted = [
         {"task": name, "concurrency": streams, "temperature": degrees}
         | ({"context": length} if length else {})
