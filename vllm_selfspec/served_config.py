@@ -84,9 +84,6 @@ def needs_v1_runner(vllm_config: Any) -> str | None:
     """What the V2 runner's CUDA graphs of drafts would hold, and must not; or None."""
     if tunes_online(vllm_config):
         return "skip_layers 'online' exchanges skip sets"
-    plan = vllm_config.additional_config["selfspec"]["plan"]
-    if plan.get("draft_window"):
-        return "draft_window makes a block table for each draft"
     return None
 
 

@@ -11,6 +11,7 @@ from helpers.engines import Engines, drafter_of, greedy, run, token_ids
 from helpers.models import NUM_LAYERS, VOCAB_SIZE, build_tiny_model
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
+from vllm_selfspec.draft.v2_window import DeviceWindow
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
 BLOCK_SIZE, NUM_BLOCKS = 32, 16
@@ -66,6 +67,41 @@ def test_tokens_are_written_where_they_would_be_without(window: int | None) -> N
     assert batch.positions[1].tolist() == [301, 71]
 
 
+def cache_of(*sliding_windows: int | None) -> SimpleNamespace:
+    specs = [SimpleNamespace(sliding_window=one) for one in sliding_windows]
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    return SimpleNamespace(kv_cache_groups=groups)
+
+
+def test_on_the_device_the_same_blocks_are_read() -> None:
+    newest, num_steps = [300, 70, 31, 319], 3
+    batch = batch_of(newest, num_steps, WINDOW)
+    window = DeviceWindow.of(WINDOW, cache_of(None), [BLOCK_SIZE])
+    table = batch_of(newest, num_steps, None)._groups[0].block_table
+    table = torch.cat([table, torch.zeros(1, NUM_BLOCKS, dtype=torch.int32)])
+    lens = torch.tensor(newest, dtype=torch.int32) + 1
+    window.apply([table], lens, num_steps)
+    for row in range(len(newest)):
+        for step in range(num_steps):
+            length = int(lens[row]) + step
+            num = -(-length // BLOCK_SIZE)
+            found = [*table[row, :num].tolist(), length - (num - 1) * BLOCK_SIZE]
+            assert found == read_by(batch, step, row), (row, step)
+    assert all(n <= window.most_read(m + 1) for n, m in zip(lens, newest, strict=True))
+
+
+def test_on_the_device_groups_of_other_blocks_leave_out_the_same_tokens() -> None:
+    """One sequence length stands for all of them."""
+    window = DeviceWindow.of(WINDOW, cache_of(100, None), [16, 32])
+    assert (window.unit, window.num_kept) == (32, 4), "as wide as the sliding layers'"
+    small, large = (torch.arange(n)[None].int() for n in (32, 16))
+    lens = torch.tensor([301], dtype=torch.int32)  # newest in block 9 of 32 tokens
+    window.apply([small, large], lens, num_steps=2)
+    assert large[0, :6].tolist() == [0, 6, 7, 8, 9, 10]
+    assert small[0, :11].tolist() == [0, 1, 12, 13, 14, 15, 16, 17, 18, 19, 20]
+    assert lens.tolist() == [301 - 5 * 32]
+
+
 def prompts(num: int, length: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(3)
     return [
@@ -74,6 +110,7 @@ def prompts(num: int, length: int) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.v2
 def test_a_window_of_the_whole_context_drafts_the_same(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
@@ -97,11 +134,8 @@ def models(
     return {**tiny_models, "gemma3": str(gemma3)}
 
 
-@pytest.mark.shows(
-    "Engine",
-    "drafts that read a window of the KV cache",
-    v2="no: the V2 runner's CUDA graphs would hold its block tables",
-)
+@pytest.mark.v2
+@pytest.mark.shows("Engine", "drafts that read a window of the KV cache")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
 def test_the_text_is_plain_vllms(
     family: str, models: dict[str, str], engines: Engines
@@ -117,6 +151,7 @@ def test_the_text_is_plain_vllms(
     assert drafter_of(runner)._view.window == WINDOW
 
 
+@pytest.mark.v2
 def test_a_window_is_read_and_not_the_whole(
     tiny_models: dict[str, str], engines: Engines
 ) -> None:
@@ -165,13 +200,3 @@ def test_it_is_saved_and_read() -> None:
     assert "window of 64" in str(plan)
     assert plan.to_dict()["draft_window"] == WINDOW
     assert DraftPlan(4).to_dict()["draft_window"] is None
-
-
-def test_the_v2_runner_refuses_it_by_name() -> None:
-    from vllm_selfspec import served_config
-
-    own = {"plan": {"draft_window": WINDOW}, "online": None}
-    config = SimpleNamespace(additional_config={"selfspec": own})
-    assert "draft_window" in str(served_config.needs_v1_runner(config))
-    own["plan"] = {"draft_window": None}
-    assert served_config.needs_v1_runner(config) is None

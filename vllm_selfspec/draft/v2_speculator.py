@@ -39,6 +39,7 @@ from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
 from vllm_selfspec.draft.v2_drawing import DrawingSpeculator
 from vllm_selfspec.draft.v2_graphs import DraftGraphManager
+from vllm_selfspec.draft.v2_window import DeviceWindow
 from vllm_selfspec.draft.view import DraftView, LoadedTarget
 from vllm_selfspec.served_config import plan_of
 
@@ -68,6 +69,7 @@ class SelfSpecSpeculator(DrawingSpeculator):
         self._num_dummy_drafts = self._num_model_tokens if self._ranks.is_alone else 0
         self._view: DraftView | None = None  # where the model does not draft
         self._attn_layer_names: frozenset[str] = frozenset()
+        self._window: DeviceWindow | None = None  # where all tokens are read
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -110,6 +112,9 @@ class SelfSpecSpeculator(DrawingSpeculator):
             active_layer_names={*self._attn_layer_names},
         )
         self._configure_decode_metadata_update()
+        if self._view is not None and self._view.window is not None:
+            sizes = block_tables.block_sizes
+            self._window = DeviceWindow.of(self._view.window, kv_cache_config, sizes)
 
     def _configure_decode_metadata_update(self) -> None:
         # vLLM's loop has no decode step for one draft token; ours has.
@@ -294,6 +299,8 @@ class SelfSpecSpeculator(DrawingSpeculator):
         """Runs the draft steps, replaying CUDA graphs where there are some."""
         num_reqs = input_batch.num_reqs
         seq_lens = input_batch.seq_lens_cpu_upper_bound
+        if self._window is not None:
+            seq_lens = self._within_window(self._window, num_reqs, seq_lens, num_drafts)
         longest = int(seq_lens[:num_reqs].max())
         self.draft_max_seq_len = min(longest + num_drafts, self.max_model_len)
         num_tokens, sync = num_reqs, None
@@ -325,6 +332,21 @@ class SelfSpecSpeculator(DrawingSpeculator):
             seq_lens,
             1 + num_drafts,
         )
+
+    def _within_window(
+        self,
+        window: DeviceWindow,
+        num_reqs: int,
+        seq_lens: torch.Tensor,
+        num_drafts: int,
+    ) -> torch.Tensor:
+        """Has the draft steps read a window alone; bounds of their first lengths."""
+        window.apply(
+            self.block_tables.input_block_tables,
+            self.input_buffers.seq_lens[:num_reqs],
+            num_drafts,
+        )
+        return seq_lens.clamp(max=window.most_read(self.max_model_len))
 
     def _run_steps(self, dummy_run: bool) -> Callable[..., None]:
         """The loop over draft steps, of vLLM's two the one that suits the backend."""
