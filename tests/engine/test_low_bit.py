@@ -20,7 +20,9 @@ from vllm_selfspec.cli.preview import Preview
 from vllm_selfspec.draft.low_bit import copies_of
 from vllm_selfspec.draft.low_bit_linear import CPUInt4, Int4, LowBitMethod, low_bit_copy
 from vllm_selfspec.draft.view import OwnHead
+from vllm_selfspec.engine.measure import measure_sublayers
 from vllm_selfspec.plan.axis_draft_weights import DraftWeights
+from vllm_selfspec.plan.draft_plan import DraftPlan
 
 BY_PART = {"attention": "int8", "mlp": "int4", "head": "int4"}
 NUM_DRAFTS = 3
@@ -98,6 +100,25 @@ def test_goes_with_a_skip_set_and_copies_only_what_runs(
     assert token_ids(found) == token_ids(expected) and counts.draft_tokens
     # Two projections a sublayer.
     assert len(copies_in(llm)) == 2 * (2 * NUM_LAYERS - 3) + 1
+
+
+@pytest.mark.skipif(IS_V2, reason="the search is for the V1 runner")
+def test_sublayers_are_timed_with_their_copies(
+    models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engines.get(models["qwen2"], spec(BY_PART))
+    (worker,) = llm.collective_rpc(lambda worker: worker)
+    drafter = drafter_of(worker.model_runner)
+    before, tried = drafter.plan, []
+    use_plan = drafter.use_plan
+    monkeypatch.setattr(drafter, "use_plan", lambda p: (tried.append(p), use_plan(p)))
+    for beside in (before, None):
+        tried.clear()
+        assert min(measure_sublayers(worker, 1, 1, beside)) > 0
+        *timed, last = tried
+        assert last == before and len({str(plan) for plan in timed}) > 2
+        weights = (beside or DraftPlan(NUM_LAYERS))["draft_weights"]
+        assert {plan["draft_weights"] for plan in timed} == {weights}
 
 
 @pytest.mark.skipif(IS_V2, reason="its drafts are captured in graphs")

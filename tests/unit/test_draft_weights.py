@@ -75,6 +75,17 @@ def test_a_copy_costs_what_it_reads(word: str) -> None:
     assert plan.extra_bytes(TARGET) == round(share * TARGET.total)
 
 
+def test_a_copy_costs_what_it_was_measured_to_cost() -> None:
+    copied = StepCost.uniform(NUM_LAYERS, head=20, attention=5, mlp=8)
+    target = TARGET.measured_with_copies(copied)
+    assert plan_of({"draft_weights": "int4"}).cost(target).total == pytest.approx(
+        copied.total
+    )
+    plan = plan_of({"draft_weights": {"mlp": "int4"}, "skip_layers": {"mlp": [0]}})
+    mlp, rest = (NUM_LAYERS - 1) * 8, NUM_LAYERS * 10 + 80
+    assert plan.cost(target).total == pytest.approx(mlp + rest)
+
+
 def test_what_is_skipped_is_not_copied() -> None:
     plan = plan_of({"draft_weights": BY_PART, "skip_layers": {"mlp": [0, 1, 2]}})
     attention = NUM_LAYERS * 10 * BYTES_PER_WEIGHT["int8"] / 2

@@ -68,7 +68,10 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
 
 
 def measure_sublayers(
-    worker: Any, num_rows: int = 1, repeats: int = REPEATS
+    worker: Any,
+    num_rows: int = 1,
+    repeats: int = REPEATS,
+    beside: DraftPlan | None = None,
 ) -> tuple[float, float, float]:
     """What the LM head, an attention and an MLP sublayer in a draft step take, over a
     plain step of as many rows: the least-squares fit to the times of some plans, which
@@ -78,10 +81,12 @@ def measure_sublayers(
         worker: vLLM's, of a V1 runner, after its KV cache was made.
         num_rows: Rows of the draft step.
         repeats: Of each timing.
+        beside: What such a step does beside leaving sublayers out; None for nothing.
     """
     runner = worker.model_runner
     drafter, before = runner.drafter, runner.drafter.plan
     n = before.num_layers
+    base = beside or DraftPlan(n)
     skip_sets = [
         SkipSet.of(n),
         SkipSet.of(n, attention=range(n)),
@@ -93,7 +98,7 @@ def measure_sublayers(
     step = partial(drafter.dummy_step, runner, num_rows)
 
     def drafting(skip_set: SkipSet) -> None:
-        drafter.use_plan(DraftPlan.skipping(skip_set))
+        drafter.use_plan(base.with_value("skip_layers", skip_set))
         step(NUM_DRAFTS_PLAN)
 
     alone, *whole = seconds_of(

@@ -129,7 +129,9 @@ class DraftWeightsAxis(Axis):
         return plan.with_value(self.name, value)
 
     def cost(self, value: DraftWeights, draft: StepCost, target: StepCost) -> StepCost:
-        attention, mlp, head = (_share(word, target) for word in value.by_part.values())
+        attention, mlp, head = (
+            _share(part, word, target) for part, word in value.by_part.items()
+        )
         return replace(
             draft,
             attention=tuple(cost * attention for cost in draft.attention),
@@ -216,12 +218,13 @@ def _param(part: str) -> str:
     return f"weights.{part}"
 
 
-def _share(word: str, target: StepCost) -> float:
-    """Of the bytes of a part of the target, what its copy has. What is quantised
-    already is not copied."""
+def _share(part: str, word: str, target: StepCost) -> float:
+    """Of the cost of a part of the target, what its copy has: as measured, or by its
+    bytes. What is quantised already is not copied."""
     if word == SAME or not target.weight_bytes:
         return 1.0
-    return BYTES_PER_WEIGHT[word] / target.weight_bytes
+    by_bytes = BYTES_PER_WEIGHT[word] / target.weight_bytes
+    return target.copy_shares.get(part, by_bytes)
 
 
 def _known(word: str) -> str:

@@ -4,6 +4,7 @@ One rule: the unit is the caller's. Bytes that are read, seconds, and shares of 
 of the target are all added up and left out in the same way.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 
@@ -17,6 +18,9 @@ class StepCost:
         head: Final norm and LM head.
         others: What a draft runs that its target does not, by name.
         weight_bytes: Bytes of one of the target's weights; 0 where it is quantised.
+        copy_shares: By part, what it costs with the copy of its weights that a search
+            may take, over what it costs with them; empty where that was not measured,
+            and goes by bytes.
     """
 
     attention: tuple[float, ...]
@@ -24,6 +28,7 @@ class StepCost:
     head: float
     others: dict[str, float] = field(default_factory=dict)
     weight_bytes: float = 2.0
+    copy_shares: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def uniform(
@@ -51,6 +56,12 @@ class StepCost:
     def total(self) -> float:
         """Of the whole step."""
         return sum(self.parts.values())
+
+    def measured_with_copies(self, copied: "StepCost") -> "StepCost":
+        """Knowing what a step costs with every copy that a search may take."""
+        parts = copied.parts
+        shares = {part: parts[part] / cost for part, cost in self.parts.items()}
+        return replace(self, copy_shares=shares)
 
     def beside(self, name: str, cost: float) -> "StepCost":
         """With one part more."""

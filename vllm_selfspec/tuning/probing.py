@@ -83,9 +83,9 @@ def time_steps(worker: Any, num_rows: Sequence[int], repeats: int) -> list[float
 
 
 def time_sublayers(
-    worker: Any, num_rows: int, repeats: int
+    worker: Any, num_rows: int, repeats: int, beside: DraftPlan | None = None
 ) -> tuple[float, float, float]:
     """See `measure_sublayers`."""
     from vllm_selfspec.engine.measure import measure_sublayers
 
-    return measure_sublayers(worker, num_rows, repeats)
+    return measure_sublayers(worker, num_rows, repeats, beside)

@@ -125,7 +125,7 @@ class TuningEngine:
                 num_layers,
                 texts,
                 tuple(map(float, self._measure_verify())),
-                StepCost.uniform(num_layers, *map(float, self._measure_draft())),
+                self._measure_draft(num_layers, start),
             )
         self.known = known
 
@@ -214,14 +214,18 @@ class TuningEngine:
         found: Floats = np.array(verify) / plain
         return found
 
-    def _measure_draft(self) -> Floats:
+    def _measure_draft(self, num_layers: int, start: DraftPlan | None) -> StepCost:
         """The head, an attention and an MLP sublayer in a draft step, over a plain
-        step."""
-        found: Floats = np.max(
-            self._engine.ask(probing.time_sublayers, self._num_streams, NUM_TIMINGS),
-            axis=0,
-        )
-        return found
+        step, with the target's weights and with all copies that `start` has."""
+        whole = self._sublayers(num_layers, None)
+        if start is None:
+            return whole
+        return whole.measured_with_copies(self._sublayers(num_layers, start))
+
+    def _sublayers(self, num_layers: int, beside: DraftPlan | None) -> StepCost:
+        how = self._num_streams, NUM_TIMINGS, beside
+        found = np.max(self._engine.ask(probing.time_sublayers, *how), axis=0)
+        return StepCost.uniform(num_layers, *map(float, found))
 
 
 def _walk_of(counts: Counts, k: int) -> Walk:
