@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_selfspec.draft_length import goodput
 from vllm_selfspec.draft_length.acceptance import Acceptance
 from vllm_selfspec.draft_length.best_lengths import (
     MARGIN,
@@ -17,7 +18,7 @@ from vllm_selfspec.draft_length.best_lengths import (
     best_uniform_length,
 )
 from vllm_selfspec.draft_length.costs import StepCosts, cleaned
-from vllm_selfspec.draft_length.goodput import TRY_EVERY, Goodput, Proposed
+from vllm_selfspec.draft_length.goodput import REST, TRY_EVERY, Goodput, Proposed
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
     Thompson,
@@ -358,6 +359,36 @@ def trials_in(plan: Goodput, num_steps: int, is_right: bool) -> list[int]:
         accepted = planned.lengths if is_right else 0 * planned.lengths
         plan.acceptance.observe(at(0), planned.lengths, accepted)
     return found
+
+
+def test_what_is_not_worth_it_is_asked_again_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And at once for other requests, and after something was verified."""
+    asked: list[int] = []
+
+    def nothing(survival: Any, *_: Any) -> Any:
+        asked.append(len(survival))
+        return np.zeros(len(survival), np.int64)
+
+    monkeypatch.setattr(goodput, "best_lengths", nothing)
+    plan = Goodput(2, 8, costs())
+    for _ in range(1 + REST):
+        assert not plan.plan(at(0), np.array([8])).is_trial
+    assert asked == [1]
+    plan.plan(at(0), np.array([8]))
+    assert asked == [1, 1]
+    plan.plan(at(1), np.array([8]))
+    plan.plan(at(0, 1), np.array([8, 8]))
+    assert asked == [1, 1, 1, 2]
+    plan.admit(1)
+    plan.plan(at(0, 1), np.array([8, 8]))
+    assert asked == [1, 1, 1, 2, 2]
+    while not plan.plan(at(0, 1), np.array([8, 8])).is_trial:
+        pass
+    num_asked = len(asked)
+    plan.plan(at(0, 1), np.array([8, 8]))
+    assert len(asked) == num_asked + 1
 
 
 def test_each_trial_in_vain_makes_the_next_one_wait_longer() -> None:

@@ -121,6 +121,10 @@ class Acceptance:
         """
         if not (drafted.any() or self._known[slots].any() or self._own[slots].any()):
             return  # nothing is seen, and nothing fades
+        if not drafted.any():
+            self._own[slots] *= 1 - FADE
+            self._known[slots] *= 1 - FADE
+            return
         tried, taken = trials(drafted, accepted, self._tried.shape[1])
         chance = self._chances(slots, kinds)
         known = (1 - FADE) * self._known[slots] + (tried * chance * (1 - chance)).sum(

@@ -29,6 +29,9 @@ MOST_PATIENCE = 8.0
 # A free proposal that was passed over is verified all the same once in so many times,
 # and so many tokens of it: its kind may have turned good.
 TRY_EVERY, TRIED_TOKENS = 50, 4
+# Where drafting was not worth it, it is not asked again for so many steps of the same
+# requests: what is believed moves slowly while nothing is verified.
+REST = 8
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class Goodput:
         self._patience = 1.0  # how many times its price a trial waits for
         self._hope = 1.0  # chance of the first draft token at the last trial
         self._passed_over = np.zeros(num_kinds, np.int64)
+        self._resting: bytes = b""  # the requests that draft nothing
+        self._rest = 0  # for so many steps
 
     @property
     def is_uniform(self) -> bool:
@@ -117,6 +122,7 @@ class Goodput:
         """A new request takes the place `slot`."""
         self.acceptance.admit(slot)
         self.free.admit(slot)
+        self._rest = 0
 
     def plan(
         self,
@@ -136,8 +142,11 @@ class Goodput:
         num_reqs = len(slots)
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
-        survival = self.acceptance.survival(slots)
         own_room = np.minimum(room, self._max_drafts)
+        if proposed is None and self._rest and self._resting == slots.tobytes():
+            self._rest -= 1
+            return self._trial(num_reqs, own_room, prompts)
+        survival = self.acceptance.survival(slots)
         if proposed is not None:
             num_free = np.minimum(proposed.num_tokens, room)
             model = survival * (np.arange(self._max_drafts) < own_room[:, None])
@@ -152,7 +161,9 @@ class Goodput:
             found = Plan(best_lengths(survival, own_room, self.costs, prompts))
         if found.lengths.any():
             self._patience = 1.0 if found.num_steps else self._patience
+            self._rest = 0
             return found
+        self._resting, self._rest = slots.tobytes(), REST
         return self._trial(num_reqs, own_room, prompts)
 
     def _mixed(
@@ -188,6 +199,7 @@ class Goodput:
         if self._owed < self._price:
             return Plan(np.zeros(num_reqs, np.int64))
         self._owed = self._price = 0.0
+        self._rest = 0
         hope = float(self.acceptance.population()[0])
         grown = 1.0 if hope > self._hope else self._patience + 1
         self._patience, self._hope = min(grown, MOST_PATIENCE), hope
