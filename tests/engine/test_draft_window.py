@@ -14,13 +14,13 @@ from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft.v2_window import DeviceWindow
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
-BLOCK_SIZE, NUM_BLOCKS = 32, 16
+BLOCK_SIZE, NUM_BLOCKS = 32, 64
 LONG = {"max_model_len": 512, "block_size": BLOCK_SIZE}
 NOTHING = {"skip_layers": {}}
 WINDOW = 64
 
 
-def batch_of(newest: list[int], num_steps: int, window: int | None) -> DraftBatch:
+def batch_of(newest: list[int], num_steps: int, window: float | None) -> DraftBatch:
     """Rows whose blocks are numbered by row and place: 100, 101, ..., 200, ..."""
     rows = np.arange(len(newest))
     table = 100 * (1 + torch.arange(len(newest)))[:, None] + torch.arange(NUM_BLOCKS)
@@ -53,6 +53,14 @@ def test_the_first_block_and_the_last_ones_are_read() -> None:
     assert read_by(batch, 1, 2) == [300, 301, 1]
 
 
+def test_a_share_of_a_long_context_is_read() -> None:
+    batch = batch_of([2000, 300], num_steps=1, window=0.25)
+    *blocks, last = read_by(batch, 0, 0)
+    # Token 2000 is the 17th of block 62; 500 tokens are 16 blocks.
+    assert blocks == [100, *range(147, 163)] and last == 17
+    assert read_by(batch, 0, 1)[:2] == [200, 202], "256 tokens at least: 8 blocks"
+
+
 def test_a_window_grows_with_the_steps_of_a_draft() -> None:
     batch = batch_of([319], num_steps=3, window=WINDOW)
     assert read_by(batch, 0, 0) == [100, 108, 109, 32]
@@ -73,30 +81,32 @@ def cache_of(*sliding_windows: int | None) -> SimpleNamespace:
     return SimpleNamespace(kv_cache_groups=groups)
 
 
-def test_on_the_device_the_same_blocks_are_read() -> None:
-    newest, num_steps = [300, 70, 31, 319], 3
-    batch = batch_of(newest, num_steps, WINDOW)
-    window = DeviceWindow.of(WINDOW, cache_of(None), [BLOCK_SIZE])
+@pytest.mark.parametrize("size", [WINDOW, 0.25])
+def test_on_the_device_the_same_blocks_are_read(size: float) -> None:
+    newest, num_steps = [300, 70, 31, 319, 2000], 3
+    batch = batch_of(newest, num_steps, size)
+    window = DeviceWindow.of(size, cache_of(None), [BLOCK_SIZE])
     table = batch_of(newest, num_steps, None)._groups[0].block_table
     table = torch.cat([table, torch.zeros(1, NUM_BLOCKS, dtype=torch.int32)])
     lens = torch.tensor(newest, dtype=torch.int32) + 1
-    window.apply([table], lens, num_steps)
+    window.apply([table], lens, 2001, num_steps)
     for row in range(len(newest)):
         for step in range(num_steps):
             length = int(lens[row]) + step
             num = -(-length // BLOCK_SIZE)
             found = [*table[row, :num].tolist(), length - (num - 1) * BLOCK_SIZE]
             assert found == read_by(batch, step, row), (row, step)
-    assert all(n <= window.most_read(m + 1) for n, m in zip(lens, newest, strict=True))
+    assert (lens <= window.most_read(torch.tensor(newest) + 1)).all()
 
 
 def test_on_the_device_groups_of_other_blocks_leave_out_the_same_tokens() -> None:
     """One sequence length stands for all of them."""
     window = DeviceWindow.of(WINDOW, cache_of(100, None), [16, 32])
-    assert (window.unit, window.num_kept) == (32, 4), "as wide as the sliding layers'"
+    kept = int(window.num_kept(torch.tensor(301)))
+    assert (window.unit, kept) == (32, 4), "as wide as the sliding layers'"
     small, large = (torch.arange(n)[None].int() for n in (32, 16))
     lens = torch.tensor([301], dtype=torch.int32)  # newest in block 9 of 32 tokens
-    window.apply([small, large], lens, num_steps=2)
+    window.apply([small, large], lens, 301, num_steps=2)
     assert large[0, :6].tolist() == [0, 6, 7, 8, 9, 10]
     assert small[0, :11].tolist() == [0, 1, 12, 13, 14, 15, 16, 17, 18, 19, 20]
     assert lens.tolist() == [301 - 5 * 32]
@@ -189,7 +199,7 @@ def test_whatever_else_happens_to_the_cache(
 
 
 def test_what_is_no_window_is_refused() -> None:
-    for value in (0, 63, -1, "64", 64.5, True):
+    for value in (0, 63, -1, "64", 64.5, True, 0.0, 1.0):
         with pytest.raises(ConfigError, match="draft_window"):
             SelfSpecConfig.parse({"draft_window": value})
 
@@ -200,3 +210,6 @@ def test_it_is_saved_and_read() -> None:
     assert "window of 64" in str(plan)
     assert plan.to_dict()["draft_window"] == WINDOW
     assert DraftPlan(4).to_dict()["draft_window"] is None
+    plan = DraftPlan.of(4, draft_window=0.25)
+    assert DraftPlan.from_dict(plan.to_dict()) == plan
+    assert "window of 25%" in str(plan)

@@ -14,6 +14,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_selfspec.draft.window import blocks_kept
+
 
 @dataclass(frozen=True)
 class KVGroup:
@@ -23,14 +25,14 @@ class KVGroup:
         attn_groups: vLLM's attention groups with at least one layer the draft runs.
         block_table: `[num_reqs, max_num_blocks]`, of the whole running batch.
         block_size: Tokens per block.
-        window: The last tokens that are read, in whole blocks, beside the first block;
-            None where all are.
+        window: The last tokens that are read, in whole blocks, beside the first block,
+            or below 1 which share of all; None where all are.
     """
 
     attn_groups: Sequence[AttentionGroup]
     block_table: torch.Tensor
     block_size: int
-    window: int | None = None
+    window: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ class DraftBatch:
         ends in the block of the first step's position, and grows with the steps."""
         if group.window is None:
             return np.zeros(self.num_rows, np.int64)
-        newest = (self._seq_lens_np[0].astype(np.int64) - 1) // group.block_size
-        kept = -(-group.window // group.block_size)
+        seq_lens = self._seq_lens_np[0].astype(np.int64)
+        newest = (seq_lens - 1) // group.block_size
+        kept = blocks_kept(group.window, seq_lens, group.block_size)
         found: np.ndarray = np.maximum(newest - kept, 0)
         return found
 

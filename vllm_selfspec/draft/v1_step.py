@@ -54,7 +54,7 @@ def num_tokens_left(runner: Any) -> Ints:
     return found
 
 
-def window_of(runner: Any, gid: int, view: Any) -> int | None:
+def window_of(runner: Any, gid: int, view: Any) -> float | None:
     """What a draft reads of a KV cache group: layers with a sliding window of their own
     read that, or the last tokens they know would be others."""
     spec = runner.kv_cache_config.kv_cache_groups[gid].kv_cache_spec

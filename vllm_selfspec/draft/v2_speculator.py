@@ -344,9 +344,10 @@ class SelfSpecSpeculator(DrawingSpeculator):
         window.apply(
             self.block_tables.input_block_tables,
             self.input_buffers.seq_lens[:num_reqs],
+            min(int(seq_lens[:num_reqs].max()) + 1, self.max_model_len),
             num_drafts,
         )
-        return seq_lens.clamp(max=window.most_read(self.max_model_len))
+        return window.most_read(seq_lens + 1)
 
     def _run_steps(self, dummy_run: bool) -> Callable[..., None]:
         """The loop over draft steps, of vLLM's two the one that suits the backend."""

@@ -100,12 +100,12 @@ class ViewBuilder:
         own_modules: The modules on the way from `model` to `layers`. They are the
             view's, not the target's.
         may_compile: Whether the view drafts the same when it is compiled.
-        window: The last tokens that attention reads, beside the first block; None
-            where it reads all.
+        window: The last tokens that attention reads, beside the first block, or below 1
+            which share of all; None where it reads all.
     """
 
     may_compile = True
-    window: int | None = None
+    window: float | None = None
 
     def __init__(self, target: Any, num_layers: int, family: Family) -> None:
         path, layers = find_layers(target, num_layers)

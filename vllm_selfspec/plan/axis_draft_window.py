@@ -6,7 +6,7 @@ The first tokens are those that attention rests on where it has nothing to look 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -22,28 +22,29 @@ WHOLE = 0  # no window
 PARAMETER = "window"
 
 
+Tokens = Annotated[int, Field(ge=LEAST, le=1 << 24, strict=True)]
+Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+
+
 class DraftWindowKeys(Keys):
     """What a user may write."""
 
-    draft_window: int | None = Field(
+    draft_window: Tokens | Share | None = Field(
         default=None,
-        ge=LEAST,
-        le=1 << 24,
-        strict=True,
         description="Of the context, how many of the last tokens a draft attends to, "
-        "in whole blocks of the KV cache, beside the first block. Contexts that are "
-        "shorter are read as a whole.",
+        "in whole blocks of the KV cache, beside the first block; or which share, like "
+        "0.25. Contexts that are shorter are read as a whole.",
     )
 
 
 class DraftWindowAxis(Axis):
-    """Its value is a number of tokens, or `WHOLE`."""
+    """Its value is a number of tokens, a share of the context, or `WHOLE`."""
 
     name = "draft_window"
     keys = DraftWindowKeys
-    stored = (int | None, Field(default=None, ge=LEAST, description="Its window."))
+    stored = (Tokens | Share | None, Field(default=None, description="Its window."))
 
-    def neutral(self, num_layers: int) -> int:
+    def neutral(self, num_layers: int) -> float:
         return WHOLE
 
     def resolve(
@@ -53,16 +54,18 @@ class DraftWindowAxis(Axis):
             return plan
         return plan.with_value(self.name, config.draft_window or WHOLE)
 
-    def to_json(self, value: int) -> Any:
+    def to_json(self, value: float) -> Any:
         return value or None
 
-    def from_json(self, stored: Any, num_layers: int) -> int:
-        return int(stored or WHOLE)
+    def from_json(self, stored: Any, num_layers: int) -> float:
+        return stored or WHOLE
 
-    def words(self, value: int) -> str:
+    def words(self, value: float) -> str:
+        if value < 1:
+            return f"a window of {value:.0%} of the context"
         return f"a window of {value} tokens"
 
-    def build(self, value: int, view: Any, loaded: Any) -> None:
+    def build(self, value: float, view: Any, loaded: Any) -> None:
         view.window = value
 
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:
@@ -70,8 +73,8 @@ class DraftWindowAxis(Axis):
         value = plan[self.name]
         return {PARAMETER: (WHOLE, value)} if value else {}
 
-    def params(self, value: int) -> dict[str, Any]:
+    def params(self, value: float) -> dict[str, Any]:
         return {PARAMETER: value}
 
-    def from_params(self, params: Mapping[str, Any], plan: "DraftPlan") -> int:
-        return int(params[PARAMETER])
+    def from_params(self, params: Mapping[str, Any], plan: "DraftPlan") -> float:
+        return self.from_json(params[PARAMETER], plan.num_layers)
