@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_selfspec.draft_length import goodput
-from vllm_selfspec.draft_length.acceptance import Acceptance
+from vllm_selfspec.draft_length.acceptance import NO_GUESS, Acceptance
 from vllm_selfspec.draft_length.best_lengths import (
     MARGIN,
     Prompts,
@@ -227,7 +227,7 @@ def test_a_row_without_a_proposal_is_drafted_for_by_the_model() -> None:
 
 
 def test_a_kind_that_was_given_up_is_tried_again_and_found_out() -> None:
-    plan = Goodput(1, 4, costs(), max_free=8, num_kinds=2)
+    plan = Goodput(1, 4, costs(), max_free=8, free_guesses=[*NO_GUESS, *NO_GUESS])
     nothing, room = np.zeros(1, int), np.array([8])
     for _ in range(20):
         plan.acceptance.observe(at(0), np.array([4]), np.array([4]))
@@ -250,12 +250,25 @@ def test_a_kind_that_was_given_up_is_tried_again_and_found_out() -> None:
 
 
 def test_kinds_of_drafts_are_told_apart() -> None:
-    found = Acceptance(num_slots=2, max_drafts=3, num_kinds=2)
+    found = Acceptance(num_slots=2, max_drafts=3, guesses=[*NO_GUESS, *NO_GUESS])
     for _ in range(100):
         found.observe(at(0, 1), np.array([3, 3]), np.array([0, 3]), np.array([0, 1]))
     found.admit(0)
     bad, good = (found.survival(at(0), np.array([kind]))[0] for kind in (0, 1))
     assert bad[0] < 0.05 and good[2] > 0.85
+
+
+def test_kinds_begin_with_what_is_guessed_of_them() -> None:
+    found = Acceptance(1, 3, guesses=[(0.3, 0.45), (0.9, 0.92)])
+    for kind, (first, then) in enumerate([(0.3, 0.45), (0.9, 0.92)]):
+        chances = [first, first * then, first * then * then]
+        kinds = np.array([kind])
+        assert found.survival(at(0), kinds)[0] == pytest.approx(chances)
+    for _ in range(40):
+        found.observe(at(0), np.array([2]), np.array([2]), np.array([0]))
+    found.admit(0)
+    survival = found.survival(at(0), np.array([0]))[0]
+    assert survival[1] > 0.8, "a guess is soon outweighed"
 
 
 def test_a_new_request_is_taken_to_be_like_those_before_it() -> None:

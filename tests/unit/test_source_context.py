@@ -68,7 +68,7 @@ def test_longer_matches_are_of_later_kinds() -> None:
         tokens = [*range(50, 50 + length), 0, 1, *range(50, 50 + length)]
         kinds.append(copier.propose("", row(*tokens)).kind)
     assert kinds == sorted(kinds) and set(kinds) == set(range(len(KINDS)))
-    assert ContextSource.num_kinds == len(KINDS)
+    assert len(ContextSource.guesses) == len(KINDS)
 
 
 def test_a_row_is_read_afresh_each_time() -> None:

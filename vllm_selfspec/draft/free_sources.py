@@ -34,12 +34,14 @@ class FreeSources:
 
     Attributes:
         names: Of each kind's source, `[num_kinds]`.
+        guesses: See `Source`; of each kind, `[num_kinds]`.
         max_tokens: The longest proposal.
     """
 
     def __init__(self, options_of: Mapping[str, Mapping[str, Any]]) -> None:
         """With the user's keys by source name; the model is passed over."""
         self.names: list[str] = []
+        self.guesses: list[tuple[float, float]] = []
         self.max_tokens = 0
         self._proposers: list[tuple[int, Proposer]] = []  # first kind, source
         for name, options in options_of.items():
@@ -47,7 +49,8 @@ class FreeSources:
             proposer = source.proposer(options)
             if proposer is not None:
                 self._proposers.append((len(self.names), proposer))
-                self.names += [name] * source.num_kinds
+                self.names += [name] * len(source.guesses)
+                self.guesses += source.guesses
                 self.max_tokens = max(self.max_tokens, source.max_tokens(options))
 
     @property

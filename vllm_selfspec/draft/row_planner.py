@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm_selfspec import served_config
 from vllm_selfspec.draft.free_sources import FreeSources, Request
 from vllm_selfspec.draft.stats import DraftStats
+from vllm_selfspec.draft_length.acceptance import NO_GUESS
 from vllm_selfspec.draft_length.arrivals import Arrivals
 from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.goodput import Goodput, Plan, Proposed
@@ -168,7 +169,7 @@ class RowPlanner:
             costs,
             self._uniform,
             self._sources.max_tokens,
-            max(1, self._sources.num_kinds),
+            self._sources.guesses or NO_GUESS,
         )
         found = self._acceptance if acceptance is None else acceptance
         self.goodput.acceptance.expect(found[: self._max_drafts])

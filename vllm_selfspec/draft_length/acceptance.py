@@ -10,10 +10,13 @@ import numpy as np
 
 from vllm_selfspec.draft_length.trials import logit, sigmoid, trials
 from vllm_selfspec.draft_length.types import Floats, Ints, Slots
+from vllm_selfspec.plan.source import UNKNOWN
 
-# Before anything was seen: an acceptance that is worth a try, of the weight of few
-# trials, so that a bad draft is found out within few steps.
-FIRST_GUESS = 0.7
+# Before anything was seen, by kind: the chance of the first token, and of another whose
+# forerunner was accepted.
+Guesses = Sequence[tuple[float, float]]
+NO_GUESS: Guesses = (UNKNOWN,)
+# Of the weight of few trials, so that a bad draft is found out within few steps.
 GUESS_TRIALS = 2.0
 # Before a position was seen: that of the one before it, of the weight of more, because
 # one bad trial would otherwise keep it from ever being tried again.
@@ -49,8 +52,16 @@ class Acceptance:
     a q of their own; a request's b is of all of them.
     """
 
-    def __init__(self, num_slots: int, max_drafts: int, num_kinds: int = 1) -> None:
-        """For `num_slots` requests at a time, and drafts of up to `max_drafts`."""
+    def __init__(
+        self, num_slots: int, max_drafts: int, guesses: Guesses = NO_GUESS
+    ) -> None:
+        """For `num_slots` requests at a time, and drafts of up to `max_drafts`, of as
+        many kinds as there are guesses."""
+        num_kinds = len(guesses)
+        first, then = np.array(guesses, float).T
+        self._first_guess = first
+        # How the odds of a second token differ from those of a first.
+        self._odds_grow = then / (1 - then) / (first / (1 - first))
         self._tried = np.zeros((num_kinds, max_drafts))  # by position, of all requests
         self._taken = np.zeros((num_kinds, max_drafts))
         self._own = np.zeros(num_slots)  # b
@@ -83,8 +94,11 @@ class Acceptance:
     def _estimate(self) -> Floats:
         """q, `[num_kinds, max_drafts]`."""
         found = np.zeros_like(self._tried)
-        before, weight = np.full(len(found), FIRST_GUESS), GUESS_TRIALS
+        before, weight = self._first_guess, GUESS_TRIALS
         for i in range(found.shape[1]):
+            if i == 1:
+                odds = before / np.maximum(1 - before, 1e-6) * self._odds_grow
+                before = odds / (1 + odds)
             before = (self._taken[:, i] + weight * before) / (
                 self._tried[:, i] + weight
             )

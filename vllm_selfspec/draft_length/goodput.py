@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_selfspec.draft_length.acceptance import Acceptance
+from vllm_selfspec.draft_length.acceptance import NO_GUESS, Acceptance, Guesses
 from vllm_selfspec.draft_length.best_lengths import (
     NO_PROMPTS,
     Prompts,
@@ -87,7 +87,7 @@ class Goodput:
         costs: StepCosts,
         uniform: Sequence[int] = (),
         max_free: int = 0,
-        num_kinds: int = 1,
+        free_guesses: Guesses = NO_GUESS,
     ) -> None:
         """For `num_slots` requests at a time, and drafts of up to `max_drafts`.
 
@@ -98,18 +98,18 @@ class Goodput:
             uniform: The lengths a whole batch may have; empty where each request may
                 have its own.
             max_free: The longest free proposal.
-            num_kinds: Of free proposals.
+            free_guesses: Of free proposals, by kind: see `Acceptance`.
         """
         self._uniform = tuple(uniform)
         self.acceptance = Acceptance(num_slots, max_drafts)
-        self.free = Acceptance(num_slots, max_free, num_kinds)
+        self.free = Acceptance(num_slots, max_free, free_guesses)
         self.costs = costs
         self._max_drafts, self._max_free = max_drafts, max_free
         self._owed = 0.0  # seconds that trials may take by now
         self._price = 0.0  # of the next one, when it was last looked at
         self._patience = 1.0  # how many times its price a trial waits for
         self._hope = 1.0  # chance of the first draft token at the last trial
-        self._passed_over = np.zeros(num_kinds, np.int64)
+        self._passed_over = np.zeros(len(free_guesses), np.int64)
         self._resting: bytes = b""  # the requests that draft nothing
         self._rest = 0  # for so many steps
 

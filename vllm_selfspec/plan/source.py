@@ -30,7 +30,7 @@ class Proposal:
     Attributes:
         token_ids: The next tokens, `[num_tokens]`; none if there is nothing to propose.
         kind: Proposals of a kind are as likely to be accepted as each other; from 0 to
-            the source's `num_kinds` - 1.
+            one less than the source has `guesses`.
     """
 
     token_ids: NDArray[np.int32]
@@ -60,6 +60,10 @@ class Proposer(ABC):
         return
 
 
+# Of what is accepted nothing is known: it is worth a try.
+UNKNOWN = (0.7, 0.7)
+
+
 class Source(ABC):
     """One row of the table.
 
@@ -67,7 +71,8 @@ class Source(ABC):
         name: What `draft_source` calls it.
         keys: The user's configuration keys, with bounds and descriptions; each has a
             default. No other source or axis has a key of that name.
-        num_kinds: Of its proposals.
+        guesses: For each kind of its proposals the chance that the first token is
+            accepted, and that another is whose forerunner was, before any was seen.
         speculator: What proposes for all rows on the device, where the V2 runner's
             steps are scheduled ahead of it, as `module:name`; None where the source
             looks at tokens on the host. Workers alone import it.
@@ -75,7 +80,7 @@ class Source(ABC):
 
     name: ClassVar[str]
     keys: ClassVar[type[Keys]] = Keys
-    num_kinds: ClassVar[int] = 1
+    guesses: ClassVar[tuple[tuple[float, float], ...]] = (UNKNOWN,)
     speculator: ClassVar[str | None] = None
 
     @property
@@ -113,7 +118,7 @@ class ModelSource(Source):
     """The target, by the draft plan."""
 
     name = "model"
-    num_kinds = 0
+    guesses = ()
 
     @property
     def words(self) -> str:

@@ -21,6 +21,17 @@ from vllm_selfspec.plan.source import NOTHING, Proposal, Proposer, Source
 # Shortest match of each kind. From one kind to the next the chance that a copy is right
 # differs; within one it hardly does.
 KINDS = (1, 2, 3, 4, 6, 9, 16)
+# Of each kind: how often the first token of a copy is right, and the next where that
+# is, in source files by two tokenizers (`benchmarks/copied_tokens.py`).
+GUESSES = (
+    (0.3, 0.45),
+    (0.45, 0.55),
+    (0.55, 0.65),
+    (0.65, 0.7),
+    (0.75, 0.75),
+    (0.8, 0.85),
+    (0.85, 0.85),
+)
 MAX_MATCH = 256  # that may be asked for
 # Of vLLM's matcher on the device, whose work grows with the square of the match, and of
 # which a row verifies all tokens, whether they match or not; less than by default.
@@ -72,7 +83,7 @@ def kind_of(match_length: int) -> int:
 class CopyingSource(Source):
     """What all sources have that continue a match."""
 
-    num_kinds = len(KINDS)
+    guesses = GUESSES
 
     def max_tokens(self, options: Mapping[str, Any]) -> int:
         return int(options["num_copied_tokens"])
