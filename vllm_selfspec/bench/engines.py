@@ -46,12 +46,15 @@ class Run:
         seconds: Wall time of all of it.
         counts: What speculation did.
         forwards: Times of single forwards.
+        busy: Tokens, and the seconds they took, while as many requests ran as may at a
+            time: until the first of the last ones ended.
     """
 
     requests: tuple[Request, ...]
     seconds: float
     counts: Counts = Counts(0, 0, 0)
     forwards: Forwards = field(default_factory=dict)
+    busy: tuple[int, float] = (0, 0.0)
 
     @property
     def num_tokens(self) -> int:
@@ -113,18 +116,22 @@ class VllmEngine:
         flight = _Flight(self.measured.llm.llm_engine, params)
         waiting = deque(enumerate(prompts, self._num_requests))
         self._num_requests += len(prompts)
-        started = time.perf_counter()
+        busy, started = (0, 0.0), time.perf_counter()
         while waiting or flight.is_busy:
             while waiting and flight.num_requests < num_streams:
                 number, prompt = waiting.popleft()
                 flight.submit(str(number), prompt)
+            is_full = flight.num_requests == num_streams
             flight.step()
+            if is_full:
+                busy = flight.num_tokens, time.perf_counter() - started
         seconds = time.perf_counter() - started
         return Run(
             tuple(flight.finished()),
             seconds,
             self.measured.counts() - before,
             {key: list(times) for key, times in self._timer.forwards.items()},
+            busy,
         )
 
 
@@ -142,6 +149,10 @@ class _Flight:
     @property
     def num_requests(self) -> int:
         return len(self._submitted) - len(self._last)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self._tokens.values()))
 
     @property
     def is_busy(self) -> bool:
