@@ -21,10 +21,12 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -41,7 +43,7 @@ from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.tasks import SHIPPED, Prompt
 from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.config import METHOD, SelfSpecConfig
-from vllm_selfspec.plan.cost import ModelWeights
+from vllm_selfspec.plan.cost import ModelWeights, decimal
 from vllm_selfspec.plan.target_model import TargetModel
 
 AGAIN = f"{PLAIN}, again"
@@ -68,6 +70,12 @@ OURS: dict[str, dict[str, Any]] = {
 }
 SKIP_SET, SKIP_SET_INT4 = "skip set", "skip set in int4"
 NAMES = (N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS, SKIP_SET, SKIP_SET_INT4)
+# Left out unless asked for: of the rest, on a small model, a machine has room for all.
+NOT_USUAL = ("int8", "window", "int4, window")
+USUAL = tuple(name for name in NAMES if name not in NOT_USUAL)
+# What an engine takes, counted on models of 0.5 B and 1.5 B: so much, and the bytes of
+# its weights so often (packed beside the file that they are read from).
+ENGINE_BYTES, WEIGHTS_HELD = 1.5e9, 1.5
 console = Console(stderr=True)
 
 
@@ -102,7 +110,7 @@ def main(
     task: Annotated[list[str], typer.Option(help="Shipped prompts.")] = [*SHIPPED],  # noqa: B006
     concurrency: Annotated[str, typer.Option(help="Requests at a time.")] = "1",
     temperature: Annotated[str, typer.Option(help="Of all requests.")] = "0",
-    method: Annotated[list[str], typer.Option(help="Some of them.")] = [*NAMES],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="Some of them.")] = [*USUAL],  # noqa: B006
     draft_model: Annotated[
         str | None, typer.Option(help="A small model of the same family.")
     ] = None,
@@ -137,6 +145,7 @@ def main(
     if not missing:
         console.print(f"{output} has all of these cells already.")
         return
+    _raise_without_room(len(chosen), model)
     engines = []
     for number, one in enumerate(chosen, 1):
         console.print(f"Engine {number} of {len(chosen)}: {one.name}")
@@ -158,6 +167,20 @@ def main(
         cells.append(cell)
         whole_file.write_json({**document, "cells": cells}, output)
         console.print(f"{number} of {len(missing)}: {json.dumps(cell)}")
+
+
+def _raise_without_room(num_engines: int, model: str) -> None:
+    """All engines are there at once; the system ends a process that takes too much."""
+    held = ModelWeights.from_checkpoint(Path(model)).streamed
+    needed = int(num_engines * (ENGINE_BYTES + WEIGHTS_HELD * held))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        most = int(free / needed * num_engines)
+        raise typer.BadParameter(
+            f"{num_engines} engines of {Path(model).name} take about "
+            f"{decimal(needed)}, but {decimal(free)} are free: measure at most "
+            f"{most - 1} methods beside plain vLLM, each named by --method"
+        )
 
 
 def _saved(output: Path) -> list[dict[str, Any]]:
@@ -233,8 +256,13 @@ def _prompts(key: dict[str, Any], num: int, held_out: bool) -> Iterator[Prompt]:
     those `held_out` from them: to a real model both are alike, and they are more."""
     make = {one.__name__: one for one in make_tasks.TASKS}[key["task"]]
     seed = f"{key['task']} {key['concurrency']} {key['temperature']}"
-    for row in make(make_tasks.sources_of(held_out), random.Random(seed), num):
+    for row in make(_sources(held_out), random.Random(seed), num):
         yield Prompt(row["id"], row.get("messages") or row["prompt"])
+
+
+@cache
+def _sources(held_out: bool) -> dict[str, str]:
+    return make_tasks.sources_of(held_out)
 
 
 def _long_prompts(task: str, context: int, tokenizer: Any) -> Iterator[Prompt]:

@@ -1,0 +1,50 @@
+"""The script that compares on real models: what it asks, and what it counts."""
+
+import runpy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+
+from helpers.environment import REPOSITORY
+from helpers.models import DEMO_MODEL
+
+REAL = runpy.run_path(str(REPOSITORY / "benchmarks" / "real.py"))
+SAMPLES = 3
+
+
+def asked(task: str, concurrency: int, **keys: Any) -> list[str]:
+    """All prompts of a cell."""
+    key = {"task": task, "concurrency": concurrency, "temperature": 0.0, **keys}
+    turns = REAL["_turns"](key, SAMPLES, tokenizer=None)
+    assert len(turns) == 1 + SAMPLES, "one is not measured"
+    return [str(prompt.content) for turn in turns for prompt in turn]
+
+
+def test_nothing_is_asked_twice() -> None:
+    task = "code"
+    cells = [asked(task, 1), asked(task, 1, temperature=1.0), asked(task, 8)]
+    assert [len(cell) for cell in cells] == [4, 4, 64]
+    everything = [prompt for cell in cells for prompt in cell]
+    assert len({*everything}) == len(everything)
+    assert cells[0] == asked(task, 1), "the same on every run"
+
+
+def test_own_models_are_asked_what_they_were_not_trained_on() -> None:
+    key = {"task": "code", "concurrency": 1, "temperature": 0.0}
+    theirs, ours = (REAL["_turns"](key, SAMPLES, None, held) for held in (False, True))
+    assert theirs != ours
+    assert REAL["_is_ours"](".cache/plain_model_x8")
+    assert not REAL["_is_ours"](".cache/models/qwen2.5-coder-0.5b")
+
+
+def test_only_tokens_of_full_batches_count() -> None:
+    run = SimpleNamespace(busy=(120, 6.0), seconds=9.0)
+    assert REAL["_busy_seconds"](run) == pytest.approx(0.05)
+
+
+def test_more_engines_than_there_is_memory_for_are_refused() -> None:
+    REAL["_raise_without_room"](1, str(DEMO_MODEL))
+    with pytest.raises(typer.BadParameter, match="1000 engines .* --method"):
+        REAL["_raise_without_room"](1000, str(DEMO_MODEL))
