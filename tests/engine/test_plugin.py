@@ -38,6 +38,7 @@ DRAFTING = {
     "draft.v2_row_stops",
     "draft.v2_drawing",
     "draft.v2_graphs",
+    "draft.v2_window",
     "draft.v2_speculator",
     "draft.exit_layer",
     "draft.low_bit",
