@@ -17,7 +17,7 @@ import numpy as np
 import typer
 from corpus import texts
 
-from vllm_selfspec.plan.source_context import KINDS, Copier, kind_of, longest_match
+from vllm_selfspec.plan.source_context import KINDS, Copier
 
 NUM_FILES, SEED = 120, 1
 FIRST, LAST = 150, 350
@@ -45,10 +45,10 @@ def main(
     for tokens in files(model / "tokenizer.json"):
         for end in range(FIRST, LAST):
             before, after = tokens[:end], tokens[end : end + DEPTH]
-            copied = copier.propose("", before).token_ids[: len(after)]
+            proposal = copier.propose("", before)
+            copied, kind = proposal.token_ids[: len(after)], proposal.kind
             if not len(copied):
                 continue
-            kind = kind_of(longest_match(before, KINDS[-1])[1])
             is_right = np.cumprod(copied == after[: len(copied)])
             num_right = int(is_right.sum())
             tried[kind, : min(num_right + 1, len(copied))] += 1

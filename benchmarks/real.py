@@ -107,7 +107,7 @@ def methods(
 def main(
     model: Annotated[str, typer.Argument(help="Checkpoint directory.")],
     output: Annotated[Path, typer.Option("-o", help="The JSON, cell by cell.")],
-    task: Annotated[list[str], typer.Option(help="Shipped prompts.")] = [*SHIPPED],  # noqa: B006
+    task: Annotated[list[str], typer.Option(help="What is asked.")] = [*SHIPPED],  # noqa: B006
     concurrency: Annotated[str, typer.Option(help="Requests at a time.")] = "1",
     temperature: Annotated[str, typer.Option(help="Of all requests.")] = "0",
     method: Annotated[list[str], typer.Option(help="Some of them.")] = [*USUAL],  # noqa: B006

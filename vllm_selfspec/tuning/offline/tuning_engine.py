@@ -218,7 +218,7 @@ class TuningEngine:
         """The head, an attention and an MLP sublayer in a draft step, over a plain
         step, with the target's weights and with all copies that `start` has."""
         whole = self._sublayers(num_layers, None)
-        if start is None:
+        if start is None or not start.values:
             return whole
         return whole.measured_with_copies(self._sublayers(num_layers, start))
 
