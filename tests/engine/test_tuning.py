@@ -1,5 +1,6 @@
 """A plan's score is what the engine would make of it."""
 
+import re
 import shlex
 import sqlite3
 import subprocess
@@ -313,9 +314,8 @@ def test_tune_says_what_memory_brings(tmp_path: Path) -> None:
     )
     assert "weights in int4" in done.stdout
     _, _, table = done.stdout.partition("Frontier: speed-up against memory")
-    _, _, *rows = table.strip().splitlines()
-    cells = [row.split() for row in rows if row.strip().endswith("x") or "x " in row]
-    speeds = [float(word[:-1]) for row in cells for word in row if word.endswith("x")]
+    # How many rows there are depends on what this machine's step costs today.
+    speeds = [float(word) for word in re.findall(r"(\d+\.\d+)x ", table)]
     assert speeds == sorted(speeds) and speeds, "more memory stands there if it pays"
     plan = read_profile(profile).plan(12)
     step = ModelWeights.from_checkpoint(DEMO_MODEL).step
