@@ -11,13 +11,16 @@ was to be expected.
     python benchmarks/real.py MODEL --concurrency 1,8 --temperature 0,1 -o FILE.json
 
 A cell (task, concurrency, temperature) is saved once it is measured. The same command
-goes on where a former one was stopped, and takes what is saved as it is.
+goes on where a former one was stopped, and takes what is saved as it is. Where there is
+no memory for all engines at once, they come in groups, each in a process of its own and
+beside a plain vLLM of its own, which its ratios are to.
 """
 
 import importlib.util
 import itertools
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +39,7 @@ import make_tasks
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.comparison import forwards_bound
 from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
+from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
 from vllm_selfspec.bench.own_models import OWN_MODELS
@@ -50,14 +54,6 @@ AGAIN = f"{PLAIN}, again"
 N_GRAMS, SUFFIXES, DRAFT_MODEL = "n-grams", "suffix", "draft model"
 BARE_FLAG = "the bare flag"
 WINDOW = {"draft_window": 512}
-# What is asked of a long document: pages and modules of this repository, so nothing is
-# downloaded.
-LONG = {
-    "question": "Which rule does the text above state last, and why? Answer briefly.",
-    "summary": "Summarise the text above in a few sentences.",
-    "continuation": "",
-}
-REPOSITORY = Path(__file__).resolve().parents[1]
 # By name, what is written beside the method.
 OURS: dict[str, dict[str, Any]] = {
     BARE_FLAG: {},
@@ -73,6 +69,8 @@ NAMES = (N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS, SKIP_SET, SKIP_SET_INT4)
 # Left out unless asked for: of the rest, on a small model, a machine has room for all.
 NOT_USUAL = ("int8", "window", "int4, window")
 USUAL = tuple(name for name in NAMES if name not in NOT_USUAL)
+# A token of any tokenizer here has fewer characters of code.
+LEAST_CHARACTERS = 6
 # What an engine takes, counted on models of 0.5 B and 1.5 B: so much, and the bytes of
 # its weights so often (packed beside the file that they are read from).
 ENGINE_BYTES, WEIGHTS_HELD = 1.5e9, 1.5
@@ -121,7 +119,10 @@ def main(
         str | None, typer.Option(help="What `tune --memory 30%` found.")
     ] = None,
     context: Annotated[
-        str, typer.Option(help="Tokens of a document before the tasks of long ones.")
+        str,
+        typer.Option(
+            help="Tokens of a document, for the tasks question, summary, continuation."
+        ),
     ] = "0",
     samples: Annotated[int, typer.Option(help="Of a cell: ratios.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="Of a request.")] = 64,
@@ -129,9 +130,7 @@ def main(
 ) -> None:
     """Prints a line a cell, and keeps all of them."""
     prepare_environment()
-    cells = _saved(output)
-    chosen = [*methods(method, draft_model, profile, int4_profile)]
-    wanted = [
+    wanted: list[dict[str, Any]] = [
         {"task": name, "concurrency": streams, "temperature": degrees}
         | ({"context": length} if length else {})
         for degrees, length, streams, name in itertools.product(
@@ -141,46 +140,69 @@ def main(
             task,
         )
     ]
-    missing = [key for key in wanted if not any(_is_of(cell, key) for cell in cells)]
-    if not missing:
+    plain, *others = methods(method, draft_model, profile, int4_profile)
+    cells = _saved(output)
+    others = [o for o in others if any(_lacks(cells, key, o.name) for key in wanted)]
+    if not others:
         console.print(f"{output} has all of these cells already.")
         return
-    _raise_without_room(len(chosen), model)
+    most = _most_beside_plain(model)
+    if len(others) > most:
+        for first in range(0, len(others), most):
+            names = [one.name for one in others[first : first + most]]
+            console.print(f"There is room for {most} methods: {', '.join(names)}")
+            subprocess.run(_again_with(names), check=True)
+        return
+    chosen = [plain, *others]
     engines = []
     for number, one in enumerate(chosen, 1):
         console.print(f"Engine {number} of {len(chosen)}: {one.name}")
         longest = max(key.get("context", 0) for key in wanted)
         engines.append(VllmEngine(one, model, settings_of(eager, longest)))
+    extra = _extra_bytes_saved(output)
     document = {
-        **provenance(_command(model, chosen, eager)),
+        **provenance(_command(model, draft_model, eager)),
         "model": Path(model).name,
         "eager": eager,
         "max_tokens": max_tokens,
-        "extra_bytes": {one.name: _extra_bytes(one, model) for one in chosen},
+        "extra_bytes": extra | {one.name: _extra_bytes(one, model) for one in chosen},
     }
+    missing = [k for k in wanted if any(_lacks(cells, k, one.name) for one in others)]
     for number, key in enumerate(missing, 1):
         sampling = Sampling(key["temperature"], max_tokens)
         turns = _turns(key, samples, engines[0].tokenizer, _is_ours(model))
         seconds_of = _decode_seconds if "context" in key else _busy_seconds
         streams = key["concurrency"]
-        cell = key | _measured(engines, turns, streams, sampling, seconds_of)
-        cells.append(cell)
+        found = _measured(engines, turns, streams, sampling, seconds_of)
+        _keep(cells, key, found)
         whole_file.write_json({**document, "cells": cells}, output)
-        console.print(f"{number} of {len(missing)}: {json.dumps(cell)}")
+        console.print(f"{number} of {len(missing)}: {json.dumps(key | found)}")
 
 
-def _raise_without_room(num_engines: int, model: str) -> None:
+def _most_beside_plain(model: str) -> int:
     """All engines are there at once; the system ends a process that takes too much."""
     held = ModelWeights.from_checkpoint(Path(model)).streamed
-    needed = int(num_engines * (ENGINE_BYTES + WEIGHTS_HELD * held))
+    of_each = ENGINE_BYTES + WEIGHTS_HELD * held
     free = psutil.virtual_memory().available
-    if needed > free:
-        most = int(free / needed * num_engines)
+    most = int(free / of_each) - 1
+    if most < 1:
         raise typer.BadParameter(
-            f"{num_engines} engines of {Path(model).name} take about "
-            f"{decimal(needed)}, but {decimal(free)} are free: measure at most "
-            f"{most - 1} methods beside plain vLLM, each named by --method"
+            "two engines must be there at once, which take about "
+            f"{decimal(int(2 * of_each))} with {Path(model).name}, but {decimal(free)} "
+            "are free: end what takes memory, or measure a smaller model"
         )
+    return most
+
+
+def _again_with(names: Sequence[str]) -> list[str]:
+    """This command, of these methods alone."""
+    words, kept = iter(sys.argv), []
+    for word in words:
+        if word == "--method":
+            next(words)
+        elif not word.startswith("--method="):
+            kept.append(word)
+    return [sys.executable, *kept, *(f"--method={name}" for name in names)]
 
 
 def _saved(output: Path) -> list[dict[str, Any]]:
@@ -190,16 +212,37 @@ def _saved(output: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _extra_bytes_saved(output: Path) -> dict[str, int]:
+    if not output.exists():
+        return {}
+    found: dict[str, int] = json.loads(output.read_text())["extra_bytes"]
+    return found
+
+
+def _keep(
+    cells: list[dict[str, Any]], key: dict[str, Any], found: dict[str, Any]
+) -> None:
+    """Adds what was measured of a cell to what is known of it; plain vLLM beside itself
+    stays that of the first group."""
+    for cell in cells:
+        if _is_of(cell, key):
+            cell.update({**found, **cell})
+            return
+    cells.append(key | found)
+
+
+def _lacks(cells: Sequence[dict[str, Any]], key: dict[str, Any], method: str) -> bool:
+    return not any(_is_of(cell, key) and method in cell for cell in cells)
+
+
 def _is_of(cell: dict[str, Any], key: dict[str, Any]) -> bool:
     return all(cell.get(n) == key.get(n) for n in ("context", *key))
 
 
-def _command(model: str, chosen: Sequence[Method], eager: bool) -> str:
+def _command(model: str, draft_model: str | None, eager: bool) -> str:
     """Without what only says which cells: several commands may have made them."""
     words = ["python benchmarks/real.py", Path(model).name]
-    keys = [one.speculative_config or {} for one in chosen]
-    drafts = {str(k["model"]) for k in keys if k.get("method") == "draft_model"}
-    words += [f"--draft-model {Path(path).name}" for path in drafts]
+    words += [f"--draft-model {Path(draft_model).name}"] if draft_model else []
     words += ["--eager"] * eager
     return " ".join(words)
 
@@ -225,7 +268,8 @@ def settings_of(eager: bool, context: int = 0) -> dict[str, Any]:
         "max_model_len": 4096 + context,
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": (512 << 20) + context * (100 << 10),
-        "enable_prefix_caching": False,
+        # Requests of one sample read the same long document, once.
+        "enable_prefix_caching": context > 0,
         "disable_log_stats": False,
     }
 
@@ -243,10 +287,11 @@ def _turns(
     that of the slowest request, which others that end sooner do not shorten. Nothing is
     asked twice, in any cell: suffix decoding remembers answers."""
     streams = key["concurrency"]
-    num = streams if streams == 1 else 2 * streams
+    num = streams if streams == 1 or "context" in key else 2 * streams
     if "context" in key:
-        texts = _long_prompts(key["task"], key["context"], tokenizer)
-        return [list(itertools.islice(texts, num)) for _ in range(1 + samples)]
+        texts = _long_documents(key["context"], tokenizer)
+        samples_of = itertools.islice(texts, 1 + samples)
+        return [_long_prompts(key["task"], text, num) for text in samples_of]
     prompts = _prompts(key, num * (1 + samples), held_out)
     return [[*itertools.islice(prompts, num)] for _ in range(1 + samples)]
 
@@ -265,17 +310,19 @@ def _sources(held_out: bool) -> dict[str, str]:
     return make_tasks.sources_of(held_out)
 
 
-def _long_prompts(task: str, context: int, tokenizer: Any) -> Iterator[Prompt]:
-    """One piece of this repository after the other, each of `context` tokens, and what
-    is asked of it; from the start again when it is over."""
-    files = sorted([*REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*/*/*.py")])
-    tokens = tokenizer.encode("\n".join(file.read_text() for file in files))
-    for start in itertools.cycle(range(0, len(tokens) - context, context)):
-        text = tokenizer.decode(tokens[start : start + context])
-        content: Any = text
-        if LONG[task]:
-            content = [{"role": "user", "content": f"{text}\n\n{LONG[task]}"}]
-        yield Prompt(f"{task} {start}", content)
+def _long_documents(context: int, tokenizer: Any) -> Iterator[str]:
+    """Of so many tokens each, of Python's own library."""
+    for text in documents(LEAST_CHARACTERS * context):
+        yield tokenizer.decode(tokenizer.encode(text)[:context])
+
+
+def _long_prompts(task: str, document: str, num: int) -> list[Prompt]:
+    """Requests about one document."""
+    is_chat = bool(QUESTIONS[task])
+    return [
+        Prompt(f"{task} {n}", [{"role": "user", "content": t}] if is_chat else t)
+        for n, t in enumerate(asked(task, document, num))
+    ]
 
 
 @dataclass

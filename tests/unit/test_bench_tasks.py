@@ -3,12 +3,14 @@
 import csv
 import gzip
 import json
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_selfspec.bench import tasks
+from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents
 from vllm_selfspec.bench.tasks import FORMATS, SHIPPED, Task, TaskError
 
 # Three records of each, in its authors' format.
@@ -155,3 +157,21 @@ def test_messages_are_rendered_by_the_tokenizer_that_can() -> None:
     assert asked.render(Plain()) == "Hi\n"
     assert tasks.Prompt("1", "text").render(Chat()) == "text"
     assert Task("t", (asked,)).metric is None
+
+
+def test_requests_about_one_long_document_share_it() -> None:
+    document = next(documents(20_000))
+    assert len(document) == 20_000
+    for task in QUESTIONS:
+        texts = asked(task, document, 8)
+        assert len({*texts}) == 8, task
+        shared = commonprefix(texts)
+        assert len(shared) > 17_000 and document.startswith(shared[:17_000]), task
+    with pytest.raises(ValueError, match="8 requests .* make it longer"):
+        asked("continuation", document[:1000], 8)
+
+
+def test_the_long_set_is_there_without_a_file() -> None:
+    task = tasks.load("long")
+    assert len(task.prompts) > 20 and len({p.id for p in task.prompts}) > 20
+    assert all(len(str(prompt.content)) >= 40_000 for prompt in task.prompts)

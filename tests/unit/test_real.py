@@ -44,7 +44,30 @@ def test_only_tokens_of_full_batches_count() -> None:
     assert REAL["_busy_seconds"](run) == pytest.approx(0.05)
 
 
-def test_more_engines_than_there_is_memory_for_are_refused() -> None:
-    REAL["_raise_without_room"](1, str(DEMO_MODEL))
-    with pytest.raises(typer.BadParameter, match="1000 engines .* --method"):
-        REAL["_raise_without_room"](1000, str(DEMO_MODEL))
+def test_methods_come_in_groups_that_there_is_memory_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = SimpleNamespace(available=6e9)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert REAL["_most_beside_plain"](str(DEMO_MODEL)) == 2, "three of 1.5 GB and more"
+    free.available = 2e9
+    with pytest.raises(typer.BadParameter, match="two engines .* end what takes"):
+        REAL["_most_beside_plain"](str(DEMO_MODEL))
+    words = ["real.py", "m", "--method", "suffix", "-o", "f", "--method=int4"]
+    monkeypatch.setattr("sys.argv", words)
+    again = REAL["_again_with"](["int4", "int4, window"])
+    assert again[1:] == ["real.py", "m", "-o", "f", "--method=int4"] + [
+        "--method=int4, window"
+    ]
+
+
+def test_a_cell_grows_by_the_methods_it_lacks() -> None:
+    key = {"task": "code", "concurrency": 1, "temperature": 0.0}
+    cells = [{**key, "plain vLLM": 1, "suffix": 2}]
+    lacks = REAL["_lacks"]
+    assert not lacks(cells, key, "suffix") and lacks(cells, key, "int4")
+    assert lacks(cells, key | {"context": 4096}, "suffix"), "another cell"
+    REAL["_keep"](cells, key, {"plain vLLM": 3, "int4": 4})
+    assert cells == [{**key, "plain vLLM": 1, "suffix": 2, "int4": 4}]
+    REAL["_keep"](cells, key | {"concurrency": 8}, {"int4": 5})
+    assert len(cells) == 2

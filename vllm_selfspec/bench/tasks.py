@@ -1,8 +1,8 @@
 """`Task`: prompts to run, with what their answers are scored against.
 
 One rule: nothing is downloaded. Four small sets ship with the package (made by
-`benchmarks/make_tasks.py`); the public ones are read from a local path, in the format
-they are published in.
+`benchmarks/make_tasks.py`), long documents are Python's own library, and the public
+sets are read from a local path, in the format they are published in.
 """
 
 import csv
@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_selfspec.bench.long_documents import asked, documents
+
 DATA = Path(__file__).resolve().parent / "data"
 SHIPPED = ("summarization", "code", "chat", "text")
+# Questions about long documents, and documents to go on with.
+LONG, LONG_CHARACTERS = "long", 40_000
 
 Record = dict[str, Any]
 # One turn each, as `{"role": ..., "content": ...}`.
@@ -172,8 +176,9 @@ FORMATS = {
 # How every command takes prompts, for its help.
 PROMPTS_HELP = (
     "Prompts like those that will be served: a shipped set (summarization, code, chat, "
-    "text), the path of JSON lines with prompt or messages, or FORMAT=PATH with a "
-    "format of jsonl, cnn_dm, xsum, humaneval, gsm8k, mt_bench, spec_bench."
+    "text; long: about documents of 10,000 tokens), the path of JSON lines with prompt "
+    "or messages, or FORMAT=PATH with a format of jsonl, cnn_dm, xsum, humaneval, "
+    "gsm8k, mt_bench, spec_bench."
 )
 
 
@@ -187,13 +192,15 @@ def load(words: str) -> Task:
     if words in SHIPPED:
         metric = "rouge" if words == "summarization" else None
         return Task(words, _prompts(DATA / f"{words}.jsonl", FORMATS["jsonl"]), metric)
+    if words == LONG:
+        return Task(words, tuple(_long()))
     name, _, path = words.partition("=")
     if not path:
         if not words.endswith((".jsonl", ".jsonl.gz")):
             raise TaskError(
-                f"prompts are one of {', '.join(SHIPPED)}, the path of a .jsonl file, "
-                f"or FORMAT=PATH with a format of {', '.join(FORMATS)}, but they are "
-                f"{words!r}: write one of these"
+                f"prompts are one of {', '.join((*SHIPPED, LONG))}, the path of a "
+                f".jsonl file, or FORMAT=PATH with a format of {', '.join(FORMATS)}, "
+                f"but they are {words!r}: write one of these"
             )
         name, path = "jsonl", words
     if name not in FORMATS:
@@ -202,6 +209,15 @@ def load(words: str) -> Task:
             f"jsonl={path} for a file of your own"
         )
     return Task(name, _prompts(Path(path), FORMATS[name]), FORMATS[name].metric)
+
+
+def _long() -> Iterator[Prompt]:
+    for number, document in enumerate(documents(LONG_CHARACTERS)):
+        question, continued = (
+            asked(task, document, 1)[0] for task in ("question", "continuation")
+        )
+        yield Prompt(f"question {number}", [{"role": "user", "content": question}])
+        yield Prompt(f"continuation {number}", continued)
 
 
 def _prompts(path: Path, format: Format) -> tuple[Prompt, ...]:
