@@ -13,6 +13,8 @@ from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft.v2_window import DeviceWindow
 from vllm_selfspec.plan.draft_plan import DraftPlan
+from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.step_cost import StepCost
 
 BLOCK_SIZE, NUM_BLOCKS = 32, 64
 LONG = {"max_model_len": 512, "block_size": BLOCK_SIZE}
@@ -213,3 +215,27 @@ def test_it_is_saved_and_read() -> None:
     plan = DraftPlan.of(4, draft_window=0.25)
     assert DraftPlan.from_dict(plan.to_dict()) == plan
     assert "window of 25%" in str(plan)
+
+
+def test_it_is_priced_by_what_it_leaves_out_of_long_contexts() -> None:
+    step = StepCost.uniform(4, head=0.2, attention=0.05, mlp=0.1)
+    assert DraftPlan.of(4, draft_window=WINDOW).share(step) == pytest.approx(1)
+    long = step.in_context(1000, 0.8)
+    assert long.total == pytest.approx(1.6)
+    for window, read in ((WINDOW, 0.064), (0.5, 0.5), (0.1, 0.256), (2000, 1.0)):
+        draft = DraftPlan.of(4, draft_window=window).cost(long)
+        assert draft.total == pytest.approx(0.8 + 0.8 * read), window
+    half = SkipSet.of(4, attention=[0, 1])
+    both = DraftPlan.of(4, skip_layers=half, draft_window=0.5).cost(long)
+    assert both.total == pytest.approx(0.7 + 0.4 * 0.5), "in the layers that run"
+
+
+def test_a_search_looks_for_one_where_contexts_are_long() -> None:
+    start = DraftPlan(4)
+    assert start.for_contexts(500) == start
+    long = start.for_contexts(8000)
+    assert long["draft_window"] == 512
+    assert long.choices()["window"] == (0, 512, 256, 1024)
+    assert start in list(long.candidates()), "none may be better"
+    given = DraftPlan.of(4, draft_window=WINDOW)
+    assert given.for_contexts(8000) == given

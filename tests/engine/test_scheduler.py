@@ -18,7 +18,7 @@ from helpers.environment import IS_V2
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
 from vllm_selfspec.draft_length.best_lengths import Prompts
-from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.costs import ContextCosts, StepCosts
 from vllm_selfspec.draft_length.goodput import Goodput
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.engine.scheduler import DraftPlanner, PlanningScheduler
@@ -138,6 +138,21 @@ def test_where_drafts_are_dear_the_engine_is_plain_vllm(
     found, counts = run(llm, prompts_of(3), greedy())
     assert token_ids(found) == token_ids(expected)
     assert counts.draft_tokens == 0, "not even a trial: it would cost many steps"
+
+
+@pytest.mark.v2
+def test_the_longer_the_context_the_more_a_draft_of_a_window_is_worth(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, params = {**SPEC, "draft_window": 64}, greedy(max_tokens=8)
+    long, short = prompts_of(2, shortest=200), prompts_of(2)
+    plain, llm = (engines.get(tiny_models["llama"], s) for s in (None, spec))
+    with_costs(llm, (*DEAR, ContextCosts(request=0.05, draft=1e-4)), monkeypatch)
+    for prompts, drafts in ((short, False), (long, True)):
+        expected, _ = run(plain, prompts, params)
+        found, counts = run(llm, prompts, params)
+        assert token_ids(found) == token_ids(expected)
+        assert bool(counts.draft_tokens) is drafts, counts
 
 
 @pytest.mark.v2

@@ -116,7 +116,7 @@ def with_costs(llm: Any, costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         planner.goodput = Goodput(*limits, StepCosts(*costs))
     else:
         planner.use_costs(StepCosts(*costs))
-    monkeypatch.setattr(StepCosts, "observe", lambda *_: None)
+    monkeypatch.setattr(StepCosts, "observe", lambda *_, **__: None)
 
 
 def planner_of(llm: Any) -> Any:

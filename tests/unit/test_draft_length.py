@@ -17,7 +17,12 @@ from vllm_selfspec.draft_length.best_lengths import (
     best_mix,
     best_uniform_length,
 )
-from vllm_selfspec.draft_length.costs import StepCosts, cleaned
+from vllm_selfspec.draft_length.costs import (
+    ContextCosts,
+    Contexts,
+    StepCosts,
+    cleaned,
+)
 from vllm_selfspec.draft_length.goodput import REST, TRY_EVERY, Goodput, Proposed
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
@@ -105,6 +110,54 @@ def test_an_interrupted_step_changes_no_ratio_and_is_soon_forgotten() -> None:
 def test_costs_that_cannot_be_are_refused(rows: Any, verify: Any) -> None:
     with pytest.raises(ValueError, match="costs"):
         StepCosts(rows, verify, verify)
+
+
+# A token of context, in seconds, for each request, row and row of a draft step.
+OF_CONTEXT = ContextCosts(1e-3, 2e-4, 5e-4)
+
+
+def long_costs(of_context: ContextCosts = OF_CONTEXT) -> StepCosts:
+    return StepCosts(ROWS, [1.0] * len(ROWS), [0.25] * len(ROWS), of_context)
+
+
+def test_what_is_read_of_contexts_comes_on_top() -> None:
+    found = long_costs().within(2, Contexts(1000.0, 100.0))
+    assert float(found.verify(5)) == pytest.approx(1 + 2 * 1.0 + 5 * 0.2)
+    assert found.draft(np.array([1, 2])) == pytest.approx([0.25 + 0.05, 0.25 + 0.1])
+    nothing = long_costs().within(2, Contexts())
+    assert float(nothing.verify(5)) == pytest.approx(1.0)
+    mean = Contexts.of(np.array([100, 300]), np.array([100, 200]))
+    assert mean == (200.0, 150.0) and Contexts.of(at(), at()) == (0, 0)
+
+
+def test_a_window_pays_where_contexts_are_long() -> None:
+    """A draft step of all weights costs a step; what a window leaves out is what there
+    is to gain."""
+    of_context = ContextCosts(1e-3, 1e-4, 1.1e-3)
+    same = StepCosts(ROWS, [1.0] * len(ROWS), [1.0] * len(ROWS), of_context)
+    survival, room = np.cumprod(np.full((1, 4), 0.9), axis=1), np.array([4])
+    for contexts, pays in (
+        (Contexts(100.0, 100.0), False),
+        (Contexts(8000.0, 8000.0), False),
+        (Contexts(8000.0, 500.0), True),
+    ):
+        found = best_lengths(survival, room, same.within(1, contexts))
+        assert bool(found.any()) is pays, contexts
+
+
+def test_what_contexts_cost_is_learnt_from_steps_of_others() -> None:
+    truth = long_costs()
+    found = long_costs(ContextCosts(2e-4, 2e-4, 2e-3))
+    for step in range(1500):
+        k, length = (0, 1, 4)[step % 3], (100.0, 2000.0, 8000.0)[step // 3 % 3]
+        contexts = Contexts(length, length)
+        real = truth.within(1, contexts)
+        seconds = float(real.verify(1 + k) + k * real.draft(1))
+        found.observe(1 + k, 1, k, seconds, 1, contexts)
+    for length in (0.0, 1000.0, 8000.0):
+        mine, real = (c.within(1, Contexts(length, length)) for c in (found, truth))
+        ratio = [float(c.draft(1) / c.verify(5)) for c in (mine, real)]
+        assert ratio[0] == pytest.approx(ratio[1], 0.15), length
 
 
 # The best lengths

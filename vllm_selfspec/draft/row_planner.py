@@ -24,7 +24,7 @@ from vllm_selfspec.draft.free_sources import FreeSources, Request
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.acceptance import NO_GUESS
 from vllm_selfspec.draft_length.arrivals import Arrivals
-from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.costs import Contexts, StepCosts
 from vllm_selfspec.draft_length.goodput import Goodput, Plan, Proposed
 from vllm_selfspec.draft_length.options import captured_lengths
 from vllm_selfspec.draft_length.slots import Slots
@@ -50,6 +50,7 @@ class SampledStep:
             on, whatever stands there.
         num_scheduled: Rows of each request, `[num_reqs]`.
         num_left: Known tokens that each still has to read, `[num_reqs]`.
+        num_tokens: All tokens of each, those that it emitted included, `[num_reqs]`.
         token_ids_of: All tokens of the request in a row.
     """
 
@@ -60,6 +61,7 @@ class SampledStep:
     room: Ints
     num_scheduled: Ints
     num_left: Ints
+    num_tokens: Ints
     token_ids_of: Callable[[int], np.ndarray]
 
     @property
@@ -110,6 +112,7 @@ class RowPlanner:
         """As configured. By measured costs it plans from `use_costs` on."""
         self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._max_drafts = served_config.num_model_tokens(vllm_config)
+        self._draft_plan = served_config.plan_of(vllm_config)
         self._sources = FreeSources(served_config.sources_of(vllm_config))
         self._acceptance = served_config.acceptance_of(vllm_config)
         self._goes_by_costs = served_config.plans_draft_lengths(vllm_config)
@@ -200,9 +203,11 @@ class RowPlanner:
             proposals, kinds = found
         num_free = np.array([len(one.token_ids) for one in proposals], np.int64)
         proposed = Proposed(num_free, kinds) if num_free.any() else None
-        plan = self.goodput.plan(slots, step.room[rows], prompts, proposed)
+        contexts = self._contexts(step.num_tokens[rows])
+        room = step.room[rows]
+        plan = self.goodput.plan(slots, room, prompts, proposed, contexts)
         if not self._goes_by_costs:
-            own_room = np.minimum(step.room[rows], self._max_drafts)
+            own_room = np.minimum(room, self._max_drafts)
             plan.lengths = np.where(plan.is_free, plan.lengths, own_room)
         self._count(plan)
         self._plan = self._spread(plan, rows, proposals, len(step.req_ids))
@@ -258,7 +263,12 @@ class RowPlanner:
             int((model > 0).sum()),
             int(model.max(initial=0)),
             self._agreed(now - (before or now)),
+            len(step.req_ids),
+            self._contexts(step.num_tokens),
         )
+
+    def _contexts(self, num_tokens: Ints) -> Contexts:
+        return Contexts.of(num_tokens, self._draft_plan.tokens_read(num_tokens))
 
     def _agreed(self, seconds: float) -> float:
         """As the first rank of the tensor-parallel group has it."""

@@ -9,7 +9,6 @@ very token and writes the K and V of all layers there before any attention reads
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,13 @@ from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
-from vllm_selfspec.draft.mixed_probs import MixedProbs
 from vllm_selfspec.draft.row_planner import RowPlanner
 from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.sampler import DraftSampler
 from vllm_selfspec.draft.seeded import for_rows, rewound
+from vllm_selfspec.draft.v1_drafts import Drafts, spread
 from vllm_selfspec.draft.v1_step import (
+    dummy_context,
     num_drafted_in,
     num_tokens_left,
     sampled_step,
@@ -43,22 +43,6 @@ from vllm_selfspec.served_config import calibration_of, plan_of
 
 if TYPE_CHECKING:
     from vllm_selfspec.tuning.online.tuner import OnlineTuner
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """What a propose hands back to the V1 runner.
-
-    Attributes:
-        token_ids: Drafted tokens of every running request; `[]` drafts nothing.
-        probs: Draft distributions `[num_rows, num_steps, vocab_size]` of the requests
-            `req_ids`, or None where the drafts are greedy.
-        req_ids: The requests that `probs` has a row for, or None.
-    """
-
-    token_ids: list[list[int]]
-    probs: torch.Tensor | MixedProbs | None = None
-    req_ids: list[str] | None = None
 
 
 class SelfSpecProposer:
@@ -112,15 +96,44 @@ class SelfSpecProposer:
         self._target.release()
 
     @torch.inference_mode()
-    def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
+    def dummy_step(
+        self, runner: Any, num_rows: int, num_drafts: int, context: int = 0
+    ) -> None:
         """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
-        so many draft steps; as in vLLM's dummy runs, with nothing to attend to."""
-        hidden_states, _ = runner._dummy_run(num_rows)
-        runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
+        so many draft steps.
+
+        Args:
+            runner: vLLM's V1 `GPUModelRunner`.
+            num_rows: Of as many requests as there may be; with a context, of one.
+            num_drafts: Draft steps.
+            context: Tokens to attend to before them; 0 for no attention at all, as in
+                vLLM's dummy runs.
+        """
         token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
-        for _ in range(num_drafts):
-            hidden_states = self._dummy_forward(token_ids)
-            token_ids = self._view.compute_logits(hidden_states).argmax(dim=-1).int()
+        with dummy_context(runner, num_rows, context) as keys:
+            hidden_states, _ = runner._dummy_run(num_rows, **keys)
+            runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
+            batch = self._dummy_batch(runner, context) if context else None
+            for _ in range(num_drafts):
+                if batch is None:
+                    hidden_states = self._dummy_forward(token_ids)
+                else:
+                    hidden_states = self._forward(self._view, batch, 0, token_ids)
+                token_ids = (
+                    self._view.compute_logits(hidden_states).argmax(dim=-1).int()
+                )
+
+    def _dummy_batch(self, runner: Any, context: int) -> DraftBatch:
+        """A row of one request that attends to a context, and writes nowhere."""
+        return DraftBatch(
+            rows=np.zeros(1, np.int64),
+            token_ids=np.zeros(1, np.int32),
+            first_positions=np.array([context], np.int64),
+            num_drafts=np.ones(1, np.int64),
+            kv_groups=self._kv_groups(runner, self._view),
+            device=runner.device,
+            writes=False,
+        )
 
     def _dummy_forward(
         self, token_ids: torch.Tensor, num_rows_across_dp: torch.Tensor | None = None
@@ -205,7 +218,7 @@ class SelfSpecProposer:
         self._run_along(runner, token_ids.shape[1])
         if self._stops is not None:
             num_drafts[rows] = self._stops.lengths
-        return _to_drafts(token_ids, probs, rows, num_drafts, req_ids, free)
+        return spread(token_ids, probs, rows, num_drafts, req_ids, free)
 
     def _learn(
         self, runner: Any, scheduler_output: Any, num_sampled: np.ndarray
@@ -359,28 +372,6 @@ def _confidence(
         probs = logits.softmax(dim=-1, dtype=torch.float32)
     chosen = probs.gather(1, token_ids.long()[:, None])[:, 0]
     return chosen.double().cpu().numpy()
-
-
-def _to_drafts(
-    token_ids: torch.Tensor,
-    probs: torch.Tensor | None,
-    rows: np.ndarray,
-    num_drafts: np.ndarray,
-    req_ids: Sequence[str],
-    free: list[list[int]],
-) -> Drafts:
-    """Spreads the drafted rows over all running requests, between those that took free
-    tokens."""
-    is_free = [row for row, tokens in enumerate(free) if tokens]
-    drafts = [*free]
-    for row, tokens in zip(rows, token_ids.tolist(), strict=True):
-        drafts[row] = tokens[: num_drafts[row]]
-    if probs is None:
-        return Drafts(drafts)
-    row_req_ids = [req_ids[row] for row in (*rows, *is_free)]
-    if not is_free:
-        return Drafts(drafts, probs, row_req_ids)
-    return Drafts(drafts, MixedProbs(probs, [free[r] for r in is_free]), row_req_ids)
 
 
 def _tuner_of(vllm_config: Any) -> "OnlineTuner | None":

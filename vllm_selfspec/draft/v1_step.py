@@ -5,7 +5,8 @@ One rule: it reads the runner after bookkeeping, when the newest tokens are in i
 arrays, and before anything is drafted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def sampled_step(
         room=room,
         num_scheduled=num_scheduled,
         num_left=np.maximum(num_tokens - num_read, 0),
+        num_tokens=num_tokens.astype(np.int64),
         token_ids_of=lambda row: batch.token_ids_cpu[row, : num_tokens[row]],
     )
 
@@ -60,3 +62,30 @@ def window_of(runner: Any, gid: int, view: Any) -> float | None:
     spec = runner.kv_cache_config.kv_cache_groups[gid].kv_cache_spec
     is_full = isinstance(spec, FullAttentionSpec) and spec.sliding_window is None
     return view.window if is_full else None
+
+
+@contextmanager
+def dummy_context(runner: Any, num_rows: int, context: int) -> Iterator[dict[str, Any]]:
+    """Lets dummy runs of `num_rows` rows of one request attend to `context` tokens
+    before them, each in a place of its own as a real request's; gives the arguments of
+    vLLM's `_dummy_run`. What stands there is nobody's: it is done before serving."""
+    if not context:
+        yield {}
+        return
+    tables = runner.input_batch.block_table.block_tables
+    num_blocks = runner.kv_cache_config.num_blocks
+    for table in tables:
+        row = table.block_table.np[0]
+        row[:] = 1 + np.arange(len(row)) % max(num_blocks - 1, 1)
+        table.commit_block_table(1)
+    try:
+        yield {
+            "force_attention": True,
+            "profile_seq_lens": context + num_rows,
+            # One request of all rows rather than one of each.
+            "uniform_decode": num_rows > 1,
+        }
+    finally:
+        for table in tables:
+            table.block_table.np[0] = 0
+            table.commit_block_table(1)

@@ -79,6 +79,7 @@ class PlannedSpeculator(SelfSpecSpeculator):
             room=room,
             num_scheduled=input_batch.num_scheduled_tokens.astype(np.int64),
             num_left=np.maximum(input_batch.prefill_len_np - num_read, 0),
+            num_tokens=num_tokens,
             token_ids_of=lambda row: (
                 token_ids[slots[row], : num_tokens[row]].cpu().numpy()
             ),

@@ -240,12 +240,24 @@ class SelfSpecSpeculator(DrawingSpeculator):
         """vLLM's `DraftTokenIds`, as long as each row drafted: all alike."""
         return drafts
 
-    def dummy_step(self, runner: Any, num_rows: int, num_drafts: int) -> None:
+    def dummy_step(
+        self, runner: Any, num_rows: int, num_drafts: int, context: int = 0
+    ) -> None:
         """What `num_rows` rows cost, to be timed: the target's forward and LM head, and
-        so many draft steps."""
+        so many draft steps.
+
+        Args:
+            runner: vLLM's V2 `GPUModelRunner`.
+            num_rows: Of as many requests as there may be; with a context, of one.
+            num_drafts: Draft steps.
+            context: Tokens to attend to before them.
+        """
         before, self._num_dummy_drafts = self._num_dummy_drafts, num_drafts
+        is_uniform = num_rows > 1 and context > 0
         try:
-            _, hidden_states = runner._dummy_run(num_rows)
+            _, hidden_states = runner._dummy_run(
+                num_rows, uniform_decode=is_uniform, context_len=context
+            )
         finally:
             self._num_dummy_drafts = before
         with torch.inference_mode():

@@ -5,8 +5,7 @@ One rule: the arithmetic is of whole numbers, so the host and the device agree.
 
 from typing import Any
 
-# A share of a short context would leave out what drafts hardly do without.
-LEAST_OF_SHARE = 256
+from vllm_selfspec.plan.axis_draft_window import LEAST_OF_SHARE
 
 
 def blocks_kept(window: float, seq_lens: Any, block_size: int) -> Any:

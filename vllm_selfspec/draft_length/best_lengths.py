@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.costs import Costs
 from vllm_selfspec.draft_length.types import Bools, Floats, Ints
 
 # Drafting must promise this much more than not drafting: estimates are noisy, and the
@@ -47,7 +47,7 @@ class Mix:
 
 
 def best_lengths(
-    survival: Floats, room: Ints, costs: StepCosts, prompts: Prompts = NO_PROMPTS
+    survival: Floats, room: Ints, costs: Costs, prompts: Prompts = NO_PROMPTS
 ) -> Ints:
     """The lengths that maximise expected tokens per second.
 
@@ -76,7 +76,7 @@ def best_lengths(
 
 
 def best_mix(
-    model: Floats, free: Floats, costs: StepCosts, prompts: Prompts = NO_PROMPTS
+    model: Floats, free: Floats, costs: Costs, prompts: Prompts = NO_PROMPTS
 ) -> Mix:
     """The same where some rows have a free proposal: it takes no draft step, and the
     steps of the others run fewer rows.
@@ -126,7 +126,7 @@ def best_mix(
 def best_uniform_length(
     survival: Floats,
     room: Ints,
-    costs: StepCosts,
+    costs: Costs,
     lengths: Sequence[int],
     prompts: Prompts = NO_PROMPTS,
 ) -> Ints:
@@ -156,7 +156,7 @@ class _Best:
     """
 
     def __init__(
-        self, num_reqs: int, most: int, costs: StepCosts, prompts: Prompts
+        self, num_reqs: int, most: int, costs: Costs, prompts: Prompts
     ) -> None:
         """For R requests and `most` draft tokens of the batch at most."""
         self.choice: tuple[int, int] | None = None
@@ -193,7 +193,7 @@ class _Best:
 
 
 def verify_seconds(
-    costs: StepCosts, num_reqs: int, num_drafts: Ints | int, prompts: Prompts
+    costs: Costs, num_reqs: int, num_drafts: Ints | int, prompts: Prompts
 ) -> Floats:
     """Expected seconds for R requests and their drafts, without what prompts take."""
     alone = costs.verify(num_reqs + num_drafts)

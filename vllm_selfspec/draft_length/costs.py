@@ -5,6 +5,8 @@ down, changes no decision, and must not be mistaken for a cost of one kind.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,9 +14,11 @@ from vllm_selfspec.draft_length.types import Floats, Ints
 
 # Deviations of the logarithm of a cost: of all costs alike, of each of the two kinds,
 # and of a single number of rows. First how well they are measured at start-up, then
-# how far they wander in a step.
+# how far they wander in a step. What a token of context adds is told by two times that
+# are nearly the same.
 MEASURED = (0.3, 0.15, 0.05)
 WANDERING = (0.02, 0.002, 0.002)
+MEASURED_OF_CONTEXT, WANDERING_OF_CONTEXT = 0.5, 0.01
 # Of one step's time around its costs; what lies further off than this many deviations
 # (a step that was interrupted) teaches no more than one at the limit.
 STEP_NOISE = 0.1
@@ -70,8 +74,58 @@ def without_interruptions(num_rows: Sequence[int], seconds: Floats) -> Floats:
     return possible
 
 
+class Contexts(NamedTuple):
+    """Tokens in the KV cache, of a batch's requests on average.
+
+    Attributes:
+        whole: That a verification reads.
+        drafted: That a draft step reads of them.
+    """
+
+    whole: float = 0.0
+    drafted: float = 0.0
+
+    @classmethod
+    def of(cls, num_tokens: Ints, num_read: Ints) -> "Contexts":
+        """Of requests by their tokens, and those a draft reads, `[num_reqs]`."""
+        if not len(num_tokens):
+            return cls()
+        return cls(float(num_tokens.mean()), float(num_read.mean()))
+
+
+class ContextCosts(NamedTuple):
+    """Seconds that a token of context adds: kernels read it once for a request, and
+    multiply it by each row.
+
+    Attributes:
+        request: To a verification, of each request.
+        row: To a verification, of each row.
+        draft: To a draft step, of each row.
+    """
+
+    request: float = 0.0
+    row: float = 0.0
+    draft: float = 0.0
+
+
+NO_CONTEXT = Contexts()
+# Not measured, or too little to be seen; its logarithm must be there.
+FREE, LEAST_OF_CONTEXT = ContextCosts(), 1e-12
+
+
+class Costs(Protocol):
+    """Seconds of forwards, by rows."""
+
+    def verify(self, num_rows: Ints | int) -> Floats:
+        """Seconds to verify, or to decode, `num_rows` token rows."""
+
+    def draft(self, num_rows: Ints | int) -> Floats:
+        """Seconds of one draft step of `num_rows` rows."""
+
+
 class StepCosts:
-    """Seconds of the engine's two kinds of forwards, by number of token rows.
+    """Seconds of the engine's two kinds of forwards, by number of token rows and, on
+    top of that, by tokens of context.
 
     Costs are interpolated linearly between measured numbers of rows, and go on with the
     last slope beyond them. Their logarithms are the state of a Kalman filter that
@@ -86,13 +140,15 @@ class StepCosts:
         num_rows: Sequence[int],
         verify: Sequence[float] | Floats,
         draft: Sequence[float] | Floats,
+        of_context: ContextCosts = FREE,
     ) -> None:
         """From measurements. More rows are taken to cost no less than fewer.
 
         Args:
             num_rows: Where it was measured, ascending, at least two.
-            verify: Seconds of the target's forward and head at each.
+            verify: Seconds of the target's forward and head at each, without context.
             draft: Seconds of a draft step at each.
+            of_context: What a token of context adds.
 
         Raises:
             ValueError: If there are not at least two, or one takes no time.
@@ -109,28 +165,44 @@ class StepCosts:
                 "costs must be above zero at ascending numbers of rows, but are "
                 f"{seconds.tolist()} at {num_rows}"
             )
-        self._log = np.log(np.maximum.accumulate(seconds, axis=1))
-        self._covariance = self._spread(MEASURED)
-        self._wandering = self._spread(WANDERING)
+        of_rows = np.maximum.accumulate(seconds, axis=1).ravel()
+        # [2 num_knots + 3]: verify, draft, and of context
+        every = np.concatenate([of_rows, np.maximum(of_context, LEAST_OF_CONTEXT)])
+        self._log = np.log(every)
+        self._covariance = self._spread(MEASURED, MEASURED_OF_CONTEXT)
+        self._wandering = self._spread(WANDERING, WANDERING_OF_CONTEXT)
 
-    def _spread(self, deviations: tuple[float, float, float]) -> Floats:
-        """Covariance of all costs, `[2 num_knots, 2 num_knots]`."""
+    def _spread(
+        self, deviations: tuple[float, float, float], of_context: float
+    ) -> Floats:
+        """Covariance of all costs, `[2 num_knots + 3, 2 num_knots + 3]`."""
         common, of_kind, single = (deviation**2 for deviation in deviations)
-        size = self._rows.size
-        same_kind = np.kron(np.eye(2), np.ones((size, size)))
-        found: Floats = common + of_kind * same_kind + single * np.eye(2 * size)
+        kinds = np.repeat([0, 1, 0, 1], [self._rows.size, self._rows.size, 2, 1])
+        alone = np.repeat([single, of_context**2], [2 * self._rows.size, 3])
+        same_kind = kinds[:, None] == kinds
+        found: Floats = common + of_kind * same_kind + np.diag(alone)
         return found
 
+    @property
+    def of_context(self) -> ContextCosts:
+        """What a token of context adds."""
+        return ContextCosts(*np.exp(self._log[-3:]).tolist())
+
     def verify(self, num_rows: Ints | int) -> Floats:
-        """Seconds to verify, or to decode, `num_rows` token rows."""
+        """Seconds to verify, or to decode, `num_rows` token rows without context."""
         return self._seconds_of(0, num_rows)
 
     def draft(self, num_rows: Ints | int) -> Floats:
-        """Seconds of one draft step of `num_rows` rows."""
+        """Seconds of one draft step of `num_rows` rows without context."""
         return self._seconds_of(1, num_rows)
 
+    def within(self, num_reqs: int, contexts: Contexts) -> "Costs":
+        """The same for requests that have such contexts."""
+        return CostsInContext(self, num_reqs, contexts) if contexts.whole else self
+
     def _seconds_of(self, kind: int, num_rows: Ints | int) -> Floats:
-        seconds = np.exp(self._log[kind])
+        size = self._rows.size
+        seconds = np.exp(self._log[kind * size : (kind + 1) * size])
         rows = np.asarray(num_rows, float)
         # Below the first one it stays; beyond the last one it goes on.
         slope = (seconds[-1] - seconds[-2]) / (self._rows[-1] - self._rows[-2])
@@ -150,7 +222,13 @@ class StepCosts:
         return weights
 
     def observe(
-        self, num_verified: int, num_drafting: int, num_steps: int, seconds: float
+        self,
+        num_verified: int,
+        num_drafting: int,
+        num_steps: int,
+        seconds: float,
+        num_reqs: int = 0,
+        contexts: Contexts = NO_CONTEXT,
     ) -> None:
         """Corrects the costs by an engine step.
 
@@ -159,21 +237,52 @@ class StepCosts:
             num_drafting: Rows of each draft step.
             num_steps: Draft steps.
             seconds: What all of it took.
+            num_reqs: Requests of the target's forward.
+            contexts: Of these requests.
         """
-        used = np.stack(
+        num_draft_rows = num_steps * num_drafting
+        of_context = [num_reqs, num_verified, num_draft_rows]
+        used = np.concatenate(
             [
                 self._weights(num_verified),
                 num_steps * self._weights(num_drafting),
+                np.multiply(of_context, [*contexts[:1], *contexts]),
             ]
         )
         parts = used * np.exp(self._log)
         predicted = parts.sum()
         # How the logarithm of the step's time moves with each cost's.
-        slope = (parts / predicted).ravel()
+        slope = parts / predicted
         covariance = self._covariance + self._wandering
         gain = covariance @ slope
         variance = float(slope @ gain) + STEP_NOISE**2
         limit = MAX_SURPRISE * np.sqrt(variance)
         surprise = np.clip(np.log(seconds / predicted), -limit, limit)
-        self._log += (gain * (surprise / variance)).reshape(self._log.shape)
+        self._log += gain * (surprise / variance)
         self._covariance = covariance - np.outer(gain, gain) / variance
+
+
+@dataclass(frozen=True)
+class CostsInContext:
+    """Those of requests that have a context to attend to.
+
+    Attributes:
+        costs: Without.
+        num_reqs: Requests.
+        contexts: Theirs.
+    """
+
+    costs: StepCosts
+    num_reqs: int
+    contexts: Contexts
+
+    def verify(self, num_rows: Ints | int) -> Floats:
+        """Seconds to verify, or to decode, `num_rows` token rows."""
+        of = self.costs.of_context
+        seconds = self.num_reqs * of.request + np.asarray(num_rows) * of.row
+        return self.costs.verify(num_rows) + self.contexts.whole * seconds
+
+    def draft(self, num_rows: Ints | int) -> Floats:
+        """Seconds of one draft step of `num_rows` rows."""
+        seconds = np.asarray(num_rows) * self.costs.of_context.draft
+        return self.costs.draft(num_rows) + self.contexts.drafted * seconds

@@ -18,7 +18,12 @@ from vllm_selfspec.draft_length.best_lengths import (
     best_uniform_length,
     verify_seconds,
 )
-from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.costs import (
+    NO_CONTEXT,
+    Contexts,
+    Costs,
+    StepCosts,
+)
 from vllm_selfspec.draft_length.types import Bools, Floats, Ints, Slots
 
 # Share of the time spent on finding out whether drafting pays again. Each trial in vain
@@ -130,6 +135,7 @@ class Goodput:
         room: Ints,
         prompts: Prompts = NO_PROMPTS,
         proposed: Proposed | None = None,
+        contexts: Contexts = NO_CONTEXT,
     ) -> Plan:
         """Lengths of a batch, and which of them are free proposals'.
 
@@ -138,33 +144,34 @@ class Goodput:
             room: The most each may draft, `[num_reqs]`.
             prompts: What may be computed beside.
             proposed: For free; None where there is nothing.
+            contexts: Of these requests.
         """
         num_reqs = len(slots)
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
+        costs = self.costs.within(num_reqs, contexts)
         own_room = np.minimum(room, self._max_drafts)
         if proposed is None and self._rest and self._resting == slots.tobytes():
             self._rest -= 1
-            return self._trial(num_reqs, own_room, prompts)
+            return self._trial(num_reqs, own_room, prompts, costs)
         survival = self.acceptance.survival(slots)
         if proposed is not None:
             num_free = np.minimum(proposed.num_tokens, room)
             model = survival * (np.arange(self._max_drafts) < own_room[:, None])
-            found = self._mixed(slots, model, num_free, proposed.kinds, prompts)
+            kinds = proposed.kinds
+            found = self._mixed(slots, model, num_free, kinds, prompts, costs)
         elif self._uniform:
             found = Plan(
-                best_uniform_length(
-                    survival, own_room, self.costs, self._uniform, prompts
-                )
+                best_uniform_length(survival, own_room, costs, self._uniform, prompts)
             )
         else:
-            found = Plan(best_lengths(survival, own_room, self.costs, prompts))
+            found = Plan(best_lengths(survival, own_room, costs, prompts))
         if found.lengths.any():
             self._patience = 1.0 if found.num_steps else self._patience
             self._rest = 0
             return found
         self._resting, self._rest = slots.tobytes(), REST
-        return self._trial(num_reqs, own_room, prompts)
+        return self._trial(num_reqs, own_room, prompts, costs)
 
     def _mixed(
         self,
@@ -173,11 +180,12 @@ class Goodput:
         num_free: Ints,
         kinds: Ints,
         prompts: Prompts,
+        costs: Costs,
     ) -> Plan:
         """With free proposals of `num_free` tokens, beside the `model`'s chances."""
         within = np.arange(self._max_free) < num_free[:, None]
         free = self.free.survival(slots, kinds) * within
-        mix = best_mix(model, free, self.costs, prompts)
+        mix = best_mix(model, free, costs, prompts)
         lengths, is_free = mix.lengths, mix.is_free
         for row in np.flatnonzero((num_free > 0) & ~(is_free & (lengths > 0))):
             self._passed_over[kinds[row]] += 1
@@ -186,15 +194,15 @@ class Goodput:
                 lengths[row], is_free[row] = min(num_free[row], TRIED_TOKENS), True
         return Plan(lengths, is_free=is_free & (lengths > 0))
 
-    def _trial(self, num_reqs: int, room: Ints, prompts: Prompts) -> Plan:
+    def _trial(self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         tried = np.minimum(room, 1)
-        plain = float(self.costs.verify(num_reqs))
+        plain = float(costs.verify(num_reqs))
         self._owed += EXPLORE_SHARE * plain
         if self._owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))
-        seconds = verify_seconds(self.costs, num_reqs, int(tried.sum()), prompts)
-        self._price = float(seconds) - plain + float(self.costs.draft(num_reqs))
+        seconds = verify_seconds(costs, num_reqs, int(tried.sum()), prompts)
+        self._price = float(seconds) - plain + float(costs.draft(num_reqs))
         self._price *= self._patience
         if self._owed < self._price:
             return Plan(np.zeros(num_reqs, np.int64))

@@ -1,8 +1,8 @@
 """`measure_costs`: times a worker's forwards at start-up, for the draft lengths.
 
 One rule: what is timed is what will run, on the live engine: the target's forward and
-LM head, without and with draft steps after it, at growing numbers of rows. There is no
-context to attend to yet; what that adds is learnt while serving.
+LM head, without and with draft steps after it, at growing numbers of rows; and, for one
+request, at two lengths of context.
 """
 
 import time
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_selfspec.draft_length.costs import ContextCosts
 from vllm_selfspec.engine.measured_llm import drafter_of
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
-from vllm_selfspec.served_config import num_model_tokens
+from vllm_selfspec.served_config import num_model_tokens, plan_of
 
 # Rows to measure; beyond, costs go on as between the last two. Costs rise in steps, as
 # kernels change with the number of rows, and a draft is right at the edge of one: so
@@ -31,10 +32,12 @@ NUM_DRAFTS = 2
 # Of plans, that few sublayers' cost stands out from the noise of the target's forward.
 NUM_DRAFTS_PLAN = 6
 MIN_SHARE = 0.01
+# What a token adds is found between these lengths, or up to what there is room for.
+SHORT_CONTEXT, LONG_CONTEXT = 16, 4096
 
 
 def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
-    """Seconds of a verification and of a draft step.
+    """Seconds of a verification and of a draft step, with nothing to attend to.
 
     Args:
         worker: vLLM's, after its KV cache was made.
@@ -51,8 +54,7 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
     )
     most = min(most, MAX_ROWS_GPU if torch.cuda.is_available() else MAX_ROWS_CPU)
     num_rows = [n for n in NUM_ROWS if n <= max(2, most)]
-    planner = getattr(drafter, "planner", None)
-    drafts = num_model_tokens(config) and (planner is None or planner.model_drafts)
+    drafts = _model_drafts(worker)
     verify, draft = [], []
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
@@ -65,6 +67,50 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
         # Noise must not make a draft step cost nothing.
         draft.append(max((drafting - alone) / NUM_DRAFTS, MIN_SHARE * alone))
     return num_rows, verify, draft
+
+
+def measure_context(worker: Any) -> ContextCosts:
+    """Seconds that a token of context adds; nothing where there is too little room for
+    contexts that show it.
+
+    Args:
+        worker: vLLM's, after its KV cache was made.
+    """
+    runner = worker.model_runner
+    config, drafter = runner.vllm_config, drafter_of(runner)
+    groups = runner.kv_cache_config.kv_cache_groups
+    block_size = min(group.kv_cache_spec.block_size for group in groups)
+    num_rows = 1 + config.num_speculative_tokens
+    room = min(
+        (runner.kv_cache_config.num_blocks - 1) * block_size,
+        config.model_config.max_model_len - num_rows - NUM_DRAFTS,
+    )
+    longest = min(LONG_CONTEXT, room)
+    if longest < 2 * SHORT_CONTEXT:
+        return ContextCosts()
+    num_drafts = NUM_DRAFTS if _model_drafts(worker) else 0
+    runs = [
+        partial(drafter.dummy_step, runner, rows, drafts, context)
+        for context in (SHORT_CONTEXT, longest)
+        for rows, drafts in ((1, 0), (num_rows, 0), (1, num_drafts))
+    ]
+    seconds = np.array(seconds_of(runs, REPEATS)).reshape(2, 3)
+    alone, verifying, drafting = seconds[1] - seconds[0]
+    num_tokens = longest - SHORT_CONTEXT
+    row = (verifying - alone) / (num_rows - 1) / num_tokens
+    read = plan_of(config).tokens_read(np.array([SHORT_CONTEXT, longest]))
+    num_read = max(int(read[1] - read[0]), 1)
+    draft = (drafting - alone) / num_read / NUM_DRAFTS
+    # Noise must not make reading earn time, nor a row more than a request.
+    row = min(max(row, 0.0), max(alone / num_tokens, 0.0))
+    return ContextCosts(max(alone / num_tokens - row, 0.0), row, max(draft, 0.0))
+
+
+def _model_drafts(worker: Any) -> bool:
+    """Whether there are draft steps to be timed."""
+    planner = getattr(drafter_of(worker.model_runner), "planner", None)
+    num = num_model_tokens(worker.model_runner.vllm_config)
+    return num > 0 and (planner is None or planner.model_drafts)
 
 
 def measure_sublayers(

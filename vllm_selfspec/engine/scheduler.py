@@ -25,11 +25,21 @@ from vllm_selfspec.draft.row_planner import uniform_lengths
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
 from vllm_selfspec.draft_length.best_lengths import NO_PROMPTS, Prompts
-from vllm_selfspec.draft_length.costs import StepCosts, cleaned
+from vllm_selfspec.draft_length.costs import (
+    NO_CONTEXT,
+    ContextCosts,
+    Contexts,
+    StepCosts,
+    cleaned,
+)
 from vllm_selfspec.draft_length.goodput import Goodput
 from vllm_selfspec.draft_length.options import schedule_of_all
 from vllm_selfspec.draft_length.slots import Slots
-from vllm_selfspec.engine.measure import measure_costs, measure_sublayers
+from vllm_selfspec.engine.measure import (
+    measure_context,
+    measure_costs,
+    measure_sublayers,
+)
 from vllm_selfspec.engine.plain_steps import OfScheduler, PlainSteps
 from vllm_selfspec.engine.workers import use_costs
 
@@ -133,14 +143,18 @@ def measured(executor: Any) -> StepCosts:
     # A step is done when its slowest worker is.
     num_rows, *seconds = zip(*executor.collective_rpc(measure_costs), strict=True)
     verify, draft = cleaned(num_rows[0], *(np.max(t, axis=0) for t in seconds))
+    slowest = np.max(executor.collective_rpc(measure_context), axis=0)
+    of_context = ContextCosts(*slowest.tolist())
     logger.info(
-        "selfspec: a step of %s rows takes %s ms, a draft step %s (measured in %.1f s)",
+        "selfspec: a step of %s rows takes %s ms, a draft step %s; 1000 tokens of "
+        "context add %s for each request, row and draft row (measured in %.1f s)",
         list(num_rows[0]),
         np.round(1000 * verify, 1).tolist(),
         np.round(1000 * draft, 1).tolist(),
+        np.round(1e6 * slowest, 2).tolist(),
         time.perf_counter() - started,
     )
-    return StepCosts(num_rows[0], verify, draft)
+    return StepCosts(num_rows[0], verify, draft, of_context)
 
 
 class DraftPlanner:
@@ -163,6 +177,7 @@ class DraftPlanner:
         room_of: dict[str, int],
         running: Iterable[str],
         prompts: Prompts = NO_PROMPTS,
+        contexts: Contexts = NO_CONTEXT,
     ) -> int:
         """The number of draft steps after this step; fills `lengths`.
 
@@ -170,12 +185,15 @@ class DraftPlanner:
             room_of: The most that each request which samples in this step may draft.
             running: All requests that run.
             prompts: What the next step may have beside them.
+            contexts: Of those requests.
         """
         self._slots.admit(room_of, running, self.goodput.admit)
         plan = self.goodput.plan(
             self._slots.of([*room_of]),
             np.array([*room_of.values()], np.int64),
             prompts,
+            None,
+            contexts,
         )
         self.lengths = dict(zip(room_of, plan.lengths.tolist(), strict=True))
         if room_of:
@@ -194,12 +212,6 @@ class DraftPlanner:
             np.array([drafted[req_id] for req_id in known], np.int64),
             np.array([accepted[req_id] for req_id in known], np.int64),
         )
-
-    def observe_step(
-        self, num_verified: int, num_drafting: int, num_steps: int, seconds: float
-    ) -> None:
-        """Learns from what a step without prefill took."""
-        self.goodput.costs.observe(num_verified, num_drafting, num_steps, seconds)
 
     def publish(self) -> None:
         """Shows the statistics, if it is time."""
@@ -227,6 +239,7 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         stats = DraftStats(self.vllm_config)
         self.planner = DraftPlanner(goodput, self.max_num_running_reqs, stats)
         self._arrivals = Arrivals()
+        self._draft_plan = served_config.plan_of(self.vllm_config)
         self._updated: float | None = None  # when the last step ended, if busy since
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -238,7 +251,8 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         }
         running = [request.request_id for request in self.running]
         prompts = self._prompts(scheduler_output.num_scheduled_tokens)
-        num_steps = self.planner.plan(room_of, running, prompts)
+        contexts = self._contexts(room_of)
+        num_steps = self.planner.plan(room_of, running, prompts, contexts)
         scheduler_output.num_spec_tokens_to_schedule = min(most, num_steps)
         super()._update_after_schedule(scheduler_output)
         for req_id in scheduler_output.num_scheduled_tokens:
@@ -246,6 +260,11 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             if request.spec_token_ids:
                 length = self.planner.lengths.get(req_id, 0)
                 request.spec_token_ids = request.spec_token_ids[:length]
+
+    def _contexts(self, req_ids: Iterable[str]) -> Contexts:
+        num_tokens = [self.requests[req_id].num_tokens for req_id in req_ids]
+        whole = np.array(num_tokens, np.int64)
+        return Contexts.of(whole, self._draft_plan.tokens_read(whole))
 
     def _prompts(self, num_scheduled: Mapping[str, int]) -> Prompts:
         """Rows of prompts that the step after this one may have."""
@@ -301,11 +320,13 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         # the slowest, with as many draft steps as any of them planned.
         is_own = self.vllm_config.parallel_config.data_parallel_size == 1
         if is_decode and is_own and self._updated is not None:
-            self.planner.observe_step(
+            self.planner.goodput.costs.observe(
                 output.total_num_scheduled_tokens,
                 len(drafted),
                 output.num_spec_tokens_to_schedule,
                 time.perf_counter() - self._updated,
+                len(drafted),
+                self._contexts(drafted),
             )
 
 

@@ -10,12 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_selfspec.plan.keys import Keys
 from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.plan.target_model import TargetModel
 
 if TYPE_CHECKING:
     from vllm_selfspec.plan.draft_plan import DraftPlan
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,10 @@ class Axis(ABC):
         """
         return draft
 
+    def tokens_read(self, value: Any, num_tokens: Ints) -> Ints:
+        """Of contexts of `num_tokens`, how many tokens a draft step attends to."""
+        return num_tokens
+
     def extra_bytes(self, value: Any, draft: StepCost, target: StepCost) -> int:
         """Bytes of weights that are kept beside the target's; arguments as of `cost`,
         in bytes."""
@@ -144,6 +153,10 @@ class Axis(ABC):
     ) -> Any:
         """The value that drafts fastest of those with which `plan` keeps at most
         `most_bytes` beside the target, whose bytes are given."""
+        return plan[self.name]
+
+    def for_contexts(self, plan: "DraftPlan", num_tokens: int) -> Any:
+        """The value that a search starts from where contexts have so many tokens."""
         return plan[self.name]
 
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:

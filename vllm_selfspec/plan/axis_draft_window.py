@@ -5,20 +5,27 @@ At long contexts and many requests a decode step is mostly the reading of the KV
 The first tokens are those that attention rests on where it has nothing to look for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
-from vllm_selfspec.plan.axis import Axis
+from vllm_selfspec.plan.axis import Axis, Ints
 from vllm_selfspec.plan.keys import Keys
+from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.plan.target_model import TargetModel
 
 if TYPE_CHECKING:
     from vllm_selfspec.plan.draft_plan import DraftPlan
 
 LEAST = 64
+# A share of a short context would leave out what drafts hardly do without.
+LEAST_OF_SHARE = 256
 WHOLE = 0  # no window
+# What a search starts from, where contexts are so many times as long.
+USUAL, WORTH_IT = 512, 4
 PARAMETER = "window"
 
 
@@ -68,10 +75,37 @@ class DraftWindowAxis(Axis):
     def build(self, value: float, view: Any, loaded: Any) -> None:
         view.window = value
 
+    def tokens_read(self, value: float, num_tokens: Ints) -> Ints:
+        """Without what whole blocks add."""
+        window = np.int64(value)
+        if value < 1:
+            window = np.maximum(np.int64(value * num_tokens), LEAST_OF_SHARE)
+        return np.minimum(num_tokens, window)
+
+    def cost(self, value: float, draft: StepCost, target: StepCost) -> StepCost:
+        if not draft.num_tokens:
+            return draft
+        read = int(self.tokens_read(value, np.array([draft.num_tokens]))[0])
+        share = read / draft.num_tokens
+        return replace(draft, context=tuple(share * cost for cost in draft.context))
+
+    def for_contexts(self, plan: "DraftPlan", num_tokens: int) -> float:
+        """A window where it leaves out most."""
+        value: float = plan[self.name]
+        return value or (USUAL if num_tokens >= WORTH_IT * USUAL else WHOLE)
+
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:
-        """With and without the window that the search starts from."""
+        """With and without the window that the search starts from, and others about as
+        wide."""
         value = plan[self.name]
-        return {PARAMETER: (WHOLE, value)} if value else {}
+        if not value:
+            return {}
+        others = (value // 2, 2 * value) if value >= 2 * LEAST else ()
+        return {PARAMETER: (WHOLE, value, *others)}
+
+    def candidates(self, plan: "DraftPlan") -> Iterator[Any]:
+        if plan[self.name]:
+            yield WHOLE
 
     def params(self, value: float) -> dict[str, Any]:
         return {PARAMETER: value}

@@ -101,7 +101,11 @@ class SkipLayersAxis(Axis):
             )
             for sublayer in SUBLAYERS
         )
-        return replace(draft, attention=attention, mlp=mlp)
+        context = tuple(
+            0.0 if layer in value.attention else cost
+            for layer, cost in enumerate(draft.context)
+        )
+        return replace(draft, attention=attention, mlp=mlp, context=context)
 
     def choices(self, plan: "DraftPlan") -> Mapping[str, tuple[Any, ...]]:
         return {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_selfspec.plan.axes import AXES
+from vllm_selfspec.plan.axis import Ints
 from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.step_cost import StepCost
 
@@ -99,6 +100,12 @@ class DraftPlan:
         """The cost of a draft step over that of a target step: the `c` of `bound`."""
         return self.cost(target).total / target.total
 
+    def tokens_read(self, num_tokens: Ints) -> Ints:
+        """Of contexts of `num_tokens`, how many tokens a draft step attends to."""
+        for name, value in self.values:
+            num_tokens = AXES.named(name).tokens_read(value, num_tokens)
+        return num_tokens
+
     def extra_bytes(self, target: StepCost) -> int:
         """Weights that are kept beside the target's, whose bytes are given."""
         draft, found = target, 0
@@ -114,6 +121,13 @@ class DraftPlan:
         for axis in AXES:
             value = axis.within_memory(plan, target, most_bytes)
             plan = plan.with_value(axis.name, value)
+        return plan
+
+    def for_contexts(self, num_tokens: int) -> "DraftPlan":
+        """The plan with what may bring most where contexts have so many tokens."""
+        plan = self
+        for axis in AXES:
+            plan = plan.with_value(axis.name, axis.for_contexts(plan, num_tokens))
         return plan
 
     def choices(self, is_exchangeable: bool = False) -> dict[str, tuple[Any, ...]]:

@@ -16,6 +16,8 @@ class StepCost:
         attention: Attention sublayer and the norm before it, by layer.
         mlp: MLP sublayer and the norm before it, by layer.
         head: Final norm and LM head.
+        context: Reading the KV cache, by layer; empty where that is not looked at.
+        num_tokens: Of the contexts that it is read of, each.
         others: What a draft runs that its target does not, by name.
         weight_bytes: Bytes of one of the target's weights; 0 where it is quantised.
         copy_shares: By part, what it costs with the copy of its weights that a search
@@ -26,6 +28,8 @@ class StepCost:
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
     head: float
+    context: tuple[float, ...] = ()
+    num_tokens: int = 0
     others: dict[str, float] = field(default_factory=dict)
     weight_bytes: float = 2.0
     copy_shares: Mapping[str, float] = field(default_factory=dict)
@@ -36,6 +40,24 @@ class StepCost:
     ) -> "StepCost":
         """With the same cost in every layer."""
         return cls((attention,) * num_layers, (mlp,) * num_layers, head)
+
+    def in_context(self, num_tokens: int, cost: float) -> "StepCost":
+        """With as much more, in every layer alike, for reading contexts of so many
+        tokens."""
+        of_layer = cost / self.num_layers
+        context = (of_layer,) * self.num_layers
+        return replace(self, context=context, num_tokens=num_tokens)
+
+    def times(self, factor: float) -> "StepCost":
+        """In another unit."""
+        return replace(
+            self,
+            attention=tuple(factor * cost for cost in self.attention),
+            mlp=tuple(factor * cost for cost in self.mlp),
+            head=factor * self.head,
+            context=tuple(factor * cost for cost in self.context),
+            others={name: factor * cost for name, cost in self.others.items()},
+        )
 
     @property
     def num_layers(self) -> int:
@@ -48,6 +70,7 @@ class StepCost:
         return {
             "attention": sum(self.attention),
             "mlp": sum(self.mlp),
+            **({"context": sum(self.context)} if self.context else {}),
             **self.others,
             "head": self.head,
         }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_selfspec.draft_length.costs import ContextCosts
 from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.plan.draft_plan import DraftPlan
 
@@ -89,3 +90,10 @@ def time_sublayers(
     from vllm_selfspec.engine.measure import measure_sublayers
 
     return measure_sublayers(worker, num_rows, repeats, beside)
+
+
+def time_context(worker: Any) -> ContextCosts:
+    """See `measure_context`."""
+    from vllm_selfspec.engine.measure import measure_context
+
+    return measure_context(worker)

@@ -113,7 +113,8 @@ def run_tune(options: TuneOptions) -> None:
     task = load(options.task).sample(options.num_prompts, options.seed)
     prompts = token_ids(task.prompts, model, options.max_prompt_tokens)
     step = ModelWeights.from_checkpoint(model).step
-    start = _first_plan(options, step)
+    lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts]
+    start = _first_plan(options, step).for_contexts(int(np.median(lengths)))
     if start.values:
         size = decimal(start.extra_bytes(step))
         console.print(f"Every plan may draft with: {start}, {size} beside the target.")
@@ -150,7 +151,7 @@ def run_tune(options: TuneOptions) -> None:
     whole_file.write_json(document, options.output)
     report.write(document, found, options.output)
     report.show(document, found, measured, console)
-    if start.values:
+    if start.extra_bytes(step):
         report.show_memory(found, step, console)
 
 

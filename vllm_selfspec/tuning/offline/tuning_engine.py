@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_selfspec.draft_length.costs import without_interruptions
-from vllm_selfspec.draft_length.types import Floats, Ints
+from vllm_selfspec.draft_length.costs import ContextCosts, without_interruptions
+from vllm_selfspec.draft_length.types import Ints
 from vllm_selfspec.engine.measured_llm import Batch, MeasuredLLM
 from vllm_selfspec.engine.spec_counters import Counts
 from vllm_selfspec.engine.workers import use_plan
@@ -50,9 +50,9 @@ class Known:
     Attributes:
         num_layers: Of the model.
         texts: What plans are scored on.
-        verify_costs: v for 1, 2, ... draft tokens.
+        verify_costs: v for 1, 2, ... draft tokens, in contexts as long as the texts.
         draft_costs: Of the parts of a draft step that is the whole target's, over a
-            plain step.
+            plain step, in such contexts.
     """
 
     num_layers: int
@@ -121,12 +121,8 @@ class TuningEngine:
         if known is None:
             texts = tuple(self._generated(prompts))
             num_layers = self._engine.ask(probing.num_layers)[0]
-            known = Known(
-                num_layers,
-                texts,
-                tuple(map(float, self._measure_verify())),
-                self._measure_draft(num_layers, start),
-            )
+            costs = self._measure_costs(texts, num_layers, start)
+            known = Known(num_layers, texts, *costs)
         self.known = known
 
     def found_out(self) -> Known:
@@ -204,15 +200,23 @@ class TuningEngine:
         scheduler.dynamic_sd_lookup = [k] * len(scheduler.dynamic_sd_lookup)
         return self._generate(prompts)
 
-    def _measure_verify(self) -> Floats:
-        """v: a step that verifies 1, 2, ... draft tokens a stream, over a plain one."""
+    def _measure_costs(
+        self, texts: Sequence[Text], num_layers: int, start: DraftPlan | None
+    ) -> tuple[tuple[float, ...], StepCost]:
+        """`verify_costs` and `draft_costs` of `Known`, where contexts are as long as
+        these texts."""
         rows = [self._num_streams * (1 + k) for k in range(self._num_drafts + 1)]
-        seconds = np.max(
-            self._engine.ask(probing.time_steps, rows, NUM_TIMINGS), axis=0
-        )
-        plain, *verify = without_interruptions(rows, seconds)
-        found: Floats = np.array(verify) / plain
-        return found
+        times = self._engine.ask(probing.time_steps, rows, NUM_TIMINGS)
+        alone = without_interruptions(rows, np.max(times, axis=0))
+        slowest = np.max(self._engine.ask(probing.time_context), axis=0)
+        of_context = ContextCosts(*slowest.tolist())
+        num_tokens = int(np.mean([len(text.token_ids) for text in texts]))
+        read = self._num_streams * of_context.request + of_context.row * np.array(rows)
+        plain, *verify = alone + num_tokens * read
+        reading = num_tokens * self._num_streams * of_context.draft / plain
+        draft = self._measure_draft(num_layers, start).times(alone[0] / plain)
+        shares = tuple(float(seconds / plain) for seconds in verify)
+        return shares, draft.in_context(num_tokens, float(reading))
 
     def _measure_draft(self, num_layers: int, start: DraftPlan | None) -> StepCost:
         """The head, an attention and an MLP sublayer in a draft step, over a plain

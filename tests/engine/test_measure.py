@@ -1,0 +1,90 @@
+"""What is timed at start-up is what will run."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.engines import Engines, drafter_of, planner_of
+from helpers.environment import IS_V2
+from vllm_selfspec.draft_length.costs import ContextCosts
+from vllm_selfspec.engine.measure import measure_context
+
+LONG: dict[str, Any] = {"max_model_len": 512, "block_size": 32}
+NUM_DRAFTS, CONTEXT, WINDOW = 4, 150, 64
+SPEC = {
+    "exit_layer": 2,
+    "num_speculative_tokens": NUM_DRAFTS,
+    "draft_length": "goodput",
+    "draft_window": WINDOW,
+}
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_models: dict[str, str], engines: Engines) -> Any:
+    llm = engines.get(tiny_models["llama"], SPEC, **LONG)
+    (found,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    return found
+
+
+def reads_of(runner: Any, num_rows: int, num_drafts: int) -> list[list[int]]:
+    """Lengths that the first layer's attention reads, by forward and request."""
+    from vllm.forward_context import get_forward_context
+    from vllm.model_executor.layers.attention import Attention
+
+    modules = runner.model.modules()
+    first = next(module for module in modules if isinstance(module, Attention))
+    found: list[list[int]] = []
+
+    def read(*_: Any) -> None:
+        metadata = get_forward_context().attn_metadata
+        assert isinstance(metadata, dict)
+        found.append(metadata[first.layer_name].seq_lens.tolist())
+
+    hook = first.register_forward_pre_hook(read)
+    drafter_of(runner).dummy_step(runner, num_rows, num_drafts, CONTEXT)
+    hook.remove()
+    return found
+
+
+@pytest.mark.v2
+def test_a_dummy_request_attends_to_its_context(runner: Any) -> None:
+    for num_rows in (1, 1 + NUM_DRAFTS):
+        verified, *drafted = reads_of(runner, num_rows, 2 if num_rows == 1 else 0)
+        assert verified == [CONTEXT + num_rows], "all rows are of one request"
+        for reads in drafted:
+            assert WINDOW < max(reads) < CONTEXT, "the window alone"
+        assert len(drafted) == (2 if num_rows == 1 else 0)
+
+
+@pytest.mark.skipif(IS_V2, reason="vLLM's own dummy context in the V2 runner")
+def test_what_is_read_lies_in_blocks_of_its_own_and_stays(runner: Any) -> None:
+    table = runner.input_batch.block_table.block_tables[0]
+    before = [cache.clone() for cache in runner.kv_caches]
+    seen: list[list[int]] = []
+    run = runner._dummy_run
+
+    def dummy_run(*args: Any, **kwargs: Any) -> Any:
+        seen.append(table.block_table.np[0, : CONTEXT // table.block_size].tolist())
+        return run(*args, **kwargs)
+
+    runner._dummy_run = dummy_run
+    try:
+        drafter_of(runner).dummy_step(runner, 1, 2, CONTEXT)
+    finally:
+        del runner._dummy_run
+    assert len({*seen[0]}) == len(seen[0]) > 1 and 0 not in seen[0]
+    assert not table.block_table.np[0].any(), "as vLLM left it"
+    for cache, old in zip(runner.kv_caches, before, strict=True):
+        assert torch.equal(cache, old), "nothing is written"
+
+
+@pytest.mark.v2
+def test_what_a_token_of_context_adds_is_measured(
+    runner: Any, tiny_models: dict[str, str], engines: Engines
+) -> None:
+    worker = type("Worker", (), {"model_runner": runner})
+    found = measure_context(worker)
+    assert all(0 <= seconds < 0.1 for seconds in found)
+    llm = engines.get(tiny_models["llama"], SPEC, **LONG)
+    assert isinstance(planner_of(llm).goodput.costs.of_context, ContextCosts)
