@@ -171,7 +171,7 @@ def main(
     for number, key in enumerate(missing, 1):
         sampling = Sampling(key["temperature"], max_tokens)
         turns = _turns(key, samples, engines[0].tokenizer, _is_ours(model))
-        seconds_of = _decode_seconds if "context" in key else _busy_seconds
+        seconds_of = _decode_seconds if "context" in key else busy_seconds
         streams = key["concurrency"]
         found = _measured(engines, turns, streams, sampling, seconds_of)
         _keep(cells, key, found)
@@ -292,15 +292,17 @@ def _turns(
         texts = _long_documents(key["context"], tokenizer)
         samples_of = itertools.islice(texts, 1 + samples)
         return [_long_prompts(key["task"], text, num) for text in samples_of]
-    prompts = _prompts(key, num * (1 + samples), held_out)
+    seed = f"{key['task']} {streams} {key['temperature']}"
+    prompts = prompts_of(key["task"], num * (1 + samples), seed, held_out)
     return [[*itertools.islice(prompts, num)] for _ in range(1 + samples)]
 
 
-def _prompts(key: dict[str, Any], num: int, held_out: bool) -> Iterator[Prompt]:
+def prompts_of(
+    task: str, num: int, seed: str, held_out: bool = False
+) -> Iterator[Prompt]:
     """Made as the shipped ones are, of texts that our own models were trained on or of
     those `held_out` from them: to a real model both are alike, and they are more."""
-    make = {one.__name__: one for one in make_tasks.TASKS}[key["task"]]
-    seed = f"{key['task']} {key['concurrency']} {key['temperature']}"
+    make = {one.__name__: one for one in make_tasks.TASKS}[task]
     for row in make(_sources(held_out), random.Random(seed), num):
         yield Prompt(row["id"], row.get("messages") or row["prompt"])
 
@@ -365,7 +367,7 @@ class Found:
         }
 
 
-def _busy_seconds(run: Run) -> float:
+def busy_seconds(run: Run) -> float:
     """Of a token, while as many requests ran as may at a time. At the end of a batch
     those that ended sooner leave the others a step that is hardly shorter here, which
     says how long the batch was rather than what a server with requests in line gains.

@@ -41,7 +41,7 @@ def test_own_models_are_asked_what_they_were_not_trained_on() -> None:
 
 def test_only_tokens_of_full_batches_count() -> None:
     run = SimpleNamespace(busy=(120, 6.0), seconds=9.0)
-    assert REAL["_busy_seconds"](run) == pytest.approx(0.05)
+    assert REAL["busy_seconds"](run) == pytest.approx(0.05)
 
 
 def test_methods_come_in_groups_that_there_is_memory_for(
