@@ -172,8 +172,8 @@ def main(
         sampling = Sampling(key["temperature"], max_tokens)
         turns = _turns(key, samples, engines[0].tokenizer, _is_ours(model))
         seconds_of = _decode_seconds if "context" in key else busy_seconds
-        streams = key["concurrency"]
-        found = _measured(engines, turns, streams, sampling, seconds_of)
+        how = key["concurrency"], sampling, seconds_of, len(turns) - samples
+        found = _measured(engines, turns, *how)
         _keep(cells, key, found)
         whole_file.write_json({**document, "cells": cells}, output)
         console.print(f"{number} of {len(missing)}: {json.dumps(key | found)}")
@@ -267,7 +267,7 @@ def settings_of(eager: bool, context: int = 0) -> dict[str, Any]:
         "enforce_eager": eager,
         "max_model_len": 4096 + context,
         "max_num_seqs": 16,
-        "kv_cache_memory_bytes": (512 << 20) + context * (100 << 10),
+        "kv_cache_memory_bytes": (512 << 20) + context * (40 << 10),
         # Requests of one sample read the same long document, once.
         "enable_prefix_caching": context > 0,
         "disable_log_stats": False,
@@ -282,15 +282,16 @@ def _is_ours(model: str) -> bool:
 def _turns(
     key: dict[str, Any], samples: int, tokenizer: Any, held_out: bool = False
 ) -> list[list[Prompt]]:
-    """The prompts of each sample, one more that is not measured first: one, or two for
-    each of several streams, as in `bench`. With one each, the time of a sample would be
-    that of the slowest request, which others that end sooner do not shorten. Nothing is
-    asked twice, in any cell: suffix decoding remembers answers."""
+    """The prompts of each sample, one more that is not measured first where no document
+    has to be read: one, or two for each of several streams, as in `bench`. With one
+    each, the time of a sample would be that of the slowest request, which others that
+    end sooner do not shorten. Nothing is asked twice, in any cell of short prompts:
+    suffix decoding remembers answers."""
     streams = key["concurrency"]
     num = streams if streams == 1 or "context" in key else 2 * streams
     if "context" in key:
         texts = _long_documents(key["context"], tokenizer)
-        samples_of = itertools.islice(texts, 1 + samples)
+        samples_of = itertools.islice(texts, samples)
         return [_long_prompts(key["task"], text, num) for text in samples_of]
     seed = f"{key['task']} {streams} {key['temperature']}"
     prompts = prompts_of(key["task"], num * (1 + samples), seed, held_out)
@@ -388,6 +389,7 @@ def _measured(
     streams: int,
     sampling: Sampling,
     seconds_of: Callable[[Run], float],
+    first_measured: int,
 ) -> dict[str, Any]:
     """By method; who is first with a sample's prompts changes."""
     order = [*engines, engines[0]]
@@ -399,7 +401,7 @@ def _measured(
         for i in range(len(order)):
             which = (i + turn) % len(order)
             runs[names[which]] = order[which].run(texts, streams, sampling)
-        if not turn:
+        if turn < first_measured:
             continue
         for name, run in runs.items():
             plain = runs[PLAIN]
