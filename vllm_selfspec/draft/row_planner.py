@@ -209,7 +209,7 @@ class RowPlanner:
         if not self._goes_by_costs:
             own_room = np.minimum(room, self._max_drafts)
             plan.lengths = np.where(plan.is_free, plan.lengths, own_room)
-        self._count(plan)
+        self._count(plan, contexts)
         self._plan = self._spread(plan, rows, proposals, len(step.req_ids))
         self._remember(step, rows[plan.is_free], kinds[plan.is_free])
         return self._plan
@@ -278,7 +278,7 @@ class RowPlanner:
         dist.broadcast(said, src=group.ranks[0], group=group.cpu_group)
         return float(said)
 
-    def _count(self, plan: Plan) -> None:
+    def _count(self, plan: Plan, contexts: Contexts) -> None:
         assert self.goodput is not None
         if not len(plan.lengths):
             return
@@ -286,7 +286,8 @@ class RowPlanner:
         self.stats.steps[drafting if plan.lengths.any() else "plain"] += 1
         num_rows = int(((plan.lengths > 0) & ~plan.is_free).sum())
         if num_rows and self._goes_by_costs:
-            seconds = float(self.goodput.costs.draft(num_rows))
+            costs = self.goodput.costs.within(len(plan.lengths), contexts)
+            seconds = float(costs.draft(num_rows))
             self.stats.draft_seconds += plan.num_steps * seconds
 
     def _spread(

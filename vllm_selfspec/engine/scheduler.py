@@ -199,7 +199,8 @@ class DraftPlanner:
         if room_of:
             drafting = "trial" if plan.is_trial else "drafting"
             self.stats.steps[drafting if plan.num_steps else "plain"] += 1
-            seconds = float(self.goodput.costs.draft(len(room_of)))
+            costs = self.goodput.costs.within(len(room_of), contexts)
+            seconds = float(costs.draft(len(room_of)))
             self.stats.draft_seconds += plan.num_steps * seconds
         return plan.num_steps
 
