@@ -167,6 +167,8 @@ def test_requests_about_one_long_document_share_it() -> None:
         assert len({*texts}) == 8, task
         shared = commonprefix(texts)
         assert len(shared) > 17_000 and document.startswith(shared[:17_000]), task
+    for document in documents(4_000):
+        assert len(asked("question", document, 8)) == 8, "also where nothing is defined"
     with pytest.raises(ValueError, match="8 requests .* make it longer"):
         asked("continuation", document[:1000], 8)
 

@@ -38,8 +38,9 @@ MODULES = (
     "typing",
     "zipfile",
 )
-# How a name is introduced.
+# How a name is introduced, and what else may be asked about where there is none.
 DEFINED = re.compile(r"^ *(?:def|class) ([a-zA-Z]\w{3,})", re.MULTILINE)
+WORD = re.compile(r"\b[a-zA-Z]\w{5,}\b")
 # What is asked of a document, by task; nothing where it is to be continued.
 QUESTIONS = {
     "question": "What is `{name}` in the text above for? Answer in a few sentences.",
@@ -81,7 +82,8 @@ def asked(task: str, document: str, num: int) -> list[str]:
         found = [document[: len(document) - APART * i] for i in range(num)]
         found = [text for text in found if text]
     elif "{name}" in question:
-        names = islice(dict.fromkeys(reversed(DEFINED.findall(document))), num)
+        words = [*WORD.findall(document), *DEFINED.findall(document)]
+        names = islice(dict.fromkeys(reversed(words)), num)
         found = [f"{document}\n\n{question.format(name=name)}" for name in names]
     else:
         found = [f"{document}\n\n{question.format(number=2 + i)}" for i in range(num)]
