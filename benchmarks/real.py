@@ -22,7 +22,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -171,9 +171,8 @@ def main(
     for number, key in enumerate(missing, 1):
         sampling = Sampling(key["temperature"], max_tokens)
         turns = _turns(key, samples, engines[0].tokenizer, _is_ours(model))
-        seconds_of = _decode_seconds if "context" in key else busy_seconds
-        how = key["concurrency"], sampling, seconds_of, len(turns) - samples
-        found = _measured(engines, turns, *how)
+        how = key["concurrency"], sampling, len(turns) - samples
+        found = _measured(engines, turns, *how, is_long="context" in key)
         _keep(cells, key, found)
         whole_file.write_json({**document, "cells": cells}, output)
         console.print(f"{number} of {len(missing)}: {json.dumps(key | found)}")
@@ -388,10 +387,12 @@ def _measured(
     turns: Sequence[Sequence[Any]],
     streams: int,
     sampling: Sampling,
-    seconds_of: Callable[[Run], float],
     first_measured: int,
+    is_long: bool,
 ) -> dict[str, Any]:
-    """By method; who is first with a sample's prompts changes."""
+    """By method; who is first with a sample's prompts changes. Where prompts are long
+    their forwards are most of the time, and no bound of what follows them."""
+    seconds_of = _decode_seconds if is_long else busy_seconds
     order = [*engines, engines[0]]
     names = [*(engine.method.name for engine in engines), AGAIN]
     found = {name: Found() for name in names}
@@ -408,7 +409,7 @@ def _measured(
             found[name].runs.append(run)
             found[name].ratios.append(seconds_of(plain) / seconds_of(run))
             found[name].whole.append(plain.seconds / run.seconds)
-            bound = forwards_bound(run, plain)
+            bound = None if is_long else forwards_bound(run, plain)
             found[name].bounds += [] if bound is None else [bound]
     return {name: one.summary() for name, one in found.items()}
 
