@@ -57,6 +57,15 @@ def test_a_dummy_request_attends_to_its_context(runner: Any) -> None:
         assert len(drafted) == (2 if num_rows == 1 else 0)
 
 
+@pytest.mark.v2
+def test_where_the_model_drafts_nothing_there_is_nothing_of_drafts_to_time(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    spec = {"draft_source": "context", "draft_length": "goodput"}
+    llm = engines.get(tiny_models["llama"], spec, **LONG)
+    assert planner_of(llm).goodput.costs.of_context.draft < 1e-3
+
+
 @pytest.mark.skipif(IS_V2, reason="vLLM's own dummy context in the V2 runner")
 def test_what_is_read_lies_in_blocks_of_its_own_and_stays(runner: Any) -> None:
     table = runner.input_batch.block_table.block_tables[0]

@@ -19,7 +19,7 @@ from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
 from vllm_selfspec.draft_length.best_lengths import Prompts
 from vllm_selfspec.draft_length.costs import ContextCosts, StepCosts
-from vllm_selfspec.draft_length.goodput import Goodput
+from vllm_selfspec.draft_length.goodput import WHOLE, WINDOW, Goodput
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.engine.scheduler import DraftPlanner, PlanningScheduler
 
@@ -153,6 +153,26 @@ def test_the_longer_the_context_the_more_a_draft_of_a_window_is_worth(
         found, counts = run(llm, prompts, params)
         assert token_ids(found) == token_ids(expected)
         assert bool(counts.draft_tokens) is drafts, counts
+
+
+@pytest.mark.v2
+def test_a_window_that_drafts_worse_than_it_saves_is_not_used(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing skipped a draft that reads the whole context is always right."""
+    spec = {**SPEC, "draft_source": "auto", "draft_window": 64}
+    spec |= {"exit_layer": None, "skip_layers": {}}
+    settings = {"max_model_len": 512, "block_size": 32}
+    path, prompts = tiny_models["llama"], prompts_of(3, shortest=300)
+    plain, llm = (engines.get(path, s, **settings) for s in (None, spec))
+    with_costs(llm, (*CHEAP, ContextCosts(1e-5, 0.0, 1e-6)), monkeypatch)
+    expected, _ = run(plain, prompts, greedy())
+    found, counts = run(llm, prompts, greedy())
+    assert token_ids(found) == token_ids(expected) and counts.draft_tokens
+    acceptance = planner_of(llm).goodput.acceptance
+    tried, taken = acceptance._tried[:, 0], acceptance._taken[:, 0]
+    assert tried[WHOLE] > tried[WINDOW] > 0
+    assert taken[WHOLE] == tried[WHOLE] and taken[WINDOW] < tried[WINDOW]
 
 
 @pytest.mark.v2

@@ -12,6 +12,7 @@ from vllm_selfspec.draft_length import goodput
 from vllm_selfspec.draft_length.acceptance import NO_GUESS, Acceptance
 from vllm_selfspec.draft_length.best_lengths import (
     MARGIN,
+    Mix,
     Prompts,
     best_lengths,
     best_mix,
@@ -23,7 +24,14 @@ from vllm_selfspec.draft_length.costs import (
     StepCosts,
     cleaned,
 )
-from vllm_selfspec.draft_length.goodput import REST, TRY_EVERY, Goodput, Proposed
+from vllm_selfspec.draft_length.goodput import (
+    REST,
+    TRY_EVERY,
+    WHOLE,
+    WINDOW,
+    Goodput,
+    Proposed,
+)
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
     Thompson,
@@ -143,6 +151,34 @@ def test_a_window_pays_where_contexts_are_long() -> None:
     ):
         found = best_lengths(survival, room, same.within(1, contexts))
         assert bool(found.any()) is pays, contexts
+
+
+@pytest.mark.parametrize(
+    ("whole", "window", "better"),
+    [(0.95, 0.5, WHOLE), (0.9, 0.85, WINDOW), (0.3, 0.3, WINDOW)],
+)
+def test_drafts_read_what_brings_more(whole: float, window: float, better: int) -> None:
+    """A window that drafts as well is taken because it is cheaper; one that does not is
+    left, whichever was looked at first."""
+    costs = StepCosts(ROWS, [1.0] * 6, [0.1] * 6, ContextCosts(1e-4, 0.0, 1e-4))
+    plan = Goodput(1, 8, costs, has_window=True)
+    plan.admit(0)
+    rng, contexts = np.random.default_rng(0), Contexts(4000.0, 500.0)
+    reads = []
+    for _ in range(400):
+        found = plan.plan(at(0), np.array([8]), contexts=contexts)
+        k = int(found.lengths[0])
+        chance = whole if found.reads == WHOLE else window
+        right = rng.random(k) < chance
+        accepted = k if right.all() else int(right.argmin())
+        kinds = np.array([found.reads])
+        plan.acceptance.observe(at(0), np.array([k]), np.array([accepted]), kinds)
+        reads.append(found.reads)
+    late = np.array(reads[200:])
+    assert (late == better).mean() > 0.9
+    assert (late != better).any(), "tried again now and then"
+    short = plan.plan(at(0), np.array([8]), contexts=Contexts(300.0, 300.0))
+    assert short.reads == WHOLE
 
 
 def test_what_contexts_cost_is_learnt_from_steps_of_others() -> None:
@@ -434,10 +470,10 @@ def test_what_is_not_worth_it_is_asked_again_now_and_then(
     asked: list[int] = []
 
     def nothing(survival: Any, *_: Any) -> Any:
-        asked.append(len(survival))
-        return np.zeros(len(survival), np.int64)
+        asked.append(num := len(survival))
+        return Mix(np.zeros(num, np.int64), np.zeros(num, bool), 0.0)
 
-    monkeypatch.setattr(goodput, "best_lengths", nothing)
+    monkeypatch.setattr(goodput, "best_mix", nothing)
     plan = Goodput(2, 8, costs())
     for _ in range(1 + REST):
         assert not plan.plan(at(0), np.array([8])).is_trial

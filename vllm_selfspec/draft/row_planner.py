@@ -25,7 +25,7 @@ from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.acceptance import NO_GUESS
 from vllm_selfspec.draft_length.arrivals import Arrivals
 from vllm_selfspec.draft_length.costs import Contexts, StepCosts
-from vllm_selfspec.draft_length.goodput import Goodput, Plan, Proposed
+from vllm_selfspec.draft_length.goodput import WINDOW, Goodput, Plan, Proposed
 from vllm_selfspec.draft_length.options import captured_lengths
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_length.types import Bools, Ints
@@ -94,10 +94,12 @@ class RowPlan:
     Attributes:
         model: Draft tokens of the model, `[num_reqs]`.
         proposals: Free tokens of the others; nothing for those of the model.
+        reads: What the model's drafts read: see `goodput.Plan`.
     """
 
     model: Ints
     proposals: list[Proposal] = field(default_factory=list)
+    reads: int = WINDOW
 
 
 class RowPlanner:
@@ -173,6 +175,7 @@ class RowPlanner:
             self._uniform,
             self._sources.max_tokens,
             self._sources.guesses or NO_GUESS,
+            self._goes_by_costs and self._draft_plan.has_window,
         )
         found = self._acceptance if acceptance is None else acceptance
         self.goodput.acceptance.expect(found[: self._max_drafts])
@@ -233,7 +236,9 @@ class RowPlanner:
         kinds = np.array([self._kinds.get(req_id, -1) for req_id in req_ids], np.int64)
         drafted, accepted = step.num_drafted[rows], step.num_sampled[rows] - 1
         is_free = kinds >= 0
-        goodput.acceptance.observe(slots, drafted * ~is_free, accepted * ~is_free)
+        reads = np.full(len(rows), self._plan.reads)
+        of_model = drafted * ~is_free, accepted * ~is_free
+        goodput.acceptance.observe(slots, *of_model, reads)
         if is_free.any():
             goodput.free.observe(
                 slots, drafted * is_free, accepted * is_free, np.maximum(kinds, 0)
@@ -301,7 +306,7 @@ class RowPlanner:
         ):
             if is_free:
                 spread[row] = Proposal(proposal.token_ids[:length], proposal.kind)
-        return RowPlan(model, spread)
+        return RowPlan(model, spread, plan.reads)
 
 
 def uniform_lengths(vllm_config: Any) -> list[int]:

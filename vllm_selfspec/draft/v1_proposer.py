@@ -38,6 +38,7 @@ from vllm_selfspec.draft.v1_step import (
     window_of,
 )
 from vllm_selfspec.draft.view import DraftView, LoadedTarget
+from vllm_selfspec.draft_length.goodput import WINDOW
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.served_config import calibration_of, plan_of
 
@@ -113,12 +114,12 @@ class SelfSpecProposer:
         with dummy_context(runner, num_rows, context) as keys:
             hidden_states, _ = runner._dummy_run(num_rows, **keys)
             runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
-            batch = self._dummy_batch(runner, context) if context else None
             for _ in range(num_drafts):
-                if batch is None:
-                    hidden_states = self._dummy_forward(token_ids)
-                else:
+                if context:
+                    batch = self._dummy_batch(runner, context)
                     hidden_states = self._forward(self._view, batch, 0, token_ids)
+                else:
+                    hidden_states = self._dummy_forward(token_ids)
                 token_ids = (
                     self._view.compute_logits(hidden_states).argmax(dim=-1).int()
                 )
@@ -193,6 +194,7 @@ class SelfSpecProposer:
             runner, num_sampled, scheduler_output.num_spec_tokens_to_schedule
         )
         free: list[list[int]] = [[] for _ in req_ids]
+        reads = WINDOW
         if self.planner is None:
             num_drafts = np.minimum(room, self._num_model_tokens)
         else:
@@ -200,7 +202,7 @@ class SelfSpecProposer:
                 room = np.minimum(room, num_tokens_left(runner))
             step = sampled_step(runner, scheduler_output, num_sampled, room)
             plan = self.planner.plan(step)
-            num_drafts = plan.model
+            num_drafts, reads = plan.model, plan.reads
             free = [one.token_ids.tolist() for one in plan.proposals]
         rows = np.flatnonzero(num_drafts)
         self._num_steps = int(num_drafts.max(initial=0))
@@ -209,7 +211,7 @@ class SelfSpecProposer:
             self._run_along(runner, 0)
             return Drafts(free)
         _set_loras(runner, rows)
-        batch = self._draft_batch(runner, rows, num_drafts[rows])
+        batch = self._draft_batch(runner, rows, num_drafts[rows], reads)
         sampling = for_rows(sampling_metadata, rows)
         if self._stops is not None:
             self._stops.begin([req_ids[row] for row in rows], num_drafts[rows])
@@ -246,7 +248,7 @@ class SelfSpecProposer:
         return np.where(num_sampled > 0, room, 0).astype(np.int64)
 
     def _draft_batch(
-        self, runner: Any, rows: np.ndarray, num_drafts: np.ndarray
+        self, runner: Any, rows: np.ndarray, num_drafts: np.ndarray, reads: int
     ) -> DraftBatch:
         input_batch = runner.input_batch
         newest = input_batch.num_tokens_no_spec[rows].astype(np.int64) - 1
@@ -255,7 +257,7 @@ class SelfSpecProposer:
             token_ids=input_batch.token_ids_cpu[rows, newest],
             first_positions=newest,
             num_drafts=num_drafts,
-            kv_groups=self._kv_groups(runner, self._view),
+            kv_groups=self._kv_groups(runner, self._view, reads),
             device=runner.device,
         )
 
@@ -296,7 +298,9 @@ class SelfSpecProposer:
         found: np.ndarray = view.compute_logits(hidden_states).argmax(-1).cpu().numpy()
         return found
 
-    def _kv_groups(self, runner: Any, view: DraftView) -> list[KVGroup]:
+    def _kv_groups(
+        self, runner: Any, view: DraftView, reads: int = WINDOW
+    ) -> list[KVGroup]:
         """The target's KV cache groups that hold a layer the view runs."""
         groups = []
         for gid, attn_groups in enumerate(runner.attn_groups):
@@ -312,7 +316,7 @@ class SelfSpecProposer:
                         kept,
                         table.get_device_tensor(table.max_num_reqs),
                         table.block_size,
-                        window_of(runner, gid, view),
+                        window_of(runner, gid, view) if reads == WINDOW else None,
                     )
                 )
         return groups

@@ -50,6 +50,7 @@ class PlannedSpeculator(SelfSpecSpeculator):
         self._row_plan = self._planned(input_batch, sampled, num_drafts)
         free = [len(one.token_ids) for one in self._row_plan.proposals]
         self._row_lengths = np.maximum(self._row_plan.model, free)
+        self._reads = self._row_plan.reads
         return int(self._row_plan.model.max(initial=0))
 
     def _planned(

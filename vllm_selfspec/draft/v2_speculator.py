@@ -41,6 +41,7 @@ from vllm_selfspec.draft.v2_drawing import DrawingSpeculator
 from vllm_selfspec.draft.v2_graphs import DraftGraphManager
 from vllm_selfspec.draft.v2_window import DeviceWindow
 from vllm_selfspec.draft.view import DraftView, LoadedTarget
+from vllm_selfspec.draft_length.goodput import WINDOW
 from vllm_selfspec.served_config import plan_of
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
@@ -70,6 +71,7 @@ class SelfSpecSpeculator(DrawingSpeculator):
         self._view: DraftView | None = None  # where the model does not draft
         self._attn_layer_names: frozenset[str] = frozenset()
         self._window: DeviceWindow | None = None  # where all tokens are read
+        self._reads = WINDOW
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -311,7 +313,7 @@ class SelfSpecSpeculator(DrawingSpeculator):
         """Runs the draft steps, replaying CUDA graphs where there are some."""
         num_reqs = input_batch.num_reqs
         seq_lens = input_batch.seq_lens_cpu_upper_bound
-        if self._window is not None:
+        if self._window is not None and self._reads == WINDOW:
             seq_lens = self._within_window(self._window, num_reqs, seq_lens, num_drafts)
         longest = int(seq_lens[:num_reqs].max())
         self.draft_max_seq_len = min(longest + num_drafts, self.max_model_len)

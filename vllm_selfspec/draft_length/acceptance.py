@@ -72,13 +72,13 @@ class Acceptance:
         """Takes new requests to be like others that were seen before.
 
         Args:
-            chances: That drafts of the first kind are accepted, by position, given
+            chances: That drafts, of whichever kind, are accepted, by position, given
                 those before; at most as many as the longest draft.
         """
         reached = np.cumprod([1.0, *chances])[:-1]
         num = EXPECTED_TRIALS * reached
-        self._tried[0, : len(num)] = num
-        self._taken[0, : len(num)] = num * chances
+        self._tried[:, : len(num)] = num
+        self._taken[:, : len(num)] = num * chances
         self._population = self._estimate()
 
     def admit(self, slot: int) -> None:
@@ -90,6 +90,10 @@ class Acceptance:
         like the one before it."""
         found: Floats = self._population[0]
         return found
+
+    def num_tried(self, kind: int) -> float:
+        """How often a first token of that kind was verified, as far as is known."""
+        return float(self._tried[kind, 0]) if self._tried.size else 0.0
 
     def _estimate(self) -> Floats:
         """q, `[num_kinds, max_drafts]`."""

@@ -40,10 +40,12 @@ class Mix:
     Attributes:
         lengths: Of each request, `[num_reqs]`.
         is_free: Whether they are a free source's rather than the model's, `[num_reqs]`.
+        rate: Expected tokens per second; those of not drafting where that is best.
     """
 
     lengths: Ints
     is_free: Bools
+    rate: float
 
 
 def best_lengths(
@@ -117,10 +119,12 @@ def best_mix(
         found.offer(len(mixes), deepest, num_drafting, np.cumsum(flat[order]))
         mixes.append((is_free, order // width))
     if found.choice is None:
-        return Mix(np.zeros(num_reqs, np.int64), np.zeros(num_reqs, bool))
+        nothing = np.zeros(num_reqs, np.int64)
+        return Mix(nothing, np.zeros(num_reqs, bool), found.rate)
     which, num = found.choice
     is_free, request = mixes[which]
-    return Mix(np.bincount(request[:num], minlength=num_reqs).astype(np.int64), is_free)
+    lengths = np.bincount(request[:num], minlength=num_reqs).astype(np.int64)
+    return Mix(lengths, is_free, found.rate)
 
 
 def best_uniform_length(
@@ -151,6 +155,7 @@ class _Best:
 
     Attributes:
         choice: Its name and its n; None where drafting is not worth it.
+        rate: Expected tokens per second.
         least_worth: The chance at which a draft token pays for its row, about: what a
             row more costs while twice as many are verified, in tokens of plain steps.
     """
@@ -167,7 +172,7 @@ class _Best:
         plain = float(self._verify[0])
         double = float(self._verify[min(num_reqs, most)])
         self.least_worth = double / plain - 1
-        self._rate = num_reqs / plain * (1 + MARGIN)
+        self.rate = num_reqs / plain * (1 + MARGIN)
 
     def offer(
         self, name: int, deepest: int, num_drafting: int, gain: Floats, first: int = 1
@@ -187,8 +192,8 @@ class _Best:
         seconds = seconds + deepest * float(self._draft[num_drafting])
         rate = (self._num_reqs + gain) / seconds
         most = int(rate.argmax())
-        if rate[most] > self._rate:
-            self._rate = float(rate[most])
+        if rate[most] > self.rate:
+            self.rate = float(rate[most])
             self.choice = name, first + most
 
 

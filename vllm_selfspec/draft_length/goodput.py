@@ -13,7 +13,6 @@ from vllm_selfspec.draft_length.acceptance import NO_GUESS, Acceptance, Guesses
 from vllm_selfspec.draft_length.best_lengths import (
     NO_PROMPTS,
     Prompts,
-    best_lengths,
     best_mix,
     best_uniform_length,
     verify_seconds,
@@ -34,6 +33,11 @@ MOST_PATIENCE = 8.0
 # A free proposal that was passed over is verified all the same once in so many times,
 # and so many tokens of it: its kind may have turned good.
 TRY_EVERY, TRIED_TOKENS = 50, 4
+# The same of drafts that read more of the context, or less; more often as long as that
+# many of them are not known.
+TRY_READING_EVERY, FEW_TRIALS = 5, 20.0
+# What drafts of a plan with a window read; as kinds of `Acceptance`.
+WINDOW, WHOLE = 0, 1
 # Where drafting was not worth it, it is not asked again for so many steps of the same
 # requests: what is believed moves slowly while nothing is verified.
 REST = 8
@@ -60,11 +64,16 @@ class Plan:
         lengths: Draft tokens to verify, of each request, `[num_reqs]`.
         is_trial: Whether it drafts only to find out whether that pays.
         is_free: Whether they are those of the free proposal, `[num_reqs]`.
+        reads: `WINDOW` for what the draft plan has the model's drafts read, `WHOLE` for
+            whole contexts.
+        rate: Expected tokens per second; 0 where that was not asked.
     """
 
     lengths: Ints
     is_trial: bool = False
     is_free: Bools = field(default_factory=lambda: np.zeros(0, bool))
+    reads: int = WINDOW
+    rate: float = 0.0
 
     def __post_init__(self) -> None:
         if not len(self.is_free):
@@ -80,7 +89,7 @@ class Goodput:
     """Chooses draft lengths step by step, and learns from what came of them.
 
     Attributes:
-        acceptance: Of the model's drafts.
+        acceptance: Of the model's drafts, by what they read.
         free: Of free proposals, by kind.
         costs: Of this model on this machine.
     """
@@ -93,6 +102,7 @@ class Goodput:
         uniform: Sequence[int] = (),
         max_free: int = 0,
         free_guesses: Guesses = NO_GUESS,
+        has_window: bool = False,
     ) -> None:
         """For `num_slots` requests at a time, and drafts of up to `max_drafts`.
 
@@ -104,9 +114,12 @@ class Goodput:
                 have its own.
             max_free: The longest free proposal.
             free_guesses: Of free proposals, by kind: see `Acceptance`.
+            has_window: Whether the draft plan has one, which need not be used.
         """
         self._uniform = tuple(uniform)
-        self.acceptance = Acceptance(num_slots, max_drafts)
+        self._has_window = has_window
+        self._not_read = np.zeros(2, np.int64)  # steps since each was tried
+        self.acceptance = Acceptance(num_slots, max_drafts, (*NO_GUESS, *NO_GUESS))
         self.free = Acceptance(num_slots, max_free, free_guesses)
         self.costs = costs
         self._max_drafts, self._max_free = max_drafts, max_free
@@ -149,29 +162,68 @@ class Goodput:
         num_reqs = len(slots)
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
-        costs = self.costs.within(num_reqs, contexts)
         own_room = np.minimum(room, self._max_drafts)
+        readings = self._readings(contexts)
+        costs = self.costs.within(num_reqs, readings[0][1])
         if proposed is None and self._rest and self._resting == slots.tobytes():
             self._rest -= 1
-            return self._trial(num_reqs, own_room, prompts, costs)
-        survival = self.acceptance.survival(slots)
-        if proposed is not None:
-            num_free = np.minimum(proposed.num_tokens, room)
-            model = survival * (np.arange(self._max_drafts) < own_room[:, None])
-            kinds = proposed.kinds
-            found = self._mixed(slots, model, num_free, kinds, prompts, costs)
-        elif self._uniform:
-            found = Plan(
-                best_uniform_length(survival, own_room, costs, self._uniform, prompts)
-            )
+            return self._trial(num_reqs, own_room, prompts, costs, readings[0][0])
+        if self._uniform:
+            survival = self.acceptance.survival(slots)
+            how = costs, self._uniform, prompts
+            found = Plan(best_uniform_length(survival, own_room, *how))
         else:
-            found = Plan(best_lengths(survival, own_room, costs, prompts))
+            found = self._best(slots, room, prompts, proposed, readings)
         if found.lengths.any():
             self._patience = 1.0 if found.num_steps else self._patience
             self._rest = 0
             return found
         self._resting, self._rest = slots.tobytes(), REST
-        return self._trial(num_reqs, own_room, prompts, costs)
+        return self._trial(num_reqs, own_room, prompts, costs, readings[0][0])
+
+    def _readings(self, contexts: Contexts) -> list[tuple[int, Contexts]]:
+        """What drafts may read, and what there is to read then."""
+        whole = Contexts(contexts.whole, contexts.whole)
+        if not self._has_window:
+            return [(WINDOW, contexts)]
+        if contexts.drafted >= contexts.whole:
+            return [(WHOLE, whole)]
+        return [(WINDOW, contexts), (WHOLE, whole)]
+
+    def _best(
+        self,
+        slots: Slots,
+        room: Ints,
+        prompts: Prompts,
+        proposed: Proposed | None,
+        readings: Sequence[tuple[int, Contexts]],
+    ) -> Plan:
+        """The best over what drafts may read. What is passed over is tried once in a
+        while: it may be better for other texts."""
+        plans = []
+        for reads, contexts in readings:
+            costs = self.costs.within(len(slots), contexts)
+            kinds = np.full(len(slots), reads)
+            survival = self.acceptance.survival(slots, kinds)
+            model = survival * (np.arange(self._max_drafts) < room[:, None])
+            if proposed is None:
+                nothing = np.zeros((len(slots), 0))
+                mix = best_mix(model, nothing, costs, prompts)
+                plans.append(Plan(mix.lengths, reads=reads, rate=mix.rate))
+                continue
+            free = np.minimum(proposed.num_tokens, room), proposed.kinds
+            plans.append(self._mixed(slots, model, *free, prompts, costs))
+            plans[-1].reads = reads
+        found = max(plans, key=lambda plan: plan.rate)
+        if proposed is not None:
+            self._try_free(found, np.minimum(proposed.num_tokens, room), proposed.kinds)
+        if len(plans) > 1 and found.num_steps:
+            other = 1 - found.reads
+            self._not_read[other] += 1
+            is_known = self.acceptance.num_tried(other) >= FEW_TRIALS
+            if self._not_read[other] >= (TRY_EVERY if is_known else TRY_READING_EVERY):
+                self._not_read[other], found.reads = 0, other
+        return found
 
     def _mixed(
         self,
@@ -186,15 +238,21 @@ class Goodput:
         within = np.arange(self._max_free) < num_free[:, None]
         free = self.free.survival(slots, kinds) * within
         mix = best_mix(model, free, costs, prompts)
-        lengths, is_free = mix.lengths, mix.is_free
-        for row in np.flatnonzero((num_free > 0) & ~(is_free & (lengths > 0))):
+        is_free = mix.is_free & (mix.lengths > 0)
+        return Plan(mix.lengths, is_free=is_free, rate=mix.rate)
+
+    def _try_free(self, plan: Plan, num_free: Ints, kinds: Ints) -> None:
+        """Puts free proposals that were passed over often enough into a plan."""
+        for row in np.flatnonzero((num_free > 0) & ~plan.is_free):
             self._passed_over[kinds[row]] += 1
             if self._passed_over[kinds[row]] >= TRY_EVERY:
                 self._passed_over[kinds[row]] = 0
-                lengths[row], is_free[row] = min(num_free[row], TRIED_TOKENS), True
-        return Plan(lengths, is_free=is_free & (lengths > 0))
+                plan.lengths[row] = min(num_free[row], TRIED_TOKENS)
+                plan.is_free[row] = True
 
-    def _trial(self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs) -> Plan:
+    def _trial(
+        self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs, reads: int
+    ) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         tried = np.minimum(room, 1)
         plain = float(costs.verify(num_reqs))
@@ -211,7 +269,7 @@ class Goodput:
         hope = float(self.acceptance.population()[0])
         grown = 1.0 if hope > self._hope else self._patience + 1
         self._patience, self._hope = min(grown, MOST_PATIENCE), hope
-        return Plan(tried, is_trial=True)
+        return Plan(tried, is_trial=True, reads=reads)
 
     def beliefs(self) -> dict[str, float]:
         """What it takes new requests to be like, to be shown: acceptance by position,

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vllm_selfspec.plan.axes import AXES
 from vllm_selfspec.plan.axis import Ints
 from vllm_selfspec.plan.errors import PlanError
@@ -99,6 +101,12 @@ class DraftPlan:
     def share(self, target: StepCost) -> float:
         """The cost of a draft step over that of a target step: the `c` of `bound`."""
         return self.cost(target).total / target.total
+
+    @property
+    def has_window(self) -> bool:
+        """Whether a draft step attends to less than the whole of a long context."""
+        longest = np.array([1 << 30])
+        return bool(self.tokens_read(longest) < longest)
 
     def tokens_read(self, num_tokens: Ints) -> Ints:
         """Of contexts of `num_tokens`, how many tokens a draft step attends to."""
