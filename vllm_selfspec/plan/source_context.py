@@ -34,15 +34,15 @@ GUESSES = (
 )
 MAX_MATCH = 256  # that may be asked for
 # Of vLLM's matcher on the device, whose work grows with the square of the match, and of
-# which a row verifies all tokens, whether they match or not; less than by default.
-ON_DEVICE = {"prompt_lookup_max": 5, "num_copied_tokens": 8}
+# which a row verifies all tokens, whether they match or not; others than by default.
+ON_DEVICE = {"prompt_lookup_min": 2, "prompt_lookup_max": 5, "num_copied_tokens": 8}
 
 
 class ContextKeys(Keys):
     """Names and meaning of the first two are vLLM's, of its n-gram speculation."""
 
     prompt_lookup_min: int = Field(
-        default=2,
+        default=1,
         ge=1,
         le=MAX_MATCH,
         strict=True,
@@ -103,7 +103,7 @@ class ContextSource(CopyingSource):
     def options_on_device(self, config: Any) -> dict[str, Any]:
         options = self.options(config)
         for key in ON_DEVICE.keys() - config.model_fields_set:
-            options[key] = min(options[key], ON_DEVICE[key])
+            options[key] = ON_DEVICE[key]
         bounds = options["prompt_lookup_min"], options["prompt_lookup_max"]
         return {**options, "prompt_lookup_min": min(bounds)}
 
