@@ -175,7 +175,7 @@ def mixing(engines: Engines, model: str, method: str, monkeypatch: Any) -> Any:
     def by_coin(model: Any, free: Any, *_: Any) -> Mix:
         is_free = (free > 0).any(axis=1) & (rng.random(len(model)) < 0.5)
         lengths = np.where(is_free, np.minimum((free > 0).sum(axis=1), 2), 2)
-        return Mix(lengths.astype(np.int64), is_free)
+        return Mix(lengths.astype(np.int64), is_free, 0.0)
 
     monkeypatch.setattr("vllm_selfspec.draft_length.goodput.best_mix", by_coin)
     spec = {"exit_layer": 2, "num_speculative_tokens": 2, "draft_sample_method": method}

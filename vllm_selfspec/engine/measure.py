@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_selfspec.draft_length.costs import ContextCosts
 from vllm_selfspec.engine.measured_llm import drafter_of
@@ -71,15 +72,18 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
 
 def measure_context(worker: Any) -> ContextCosts:
     """Seconds that a token of context adds; nothing where there is too little room for
-    contexts that show it.
+    contexts that show it, or where the model keeps more than keys and values of its own
+    tokens: states, or what an encoder has read, which dummy runs do not have.
 
     Args:
         worker: vLLM's, after its KV cache was made.
     """
     runner = worker.model_runner
     config, drafter = runner.vllm_config, drafter_of(runner)
-    groups = runner.kv_cache_config.kv_cache_groups
-    block_size = min(group.kv_cache_spec.block_size for group in groups)
+    specs = [g.kv_cache_spec for g in runner.kv_cache_config.kv_cache_groups]
+    if not all(isinstance(s, FullAttentionSpec | SlidingWindowSpec) for s in specs):
+        return ContextCosts()
+    block_size = min(spec.block_size for spec in specs)
     num_rows = 1 + config.num_speculative_tokens
     room = min(
         (runner.kv_cache_config.num_blocks - 1) * block_size,
