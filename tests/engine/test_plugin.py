@@ -33,6 +33,7 @@ DRAFTING = {
     "engine.plain_steps",
     "engine.scheduler",
     "draft.seeded",
+    "draft.v1_drafts",
     "draft.v1_proposer",
     "draft.v2_copies",
     "draft.v2_row_stops",

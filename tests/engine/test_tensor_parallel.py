@@ -39,7 +39,7 @@ def a_core_each(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     envs.disable_envs_cache()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def workers(engines: Engines) -> Iterator[None]:
     yield
     engines.end_workers()

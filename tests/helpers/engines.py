@@ -63,9 +63,12 @@ class Engines:
 
     def end_workers(self) -> None:
         """Ends the processes of engines that have workers of their own, half a gigabyte
-        each; those engines are not to be used any more."""
-        for llm in [*self._engines.values(), *self.others]:
-            if llm.llm_engine.vllm_config.parallel_config.world_size > 1:
+        each; whoever asks for such an engine again gets a new one."""
+        for key, llm in [*self._engines.items()]:
+            if _has_workers(llm):
+                self.others.append(self._engines.pop(key))
+        for llm in self.others:
+            if _has_workers(llm):
                 llm.llm_engine.engine_core.engine_core.model_executor.shutdown()
 
     def leave(self) -> None:
@@ -74,10 +77,14 @@ class Engines:
         dozens."""
         for llm in [*self._engines.values(), *self.others]:
             core = llm.llm_engine.engine_core
-            if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
-                core._finalizer.detach()
-            else:
+            if _has_workers(llm):
                 core.shutdown()
+            else:
+                core._finalizer.detach()
+
+
+def _has_workers(llm: Any) -> bool:
+    return bool(llm.llm_engine.vllm_config.parallel_config.world_size > 1)
 
 
 _counters: dict[int, SpecCounters] = {}
