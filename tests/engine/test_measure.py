@@ -8,6 +8,7 @@ import torch
 from helpers.engines import Engines, drafter_of, planner_of
 from helpers.environment import IS_V2
 from vllm_selfspec.draft_length.costs import ContextCosts
+from vllm_selfspec.engine import scheduler
 from vllm_selfspec.engine.measure import measure_context
 
 LONG: dict[str, Any] = {"max_model_len": 512, "block_size": 32}
@@ -69,7 +70,8 @@ def test_where_the_model_drafts_nothing_there_is_nothing_of_drafts_to_time(
 @pytest.mark.skipif(IS_V2, reason="vLLM's own dummy context in the V2 runner")
 def test_what_is_read_lies_in_blocks_of_its_own_and_stays(runner: Any) -> None:
     table = runner.input_batch.block_table.block_tables[0]
-    before = [cache.clone() for cache in runner.kv_caches]
+    # What a dummy's tokens would leave may itself be nothing but zeros.
+    before = [cache.fill_(1).clone() for cache in runner.kv_caches]
     seen: list[list[int]] = []
     run = runner._dummy_run
 
@@ -86,6 +88,7 @@ def test_what_is_read_lies_in_blocks_of_its_own_and_stays(runner: Any) -> None:
     assert not table.block_table.np[0].any(), "as vLLM left it"
     for cache, old in zip(runner.kv_caches, before, strict=True):
         assert torch.equal(cache, old), "nothing is written"
+        cache.zero_()
 
 
 @pytest.mark.v2
@@ -97,3 +100,13 @@ def test_what_a_token_of_context_adds_is_measured(
     assert all(0 <= seconds < 0.1 for seconds in found)
     llm = engines.get(tiny_models["llama"], SPEC, **LONG)
     assert isinstance(planner_of(llm).goodput.costs.of_context, ContextCosts)
+
+
+@pytest.mark.v2
+def test_what_was_measured_is_what_is_planned_by(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = ContextCosts(1e-3, 2e-3, 3e-3)
+    monkeypatch.setattr(scheduler, "measure_context", lambda _: costs)
+    llm = engines.get(tiny_models["llama"], SPEC, **LONG, max_num_seqs=4)
+    assert planner_of(llm).goodput.costs.of_context == pytest.approx(costs)
