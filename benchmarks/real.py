@@ -141,7 +141,8 @@ def main(
         )
     ]
     plain, *others = methods(method, draft_model, profile, int4_profile)
-    cells = _saved(output)
+    saved = _saved(output)
+    cells: list[dict[str, Any]] = saved["cells"]
     others = [o for o in others if any(_lacks(cells, key, o.name) for key in wanted)]
     if not others:
         console.print(f"{output} has all of these cells already.")
@@ -159,13 +160,13 @@ def main(
         console.print(f"Engine {number} of {len(chosen)}: {one.name}")
         longest = max(key.get("context", 0) for key in wanted)
         engines.append(VllmEngine(one, model, settings_of(eager, longest)))
-    extra = _extra_bytes_saved(output)
     document = {
         **provenance(_command(model, draft_model, eager)),
         "model": Path(model).name,
         "eager": eager,
         "max_tokens": max_tokens,
-        "extra_bytes": extra | {one.name: _extra_bytes(one, model) for one in chosen},
+        "extra_bytes": saved["extra_bytes"]
+        | {one.name: _extra_bytes(one, model) for one in chosen},
     }
     missing = [k for k in wanted if any(_lacks(cells, k, one.name) for one in others)]
     for number, key in enumerate(missing, 1):
@@ -204,18 +205,11 @@ def _again_with(names: Sequence[str]) -> list[str]:
     return [sys.executable, *kept, *(f"--method={name}" for name in names)]
 
 
-def _saved(output: Path) -> list[dict[str, Any]]:
+def _saved(output: Path) -> dict[str, Any]:
+    """What former commands have measured."""
     if not output.exists():
-        return []
-    found: list[dict[str, Any]] = json.loads(output.read_text())["cells"]
-    return found
-
-
-def _extra_bytes_saved(output: Path) -> dict[str, int]:
-    if not output.exists():
-        return {}
-    found: dict[str, int] = json.loads(output.read_text())["extra_bytes"]
-    return found
+        return {"cells": [], "extra_bytes": {}}
+    return {"extra_bytes": {}, **json.loads(output.read_text())}
 
 
 def _keep(

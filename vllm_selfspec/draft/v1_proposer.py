@@ -114,15 +114,15 @@ class SelfSpecProposer:
         with dummy_context(runner, num_rows, context) as keys:
             hidden_states, _ = runner._dummy_run(num_rows, **keys)
             runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
+            attends = context and num_drafts
+            batch = self._dummy_batch(runner, context) if attends else None
             for _ in range(num_drafts):
-                if context:
-                    batch = self._dummy_batch(runner, context)
-                    hidden_states = self._forward(self._view, batch, 0, token_ids)
-                else:
+                if batch is None:
                     hidden_states = self._dummy_forward(token_ids)
-                token_ids = (
-                    self._view.compute_logits(hidden_states).argmax(dim=-1).int()
-                )
+                else:
+                    hidden_states = self._forward(self._view, batch, 0, token_ids)
+                logits = self._view.compute_logits(hidden_states)
+                token_ids = logits.argmax(dim=-1).int()
 
     def _dummy_batch(self, runner: Any, context: int) -> DraftBatch:
         """A row of one request that attends to a context, and writes nowhere."""

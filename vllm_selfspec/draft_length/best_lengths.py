@@ -74,7 +74,7 @@ def best_lengths(
         Draft tokens of each request, `[num_reqs]`.
     """
     free = np.zeros((len(survival), 0))
-    return best_mix(_within(survival, room), free, costs, prompts).lengths
+    return best_mix(within_room(survival, room), free, costs, prompts).lengths
 
 
 def best_mix(
@@ -140,13 +140,14 @@ def best_uniform_length(
     for length in lengths:
         tried = np.minimum(room, length)
         if tried.any():
-            gain = np.array([_within(survival, tried).sum()])
+            gain = np.array([within_room(survival, tried).sum()])
             found.offer(length, length, len(room), gain, int(tried.sum()))
     return np.minimum(room, found.choice[0] if found.choice else 0)
 
 
-def _within(survival: Floats, room: Ints) -> Floats:
-    """Chances of the tokens that there is room for; 0 of the others."""
+def within_room(survival: Floats, room: Ints) -> Floats:
+    """Chances `[num_reqs, most]` of the tokens that there is room for, `[num_reqs]`; 0
+    of the others."""
     return survival * (np.arange(survival.shape[1]) < room[:, None])
 
 

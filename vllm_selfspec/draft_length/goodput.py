@@ -16,6 +16,7 @@ from vllm_selfspec.draft_length.best_lengths import (
     best_mix,
     best_uniform_length,
     verify_seconds,
+    within_room,
 )
 from vllm_selfspec.draft_length.costs import (
     NO_CONTEXT,
@@ -200,20 +201,14 @@ class Goodput:
     ) -> Plan:
         """The best over what drafts may read. What is passed over is tried once in a
         while: it may be better for other texts."""
+        free = self._free_chances(slots, room, proposed)
         plans = []
         for reads, contexts in readings:
             costs = self.costs.within(len(slots), contexts)
-            kinds = np.full(len(slots), reads)
-            survival = self.acceptance.survival(slots, kinds)
-            model = survival * (np.arange(self._max_drafts) < room[:, None])
-            if proposed is None:
-                nothing = np.zeros((len(slots), 0))
-                mix = best_mix(model, nothing, costs, prompts)
-                plans.append(Plan(mix.lengths, reads=reads, rate=mix.rate))
-                continue
-            free = np.minimum(proposed.num_tokens, room), proposed.kinds
-            plans.append(self._mixed(slots, model, *free, prompts, costs))
-            plans[-1].reads = reads
+            survival = self.acceptance.survival(slots, np.full(len(slots), reads))
+            mix = best_mix(within_room(survival, room), free, costs, prompts)
+            is_free = mix.is_free & (mix.lengths > 0)
+            plans.append(Plan(mix.lengths, is_free=is_free, reads=reads, rate=mix.rate))
         found = max(plans, key=lambda plan: plan.rate)
         if proposed is not None:
             self._try_free(found, np.minimum(proposed.num_tokens, room), proposed.kinds)
@@ -225,21 +220,15 @@ class Goodput:
                 self._not_read[other], found.reads = 0, other
         return found
 
-    def _mixed(
-        self,
-        slots: Slots,
-        model: Floats,
-        num_free: Ints,
-        kinds: Ints,
-        prompts: Prompts,
-        costs: Costs,
-    ) -> Plan:
-        """With free proposals of `num_free` tokens, beside the `model`'s chances."""
-        within = np.arange(self._max_free) < num_free[:, None]
-        free = self.free.survival(slots, kinds) * within
-        mix = best_mix(model, free, costs, prompts)
-        is_free = mix.is_free & (mix.lengths > 0)
-        return Plan(mix.lengths, is_free=is_free, rate=mix.rate)
+    def _free_chances(
+        self, slots: Slots, room: Ints, proposed: Proposed | None
+    ) -> Floats:
+        """Chance that tokens 1 to i of what is free are all accepted; 0 beyond it,
+        `[num_reqs, most]`."""
+        if proposed is None:
+            return np.zeros((len(slots), 0))
+        survival = self.free.survival(slots, proposed.kinds)
+        return within_room(survival, np.minimum(proposed.num_tokens, room))
 
     def _try_free(self, plan: Plan, num_free: Ints, kinds: Ints) -> None:
         """Puts free proposals that were passed over often enough into a plan."""
