@@ -243,6 +243,25 @@ def test_copies_are_matched_on_the_device_where_steps_run_ahead(
     assert counts.draft_tokens
 
 
+def test_requests_that_end_while_their_next_step_is_under_way(
+    tiny_models: dict[str, str],
+    engines: Engines,
+    cpu_schedules_as_configured: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The scheduler is told of a step of theirs when it has forgotten them."""
+    path, lengths = tiny_models["llama"], range(3, 24)
+    prompts = [{"prompt_token_ids": [n % 7, 9, 7, 3, 8, 1] * 3} for n in lengths]
+    params = [greedy(length) for length in lengths]
+    expected, _ = run(engines.get(path), prompts, params)
+    spec = {"draft_source": "context", "draft_length": "goodput"}
+    llm = engines.get(path, {**spec, "prompt_lookup_max": 3})
+    with_costs(llm, ((1, 64), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+    found, counts = run(llm, prompts, params)
+    assert token_ids(found) == token_ids(expected)
+    assert counts.accepted_tokens
+
+
 @pytest.mark.parametrize("source", ["model", "auto"])
 def test_a_first_start_looks_for_no_plan_here(
     source: str, tiny_models: dict[str, str], engines: Engines

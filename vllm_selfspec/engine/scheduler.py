@@ -263,7 +263,9 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
                 request.spec_token_ids = request.spec_token_ids[:length]
 
     def _contexts(self, req_ids: Iterable[str]) -> Contexts:
-        num_tokens = [self.requests[req_id].num_tokens for req_id in req_ids]
+        """Of those that have not ended: a step that was under way knows no better."""
+        found = (self.requests.get(req_id) for req_id in req_ids)
+        num_tokens = [request.num_tokens for request in found if request is not None]
         whole = np.array(num_tokens, np.int64)
         return Contexts.of(whole, self._draft_plan.tokens_read(whole))
 
