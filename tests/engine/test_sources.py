@@ -199,8 +199,8 @@ def test_what_is_not_installed_is_refused_by_name_and_else_left_out(
 def believe_copies(llm: Any) -> None:
     """More than the model: what follows a match is chance in a random one's text."""
     free = planner_of(llm).goodput.free
-    free._first_guess = np.full_like(free._first_guess, 0.9)
-    free._population = free._estimate()
+    free._first_guess = [0.9] * len(free._first_guess)
+    free._estimate(range(len(free._tried)))
 
 
 @pytest.mark.v2

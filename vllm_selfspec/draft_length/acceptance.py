@@ -4,12 +4,12 @@ One rule: a new request is taken to be like the ones before it, and shows within
 steps how it differs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from vllm_selfspec.draft_length.trials import logit, sigmoid, trials
-from vllm_selfspec.draft_length.types import Floats, Ints, Slots
+from vllm_selfspec.draft_length.types import Bools, Floats, Ints, Slots
 from vllm_selfspec.plan.source import UNKNOWN
 
 # Before anything was seen, by kind: the chance of the first token, and of another whose
@@ -59,14 +59,16 @@ class Acceptance:
         many kinds as there are guesses."""
         num_kinds = len(guesses)
         first, then = np.array(guesses, float).T
-        self._first_guess = first
+        self._first_guess = first.tolist()
         # How the odds of a second token differ from those of a first.
-        self._odds_grow = then / (1 - then) / (first / (1 - first))
+        self._odds_grow = (then / (1 - then) / (first / (1 - first))).tolist()
         self._tried = np.zeros((num_kinds, max_drafts))  # by position, of all requests
         self._taken = np.zeros((num_kinds, max_drafts))
         self._own = np.zeros(num_slots)  # b
         self._known = np.zeros(num_slots)  # the sum in the denominator
-        self._population = self._estimate()
+        self._population = np.zeros((num_kinds, max_drafts))  # q
+        self._usual = np.zeros((num_kinds, max_drafts))  # its logit, within bounds
+        self._estimate(range(num_kinds))
 
     def expect(self, chances: Sequence[float]) -> None:
         """Takes new requests to be like others that were seen before.
@@ -79,7 +81,7 @@ class Acceptance:
         num = EXPECTED_TRIALS * reached
         self._tried[:, : len(num)] = num
         self._taken[:, : len(num)] = num * chances
-        self._population = self._estimate()
+        self._estimate(range(len(self._tried)))
 
     def admit(self, slot: int) -> None:
         """A new request takes the place `slot`."""
@@ -95,27 +97,26 @@ class Acceptance:
         """How often a first token of that kind was verified, as far as is known."""
         return float(self._tried[kind, 0]) if self._tried.size else 0.0
 
-    def _estimate(self) -> Floats:
-        """q, `[num_kinds, max_drafts]`."""
-        found = np.zeros_like(self._tried)
-        before, weight = self._first_guess, GUESS_TRIALS
-        for i in range(found.shape[1]):
-            if i == 1:
-                odds = before / np.maximum(1 - before, 1e-6) * self._odds_grow
-                before = odds / (1 + odds)
-            before = (self._taken[:, i] + weight * before) / (
-                self._tried[:, i] + weight
-            )
-            found[:, i], weight = before, NEIGHBOUR_TRIALS
-        return found
+    def _estimate(self, kinds: Iterable[int]) -> None:
+        """Anew from what was seen of those kinds. In plain Python: numpy takes longer
+        for so few numbers, one after the other, and every step waits for this."""
+        for kind in kinds:
+            seen = np.stack([self._tried[kind], self._taken[kind]], axis=1)
+            before, weight, found = self._first_guess[kind], GUESS_TRIALS, []
+            for i, (tried, taken) in enumerate(seen.tolist()):
+                if i == 1:
+                    odds = before / max(1 - before, 1e-6) * self._odds_grow[kind]
+                    before = odds / (1 + odds)
+                before = (taken + weight * before) / (tried + weight)
+                found.append(before)
+                weight = NEIGHBOUR_TRIALS
+            self._population[kind] = found
+            self._usual[kind] = logit(within_bounds(self._population[kind]))
 
     def _chances(self, slots: Slots, kinds: Ints | None) -> Floats:
         """p, `[n, max_drafts]`."""
-        rows = np.zeros(len(slots), np.int64) if kinds is None else kinds
-        usual = np.clip(self._population[rows], MIN_CHANCE, MAX_CHANCE)
-        own = self._own[slots, None]
-        found: Floats = np.clip(sigmoid(logit(usual) + own), MIN_CHANCE, MAX_CHANCE)
-        return found
+        usual = self._usual[:1] if kinds is None else self._usual[kinds]
+        return within_bounds(sigmoid(usual + self._own[slots, None]))
 
     def survival(self, slots: Slots, kinds: Ints | None = None) -> Floats:
         """Chance that draft tokens 1 to i are all accepted, `[n, max_drafts]`.
@@ -151,11 +152,22 @@ class Acceptance:
         moved = (tried * (taken - chance)).sum(axis=1) / (OWN_PRECISION + known)
         self._own[slots] = (1 - FADE) * self._own[slots] + moved
         self._known[slots] = known
-        rows = np.zeros(len(slots), np.int64) if kinds is None else kinds
-        num_tried, num_taken = np.zeros_like(self._tried), np.zeros_like(self._tried)
-        np.add.at(num_tried, rows, tried)
-        np.add.at(num_taken, rows, taken)
+        if kinds is None:
+            self._remember(0, tried, taken)
+            return
+        for kind in np.unique(kinds[drafted > 0]).tolist():
+            self._remember(kind, tried[kinds == kind], taken[kinds == kind])
+
+    def _remember(self, kind: int, tried: Bools, taken: Bools) -> None:
+        """Adds the trials of drafts of a kind, `[num, max_drafts]`, to the others'."""
+        num_tried, num_taken = tried.sum(axis=0), taken.sum(axis=0)
         memory = np.exp(-num_tried / POPULATION_TRIALS)
-        self._tried = memory * self._tried + num_tried
-        self._taken = memory * self._taken + num_taken
-        self._population = self._estimate()
+        self._tried[kind] = memory * self._tried[kind] + num_tried
+        self._taken[kind] = memory * self._taken[kind] + num_taken
+        self._estimate([kind])
+
+
+def within_bounds(chances: Floats) -> Floats:
+    """Chances that are neither certain nor out of the question."""
+    found: Floats = np.minimum(np.maximum(chances, MIN_CHANCE), MAX_CHANCE)
+    return found

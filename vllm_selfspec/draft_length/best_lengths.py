@@ -135,14 +135,22 @@ def best_uniform_length(
     prompts: Prompts = NO_PROMPTS,
 ) -> Ints:
     """The same for one length of all requests, out of `lengths`: what can be replayed
-    from a CUDA graph, which is captured for whole batches."""
-    found = _Best(len(room), len(room) * survival.shape[1], costs, prompts)
-    for length in lengths:
-        tried = np.minimum(room, length)
-        if tried.any():
-            gain = np.array([within_room(survival, tried).sum()])
-            found.offer(length, length, len(room), gain, int(tried.sum()))
-    return np.minimum(room, found.choice[0] if found.choice else 0)
+    from a CUDA graph, which is captured for whole batches. None is above the longest
+    draft."""
+    num_reqs, steps = len(room), np.asarray(lengths, np.int64)
+    # [num_lengths]: tokens to verify beside the newest ones, and how many of them are
+    # expected to be accepted
+    num_drafts = np.minimum.outer(steps, room).sum(axis=1)
+    accepted = within_room(survival, room).sum(axis=0).cumsum()[steps - 1]
+    plain, *_ = seconds = verify_seconds(
+        costs, num_reqs, np.concatenate([[0], num_drafts]), prompts
+    )
+    rate = (num_reqs + accepted) / (seconds[1:] + steps * float(costs.draft(num_reqs)))
+    best = int(np.where(num_drafts, rate, 0.0).argmax())
+    if not num_drafts[best] or rate[best] <= num_reqs / plain * (1 + MARGIN):
+        return np.zeros(num_reqs, np.int64)
+    found: Ints = np.minimum(room, steps[best])
+    return found
 
 
 def within_room(survival: Floats, room: Ints) -> Floats:
@@ -175,27 +183,24 @@ class _Best:
         self.least_worth = double / plain - 1
         self.rate = num_reqs / plain * (1 + MARGIN)
 
-    def offer(
-        self, name: int, deepest: int, num_drafting: int, gain: Floats, first: int = 1
-    ) -> None:
+    def offer(self, name: int, deepest: int, num_drafting: int, gain: Floats) -> None:
         """Ways to draft at most `deepest` tokens a request.
 
         Args:
             name: To know it by.
             deepest: d, the number of draft steps.
             num_drafting: Rows of each of them.
-            gain: Tokens that are expected to be accepted of the first n, `[num_ways]`.
-            first: n of the first way; each has one more than the one before.
+            gain: Tokens that are expected to be accepted of the first n, from n = 1.
         """
         if not len(gain):
             return
-        seconds = self._verify[first : first + len(gain)]
+        seconds = self._verify[1 : 1 + len(gain)]
         seconds = seconds + deepest * float(self._draft[num_drafting])
         rate = (self._num_reqs + gain) / seconds
         most = int(rate.argmax())
         if rate[most] > self.rate:
             self.rate = float(rate[most])
-            self.choice = name, first + most
+            self.choice = name, 1 + most
 
 
 def verify_seconds(

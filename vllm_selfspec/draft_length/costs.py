@@ -4,6 +4,7 @@ One rule: only ratios matter. A factor common to all costs, such as a machine th
 down, changes no decision, and must not be mistaken for a cost of one kind.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -168,7 +169,7 @@ class StepCosts:
         of_rows = np.maximum.accumulate(seconds, axis=1).ravel()
         # [2 num_knots + 3]: verify, draft, and of context
         every = np.concatenate([of_rows, np.maximum(of_context, LEAST_OF_CONTEXT)])
-        self._log = np.log(every)
+        self._log, self._seconds = np.log(every), every
         self._covariance = self._spread(MEASURED, MEASURED_OF_CONTEXT)
         self._wandering = self._spread(WANDERING, WANDERING_OF_CONTEXT)
 
@@ -186,7 +187,7 @@ class StepCosts:
     @property
     def of_context(self) -> ContextCosts:
         """What a token of context adds."""
-        return ContextCosts(*np.exp(self._log[-3:]).tolist())
+        return ContextCosts(*self._seconds[-3:].tolist())
 
     def verify(self, num_rows: Ints | int) -> Floats:
         """Seconds to verify, or to decode, `num_rows` token rows without context."""
@@ -202,7 +203,7 @@ class StepCosts:
 
     def _seconds_of(self, kind: int, num_rows: Ints | int) -> Floats:
         size = self._rows.size
-        seconds = np.exp(self._log[kind * size : (kind + 1) * size])
+        seconds = self._seconds[kind * size : (kind + 1) * size]
         rows = np.asarray(num_rows, float)
         # Below the first one it stays; beyond the last one it goes on.
         slope = (seconds[-1] - seconds[-2]) / (self._rows[-1] - self._rows[-2])
@@ -249,16 +250,17 @@ class StepCosts:
                 np.multiply(of_context, [*contexts[:1], *contexts]),
             ]
         )
-        parts = used * np.exp(self._log)
+        parts = used * self._seconds
         predicted = parts.sum()
         # How the logarithm of the step's time moves with each cost's.
         slope = parts / predicted
         covariance = self._covariance + self._wandering
         gain = covariance @ slope
         variance = float(slope @ gain) + STEP_NOISE**2
-        limit = MAX_SURPRISE * np.sqrt(variance)
-        surprise = np.clip(np.log(seconds / predicted), -limit, limit)
+        limit = MAX_SURPRISE * math.sqrt(variance)
+        surprise = min(max(math.log(seconds / predicted), -limit), limit)
         self._log += gain * (surprise / variance)
+        self._seconds = np.exp(self._log)
         self._covariance = covariance - np.outer(gain, gain) / variance
 
 
