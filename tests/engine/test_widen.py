@@ -18,11 +18,11 @@ ODD_HEAD_DIM = {"hidden_size": 48, "head_dim": 20}
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
-def build_source(directory: Path, **overrides: Any) -> Path:
-    """A tiny Llama; its biases, if any, are random, where transformers makes them 0."""
+def build_source(directory: Path, family: str = "llama", **overrides: Any) -> Path:
+    """A tiny model; its biases, if any, are random, where transformers makes them 0."""
     from safetensors.torch import load_file, save_file
 
-    source = build_tiny_model("llama", directory, **{**SMALL, **overrides})
+    source = build_tiny_model(family, directory, **{**SMALL, **overrides})
     weights = load_file(source / "model.safetensors")
     for name in (name for name in weights if name.endswith("bias")):
         weights[name].normal_()
@@ -49,6 +49,7 @@ def logits(path: Path) -> torch.Tensor:
         (4, {"tie_word_embeddings": True}),
         (2, {"tie_word_embeddings": True, **ODD_HEAD_DIM}),
         (4, BIASED),
+        (4, {"family": "qwen2", "tie_word_embeddings": True}),
     ],
 )
 def test_logits_stay(tmp_path: Path, factor: int, overrides: dict[str, Any]) -> None:
@@ -194,7 +195,7 @@ def test_factor_that_is_no_power_of_two_is_refused(tmp_path: Path, factor: int) 
 
 def test_other_architecture_is_refused(tmp_path: Path) -> None:
     source = write_config(tmp_path / "model", architectures=["Qwen3ForCausalLM"])
-    with pytest.raises(script.WidenError, match="Qwen3ForCausalLM.*choose a Llama"):
+    with pytest.raises(script.WidenError, match="Qwen3ForCausalLM.*choose one"):
         script.widen(source, tmp_path / "wide", 2)
 
 

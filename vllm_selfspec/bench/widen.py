@@ -1,4 +1,4 @@
-"""Widens a small Llama: the same outputs at the cost of a big model.
+"""Widens a small Llama or Qwen2: the same outputs at the cost of a big model.
 
 A model of a few million parameters only times the engine around it. Here every hidden
 unit, attention head and MLP unit is repeated r times, and every matrix, all of which
@@ -40,7 +40,7 @@ from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURES = ["LlamaForCausalLM"]
+ARCHITECTURES = (["LlamaForCausalLM"], ["Qwen2ForCausalLM"])
 DTYPES = ("bfloat16", "float32")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What the output was made from, so that a second call can be idle. A new meaning of the
@@ -62,7 +62,7 @@ class WidenError(ValueError):
 
 
 def widen(source: Path, output: Path, factor: int, dtype: str = "bfloat16") -> Path:
-    """Writes the widened form of a Llama checkpoint; idle if it is there already.
+    """Writes the widened form of a checkpoint; idle if it is there already.
 
     Args:
         source: Checkpoint directory: config.json and safetensors.
@@ -117,7 +117,7 @@ def _write(
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """config.json, if it is a Llama's that can be widened."""
+    """config.json, if it is of a model that can be widened."""
     file = source / "config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_bytes())
@@ -126,10 +126,11 @@ def read_config(source: Path) -> dict[str, Any]:
             f"the model must be a directory with a config.json, but {file} cannot be "
             f"read ({error}): check the path"
         ) from error
-    if config.get("architectures") != ARCHITECTURES:
+    if config.get("architectures") not in ARCHITECTURES:
+        known = " and ".join(name for (name,) in ARCHITECTURES)
         raise WidenError(
-            f"only {ARCHITECTURES[0]} can be widened, but {source} has architectures "
-            f"{config.get('architectures')}: choose a Llama"
+            f"only {known} can be widened, but {source} has architectures "
+            f"{config.get('architectures')}: choose one of those"
         )
     if "quantization_config" in config:
         raise WidenError(
@@ -307,14 +308,14 @@ def widen_exit_layer(layer: Path, source: Path, wide: Path, output: Path) -> Pat
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Directory of a small Llama.")],
+    model: Annotated[Path, typer.Argument(help="Directory of a small Llama or Qwen2.")],
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
     factor: Annotated[
         int, typer.Option(help="Repetitions of every unit; a power of two.")
     ] = 8,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
 ) -> None:
-    """Write a Llama FACTOR times as wide as MODEL that computes the same logits.
+    """Write a model FACTOR times as wide as MODEL that computes the same logits.
 
     Example: python -m vllm_selfspec.bench.widen benchmarks/demo_model wide --factor 8
     """
