@@ -67,6 +67,33 @@ def test_where_the_model_drafts_nothing_there_is_nothing_of_drafts_to_time(
     assert planner_of(llm).goodput.costs.of_context.draft < 1e-3
 
 
+@pytest.mark.skipif(not IS_V2, reason="the V1 runner's graphs hold any batch")
+@pytest.mark.v2
+def test_a_dummy_batch_is_of_a_shape_that_there_is_a_graph_for(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    from vllm_selfspec.draft.v2_step import dummy_forward
+
+    llm = engines.get(tiny_models["llama"], SPEC, **LONG, max_num_seqs=4)
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    shapes: list[list[int]] = []
+    prepare = runner.model_state.prepare_attn
+
+    def watched(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(input_batch.num_scheduled_tokens.tolist())
+        return prepare(input_batch, *args, **kwargs)
+
+    runner.model_state.prepare_attn = watched
+    try:
+        for num_rows in (3, 4, 6, 8, 10, 14):
+            dummy_forward(runner, num_rows, [1, 2, 4])
+    finally:
+        del runner.model_state.prepare_attn
+    # Draft lengths 1, 2 and 4; none of one row more, so 10 and 14 are of 2 and 4.
+    assert shapes == [[1] * 3, [1] * 4, [2] * 3, [2] * 4, [3] * 4, [5] * 3]
+    assert runner.decode_query_len == 1 + NUM_DRAFTS
+
+
 @pytest.mark.skipif(IS_V2, reason="vLLM's own dummy context in the V2 runner")
 def test_what_is_read_lies_in_blocks_of_its_own_and_stays(runner: Any) -> None:
     table = runner.input_batch.block_table.block_tables[0]
@@ -108,5 +135,5 @@ def test_what_was_measured_is_what_is_planned_by(
 ) -> None:
     costs = ContextCosts(1e-3, 2e-3, 3e-3)
     monkeypatch.setattr(scheduler, "measure_context", lambda _: costs)
-    llm = engines.get(tiny_models["llama"], SPEC, **LONG, max_num_seqs=4)
+    llm = engines.get(tiny_models["llama"], SPEC, **LONG, max_num_seqs=5)
     assert planner_of(llm).goodput.costs.of_context == pytest.approx(costs)

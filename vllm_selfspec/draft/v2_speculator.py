@@ -37,8 +37,10 @@ from vllm_selfspec import served_config
 from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
+from vllm_selfspec.draft.row_planner import uniform_lengths
 from vllm_selfspec.draft.v2_drawing import DrawingSpeculator
 from vllm_selfspec.draft.v2_graphs import DraftGraphManager
+from vllm_selfspec.draft.v2_step import dummy_forward
 from vllm_selfspec.draft.v2_window import DeviceWindow
 from vllm_selfspec.draft.view import DraftView, LoadedTarget
 from vllm_selfspec.draft_length.goodput import WINDOW
@@ -255,15 +257,10 @@ class SelfSpecSpeculator(DrawingSpeculator):
             context: Tokens to attend to before them.
         """
         before, self._num_dummy_drafts = self._num_dummy_drafts, num_drafts
-        is_uniform = num_rows > 1 and context > 0
         try:
-            _, hidden_states = runner._dummy_run(
-                num_rows, uniform_decode=is_uniform, context_len=context
-            )
+            dummy_forward(runner, num_rows, uniform_lengths(self.vllm_config), context)
         finally:
             self._num_dummy_drafts = before
-        with torch.inference_mode():
-            runner.model.compute_logits(hidden_states)
 
     def _prepare_first_step(
         self,

@@ -179,8 +179,8 @@ class _Best:
         self._verify = verify_seconds(costs, num_reqs, np.arange(most + 1), prompts)
         self._draft = costs.draft(np.arange(num_reqs + 1))
         plain = float(self._verify[0])
-        double = float(self._verify[min(num_reqs, most)])
-        self.least_worth = double / plain - 1
+        double = float(self._verify[min(num_reqs, most)]) - costs.beside
+        self.least_worth = max(double / plain - 1, 0.0)
         self.rate = num_reqs / plain * (1 + MARGIN)
 
     def offer(self, name: int, deepest: int, num_drafting: int, gain: Floats) -> None:
@@ -207,10 +207,11 @@ def verify_seconds(
     costs: Costs, num_reqs: int, num_drafts: Ints | int, prompts: Prompts
 ) -> Floats:
     """Expected seconds for R requests and their drafts, without what prompts take."""
+    rest = costs.beside * np.greater(num_drafts, 0)
     alone = costs.verify(num_reqs + num_drafts)
     if not prompts.chance:
-        return alone
+        return alone + rest
     rows = prompts.num_rows + num_reqs
     longer = costs.verify(rows + num_drafts) - costs.verify(rows)
     beside = costs.verify(num_reqs) + longer
-    return alone + prompts.chance * (beside - alone)
+    return alone + prompts.chance * (beside - alone) + rest

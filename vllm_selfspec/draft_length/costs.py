@@ -20,6 +20,8 @@ from vllm_selfspec.draft_length.types import Floats, Ints
 MEASURED = (0.3, 0.15, 0.05)
 WANDERING = (0.02, 0.002, 0.002)
 MEASURED_OF_CONTEXT, WANDERING_OF_CONTEXT = 0.5, 0.01
+# What drafting takes beside forwards is no more than guessed at start-up.
+GUESSED_BESIDE, WANDERING_BESIDE = 1.0, 0.02
 # Of one step's time around its costs; what lies further off than this many deviations
 # (a step that was interrupted) teaches no more than one at the limit.
 STEP_NOISE = 0.1
@@ -111,11 +113,15 @@ class ContextCosts(NamedTuple):
 
 NO_CONTEXT = Contexts()
 # Not measured, or too little to be seen; its logarithm must be there.
-FREE, LEAST_OF_CONTEXT = ContextCosts(), 1e-12
+FREE, LEAST = ContextCosts(), 1e-12
 
 
 class Costs(Protocol):
     """Seconds of forwards, by rows."""
+
+    @property
+    def beside(self) -> float:
+        """Seconds that a step with drafts takes beside its forwards."""
 
     def verify(self, num_rows: Ints | int) -> Floats:
         """Seconds to verify, or to decode, `num_rows` token rows."""
@@ -126,7 +132,9 @@ class Costs(Protocol):
 
 class StepCosts:
     """Seconds of the engine's two kinds of forwards, by number of token rows and, on
-    top of that, by tokens of context.
+    top of that, by tokens of context; and what a step with drafts takes beside them:
+    matching, planning, sampling with more rows, and whatever else does not run while
+    the device is busy.
 
     Costs are interpolated linearly between measured numbers of rows, and go on with the
     last slope beyond them. Their logarithms are the state of a Kalman filter that
@@ -142,6 +150,7 @@ class StepCosts:
         verify: Sequence[float] | Floats,
         draft: Sequence[float] | Floats,
         of_context: ContextCosts = FREE,
+        beside: float = 0.0,
     ) -> None:
         """From measurements. More rows are taken to cost no less than fewer.
 
@@ -150,6 +159,7 @@ class StepCosts:
             verify: Seconds of the target's forward and head at each, without context.
             draft: Seconds of a draft step at each.
             of_context: What a token of context adds.
+            beside: A guess at what a step with drafts takes beside its forwards.
 
         Raises:
             ValueError: If there are not at least two, or one takes no time.
@@ -167,19 +177,25 @@ class StepCosts:
                 f"{seconds.tolist()} at {num_rows}"
             )
         of_rows = np.maximum.accumulate(seconds, axis=1).ravel()
-        # [2 num_knots + 3]: verify, draft, and of context
-        every = np.concatenate([of_rows, np.maximum(of_context, LEAST_OF_CONTEXT)])
+        # [2 num_knots + 4]: verify, draft, of context, and beside
+        every = np.concatenate([of_rows, np.maximum([*of_context, beside], LEAST)])
         self._log, self._seconds = np.log(every), every
-        self._covariance = self._spread(MEASURED, MEASURED_OF_CONTEXT)
-        self._wandering = self._spread(WANDERING, WANDERING_OF_CONTEXT)
+        self._covariance = self._spread(MEASURED, MEASURED_OF_CONTEXT, GUESSED_BESIDE)
+        self._wandering = self._spread(
+            WANDERING, WANDERING_OF_CONTEXT, WANDERING_BESIDE
+        )
 
     def _spread(
-        self, deviations: tuple[float, float, float], of_context: float
+        self,
+        deviations: tuple[float, float, float],
+        of_context: float,
+        beside: float,
     ) -> Floats:
-        """Covariance of all costs, `[2 num_knots + 3, 2 num_knots + 3]`."""
+        """Covariance of all costs, `[2 num_knots + 4, 2 num_knots + 4]`."""
         common, of_kind, single = (deviation**2 for deviation in deviations)
-        kinds = np.repeat([0, 1, 0, 1], [self._rows.size, self._rows.size, 2, 1])
-        alone = np.repeat([single, of_context**2], [2 * self._rows.size, 3])
+        size = self._rows.size
+        kinds = np.repeat([0, 1, 0, 1, 2], [size, size, 2, 1, 1])
+        alone = np.repeat([single, of_context**2, beside**2], [2 * size, 3, 1])
         same_kind = kinds[:, None] == kinds
         found: Floats = common + of_kind * same_kind + np.diag(alone)
         return found
@@ -187,7 +203,12 @@ class StepCosts:
     @property
     def of_context(self) -> ContextCosts:
         """What a token of context adds."""
-        return ContextCosts(*self._seconds[-3:].tolist())
+        return ContextCosts(*self._seconds[-4:-1].tolist())
+
+    @property
+    def beside(self) -> float:
+        """Seconds that a step with drafts takes beside its forwards."""
+        return float(self._seconds[-1])
 
     def verify(self, num_rows: Ints | int) -> Floats:
         """Seconds to verify, or to decode, `num_rows` token rows without context."""
@@ -248,6 +269,7 @@ class StepCosts:
                 self._weights(num_verified),
                 num_steps * self._weights(num_drafting),
                 np.multiply(of_context, [*contexts[:1], *contexts]),
+                [float(num_verified > num_reqs > 0 or num_steps > 0)],
             ]
         )
         parts = used * self._seconds
@@ -277,6 +299,11 @@ class CostsInContext:
     costs: StepCosts
     num_reqs: int
     contexts: Contexts
+
+    @property
+    def beside(self) -> float:
+        """Seconds that a step with drafts takes beside its forwards."""
+        return self.costs.beside
 
     def verify(self, num_rows: Ints | int) -> Floats:
         """Seconds to verify, or to decode, `num_rows` token rows."""

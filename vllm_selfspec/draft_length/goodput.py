@@ -39,6 +39,10 @@ TRY_EVERY, TRIED_TOKENS = 50, 4
 TRY_READING_EVERY, FEW_TRIALS = 5, 20.0
 # What drafts of a plan with a window read; as kinds of `Acceptance`.
 WINDOW, WHOLE = 0, 1
+# Where steps run ahead of the device, their times at start-up, when each is waited for,
+# say little of what a plain one takes; so one is run after so many that draft, then
+# after twice as many each time.
+FIRST_LOOK, LAST_LOOK = 2, 64
 # Where drafting was not worth it, it is not asked again for so many steps of the same
 # requests: what is believed moves slowly while nothing is verified.
 REST = 8
@@ -104,6 +108,7 @@ class Goodput:
         max_free: int = 0,
         free_guesses: Guesses = NO_GUESS,
         has_window: bool = False,
+        looks_at_plain_steps: bool = False,
     ) -> None:
         """For `num_slots` requests at a time, and drafts of up to `max_drafts`.
 
@@ -116,6 +121,7 @@ class Goodput:
             max_free: The longest free proposal.
             free_guesses: Of free proposals, by kind: see `Acceptance`.
             has_window: Whether the draft plan has one, which need not be used.
+            looks_at_plain_steps: Whether one is run once in a while where all draft.
         """
         self._uniform = tuple(uniform)
         self._has_window = has_window
@@ -129,6 +135,8 @@ class Goodput:
         self._patience = 1.0  # how many times its price a trial waits for
         self._hope = 1.0  # chance of the first draft token at the last trial
         self._passed_over = np.zeros(len(free_guesses), np.int64)
+        self._looks_at_plain_steps = looks_at_plain_steps
+        self._look_after, self._drafting = FIRST_LOOK, 0  # steps that draft
         self._resting: bytes = b""  # the requests that draft nothing
         self._rest = 0  # for so many steps
 
@@ -175,12 +183,23 @@ class Goodput:
             found = Plan(best_uniform_length(survival, own_room, *how))
         else:
             found = self._best(slots, room, prompts, proposed, readings)
+        if found.lengths.any() and self._is_time_to_look():
+            return Plan(np.zeros(num_reqs, np.int64))
         if found.lengths.any():
             self._patience = 1.0 if found.num_steps else self._patience
             self._rest = 0
             return found
         self._resting, self._rest = slots.tobytes(), REST
+        self._drafting = 0
         return self._trial(num_reqs, own_room, prompts, costs, readings[0][0])
+
+    def _is_time_to_look(self) -> bool:
+        """Whether a step that would draft is to be plain, to see what that takes."""
+        self._drafting += 1
+        if not self._looks_at_plain_steps or self._drafting <= self._look_after:
+            return False
+        self._drafting, self._look_after = 0, min(2 * self._look_after, LAST_LOOK)
+        return True
 
     def _readings(self, contexts: Contexts) -> list[tuple[int, Contexts]]:
         """What drafts may read, and what there is to read then."""

@@ -25,14 +25,14 @@ from vllm_selfspec.served_config import num_model_tokens, plan_of
 # kernels change with the number of rows, and a draft is right at the edge of one: so
 # there is a number between those that double. All workers of an engine must run the
 # same forwards, so this does not depend on what was measured.
-NUM_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-MAX_ROWS_GPU, MAX_ROWS_CPU = 256, 64
+NUM_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+MAX_ROWS_GPU, MAX_ROWS_CPU = 768, 64
 # One time says enough where it is long.
 REPEATS, MAX_ROWS_REPEATED = 3, 16
 NUM_DRAFTS = 2
 # Of plans, that few sublayers' cost stands out from the noise of the target's forward.
 NUM_DRAFTS_PLAN = 6
-MIN_SHARE = 0.01
+MIN_SHARE, NO_SHARE = 0.01, 1e-6
 # What a token adds is found between these lengths, or up to what there is room for.
 SHORT_CONTEXT, LONG_CONTEXT = 16, 4096
 
@@ -56,17 +56,18 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
     most = min(most, MAX_ROWS_GPU if torch.cuda.is_available() else MAX_ROWS_CPU)
     num_rows = [n for n in NUM_ROWS if n <= max(2, most)]
     drafts = _model_drafts(worker)
+    num_drafts = NUM_DRAFTS if drafts else 0
     verify, draft = [], []
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
         step = partial(drafter.dummy_step, runner, n)
-        num_drafts = NUM_DRAFTS if drafts else 0
         alone, drafting = seconds_of(
             [partial(step, 0), partial(step, num_drafts)], repeats
         )
         verify.append(alone)
-        # Noise must not make a draft step cost nothing.
-        draft.append(max((drafting - alone) / NUM_DRAFTS, MIN_SHARE * alone))
+        # Noise must not make a draft step cost nothing; where there is none it does.
+        least = MIN_SHARE if drafts else NO_SHARE
+        draft.append(max((drafting - alone) / NUM_DRAFTS, least * alone))
     return num_rows, verify, draft
 
 

@@ -44,6 +44,8 @@ from vllm_selfspec.engine.plain_steps import OfScheduler, PlainSteps
 from vllm_selfspec.engine.workers import use_costs
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
+# What drafting takes beside forwards, over a plain step: until steps have shown it.
+BESIDE = 0.03
 
 
 def prepare(vllm_config: Any, executor: Any) -> None:
@@ -154,7 +156,7 @@ def measured(executor: Any) -> StepCosts:
         np.round(1e6 * slowest, 2).tolist(),
         time.perf_counter() - started,
     )
-    return StepCosts(num_rows[0], verify, draft, of_context)
+    return StepCosts(num_rows[0], verify, draft, of_context, BESIDE * float(verify[0]))
 
 
 class DraftPlanner:
@@ -236,6 +238,7 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             self.num_spec_tokens,
             self.costs,
             uniform_lengths(self.vllm_config),
+            looks_at_plain_steps=True,
         )
         stats = DraftStats(self.vllm_config)
         self.planner = DraftPlanner(goodput, self.max_num_running_reqs, stats)
