@@ -17,8 +17,15 @@ from helpers.environment import IS_V2
 from helpers.models import DEMO_MODEL, NUM_LAYERS, build_tiny_model
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.cli.preview import Preview
+from vllm_selfspec.draft import low_bit_linear
 from vllm_selfspec.draft.low_bit import copies_of
-from vllm_selfspec.draft.low_bit_linear import CPUInt4, Int4, LowBitMethod, low_bit_copy
+from vllm_selfspec.draft.low_bit_linear import (
+    CPUInt4,
+    Int4,
+    LowBitMethod,
+    OfScheme,
+    low_bit_copy,
+)
 from vllm_selfspec.draft.view import OwnHead
 from vllm_selfspec.engine.measure import measure_sublayers
 from vllm_selfspec.plan.axis_draft_weights import DraftWeights
@@ -222,6 +229,45 @@ def test_where_the_fast_kernel_is_missing_vllm_chooses_another(
     found, counts = run(llm, prompts, greedy(MAX_TOKENS))
     assert token_ids(found) == token_ids(expected)
     assert counts.accepted_at[0] > LIKE * counts.drafts
+
+
+@pytest.mark.skipif(IS_V2, reason="the same for both runners")
+@pytest.mark.parametrize(
+    ("chosen", "fits", "seen"),
+    [
+        ({}, True, ["marlin"]),
+        ({}, False, ["marlin", None]),
+        ({"linear_backend": "triton"}, True, [None]),
+        ({"linear_backend_per_quant": {"mixed_precision": "triton"}}, True, ["triton"]),
+    ],
+)
+def test_on_cuda_the_kernel_for_few_rows_comes_first(
+    chosen: dict[str, Any],
+    fits: bool,
+    seen: list[str | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it takes no such layer, vLLM's own choice follows, and what the user chose
+    stays. That it is the faster one was measured on an H200."""
+    from vllm.config import KernelConfig, VllmConfig, set_current_vllm_config
+
+    config = VllmConfig(kernel_config=KernelConfig(**chosen))
+    before = config.kernel_config.linear_backend_per_quant
+    asked: list[str | None] = []
+
+    def pack(self: Any, layer: Any, weight: torch.Tensor) -> None:
+        backends = config.kernel_config.linear_backend_per_quant or {}
+        asked.append(backends.get("mixed_precision"))
+        if not fits and asked[-1] == "marlin":
+            raise ValueError("it takes none of this shape")
+
+    monkeypatch.setattr(OfScheme, "pack", pack)
+    platform = type(low_bit_linear.current_platform)
+    monkeypatch.setattr(platform, "is_cuda", lambda _: True)
+    with set_current_vllm_config(config):
+        Int4(torch.bfloat16, 32).pack(torch.nn.Module(), torch.zeros(32, 32))
+    assert asked == seen
+    assert config.kernel_config.linear_backend_per_quant == before
 
 
 @pytest.mark.v2
