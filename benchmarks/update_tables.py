@@ -121,7 +121,7 @@ def speed_ups(
 
 
 def gpu(*documents: Document) -> str:
-    """Medians of ratios by method and concurrency: geometric means over the tasks."""
+    """Medians of ratios by method, task and concurrency."""
     return "\n\n".join(map(_gpu_run, documents))
 
 
@@ -129,24 +129,24 @@ def _gpu_run(document: Document) -> str:
     (found,) = document["results"].values()
     cells, streams = found["cells"], document["scale"]["streams"]
     tasks = [*dict.fromkeys(cell.split(", ")[0] for cell in cells)]
-    rows = []
-    for method in [*next(iter(cells.values()))][1:]:  # after plain vLLM
-        row = [method]
-        for num in streams:
-            ratios = [
-                cells[name][method]["speed_up"]
-                for task in tasks
-                if (name := f"{task}, {num}") in cells
-            ]
-            row.append(f"{geometric_mean(ratios):.2f}x")
-        rows.append(row)
+    methods = [*next(iter(cells.values()))][1:]  # after plain vLLM
+    rows = [
+        [method, task, *(_gpu_cell(cells, method, task, num) for num in streams)]
+        for method in methods
+        for task in sorted(tasks)
+    ]
     head = (
         f"{document['model']}; {document['hardware']}, vLLM {document['vllm']}, "
-        f"{document['date']}; {', '.join(tasks)}; T = 0, bfloat16; CUDA graphs, "
-        "nothing compiled"
+        f"{document['date']}, commit {document['commit']}; T = 0, bfloat16; CUDA "
+        "graphs, nothing compiled"
     )
-    table: str = SUPPORT["table"](("", *map(str, streams)), rows)
+    table: str = SUPPORT["table"](("", "", *map(str, streams)), rows)
     return f"{head}:\n\n{table}"
+
+
+def _gpu_cell(cells: Document, method: str, task: str, num: int) -> str:
+    found = cells.get(f"{task}, {num}")
+    return f"{found[method]['speed_up']:.2f}x" if found else ""
 
 
 def of_real(document: Document, method: str, concurrency: int) -> str:
@@ -232,7 +232,7 @@ TABLES: dict[str, Table] = {
         script("window_on_paper.py")["markdown"],
         "benchmarks/window_on_paper.py",
     ),
-    "gpu": Table(BENCHMARKS, ("gpu/speed-2b.json", "gpu/speed-7b.json"), gpu),
+    "gpu": Table(BENCHMARKS, ("gpu/speed-7b-before.json", "gpu/speed-7b.json"), gpu),
     "seeds": Table(BENCHMARKS, ("seeds.json",), script("seeds.py")["markdown"]),
     "tune": Table(BENCHMARKS, ("tune/tune.json",), script("tune.py")["markdown"]),
     "online": Table(

@@ -174,6 +174,23 @@ def test_steps_that_draft_are_told_from_plain_ones(
     assert (np.mean(np.array(lengths[200:]) > 0) < 0.05) == finds_out
 
 
+def test_who_rests_is_asked_nothing_and_misses_nothing() -> None:
+    """With and without the short cut every step drafts the same, trials included."""
+    asked, short = (Goodput(2, 4, costs(draft=2.0), (1, 2, 4)) for _ in range(2))
+    decided: list[list[bool]] = [[], []]
+    slots, room, num_rests = at(0, 1), np.full(2, 4), 0
+    for plan in (asked, short):
+        plan.admit(0), plan.admit(1)
+    for _ in range(3000):
+        decided[0].append(bool(asked.plan(slots, room).lengths.any()))
+        rests = short.rest()
+        num_rests += rests
+        tried = not rests and bool(short.plan(slots, room).lengths.any())
+        decided[1].append(tried)
+    assert decided[0] == decided[1] and any(decided[0])
+    assert num_rests > 2000
+
+
 def test_a_plain_step_is_looked_at_less_and_less_often() -> None:
     plan = Goodput(1, 4, costs(), (1, 2, 4), looks_at_plain_steps=True)
     plan.admit(0)

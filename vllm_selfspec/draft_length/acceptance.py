@@ -128,7 +128,12 @@ class Acceptance:
         return np.cumprod(self._chances(slots, kinds), axis=1, dtype=np.float64)
 
     def observe(
-        self, slots: Slots, drafted: Ints, accepted: Ints, kinds: Ints | None = None
+        self,
+        slots: Slots,
+        drafted: Ints,
+        accepted: Ints,
+        kinds: Ints | None = None,
+        num_steps: int = 1,
     ) -> None:
         """Learns from a verification.
 
@@ -137,12 +142,13 @@ class Acceptance:
             drafted: Their verified draft tokens, 0 where none were, `[n]`.
             accepted: How many of them were accepted, `[n]`.
             kinds: Of their drafts, `[n]`; None where all are of the first.
+            num_steps: That went by: above 1, nothing was drafted in any of them.
         """
         if not (drafted.any() or self._known[slots].any() or self._own[slots].any()):
             return  # nothing is seen, and nothing fades
         if not drafted.any():
-            self._own[slots] *= 1 - FADE
-            self._known[slots] *= 1 - FADE
+            self._own[slots] *= (1 - FADE) ** num_steps
+            self._known[slots] *= (1 - FADE) ** num_steps
             return
         tried, taken = trials(drafted, accepted, self._tried.shape[1])
         chance = self._chances(slots, kinds)

@@ -130,6 +130,7 @@ class Goodput:
         self.free = Acceptance(num_slots, max_free, free_guesses)
         self.costs = costs
         self._max_drafts, self._max_free = max_drafts, max_free
+        self._plain = 0.0  # seconds of a plain step, when it was last looked at
         self._owed = 0.0  # seconds that trials may take by now
         self._price = 0.0  # of the next one, when it was last looked at
         self._patience = 1.0  # how many times its price a trial waits for
@@ -192,6 +193,20 @@ class Goodput:
         self._resting, self._rest = slots.tobytes(), REST
         self._drafting = 0
         return self._trial(num_reqs, own_room, prompts, costs, readings[0][0])
+
+    @property
+    def rests(self) -> bool:
+        """Whether drafting was not worth it when it was last asked."""
+        return self._rest > 0
+
+    def rest(self) -> bool:
+        """Whether a step is plain that is of the same requests as the last one, which
+        was: known without looking at them, as long as they are left alone."""
+        owed = self._owed + EXPLORE_SHARE * self._plain
+        if not self._rest or owed >= self._price:
+            return False
+        self._rest, self._owed = self._rest - 1, owed
+        return True
 
     def _is_time_to_look(self) -> bool:
         """Whether a step that would draft is to be plain, to see what that takes."""
@@ -263,7 +278,7 @@ class Goodput:
     ) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         tried = np.minimum(room, 1)
-        plain = float(costs.verify(num_reqs))
+        self._plain = plain = float(costs.verify(num_reqs))
         self._owed += EXPLORE_SHARE * plain
         if self._owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))

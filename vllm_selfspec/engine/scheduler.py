@@ -46,6 +46,8 @@ from vllm_selfspec.engine.workers import use_costs
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 # What drafting takes beside forwards, over a plain step: until steps have shown it.
 BESIDE = 0.03
+# Of the results of so many plain steps one is looked at: the host's time is the step's.
+SEEN_PLAIN = 8
 
 
 def prepare(vllm_config: Any, executor: Any) -> None:
@@ -206,14 +208,24 @@ class DraftPlanner:
             self.stats.draft_seconds += plan.num_steps * seconds
         return plan.num_steps
 
-    def observe(self, drafted: dict[str, int], accepted: dict[str, int]) -> None:
-        """Learns from a verification; by request."""
+    def rest(self) -> bool:
+        """Whether a step of the same requests as the last is known to be plain."""
+        rests = self.goodput.rest()
+        self.stats.steps["plain"] += rests
+        return rests
+
+    def observe(
+        self, drafted: dict[str, int], accepted: dict[str, int], num_steps: int = 1
+    ) -> None:
+        """Learns from a verification, by request; or from so many plain steps."""
         self.stats.lengths.update(drafted.values())
+        self.stats.lengths[0] += (num_steps - 1) * len(drafted)
         known = [req_id for req_id in drafted if req_id in self._slots]
         self.goodput.acceptance.observe(
             self._slots.of(known),
             np.array([drafted[req_id] for req_id in known], np.int64),
             np.array([accepted[req_id] for req_id in known], np.int64),
+            num_steps=num_steps,
         )
 
     def publish(self) -> None:
@@ -245,8 +257,14 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         self._arrivals = Arrivals()
         self._draft_plan = served_config.plan_of(self.vllm_config)
         self._updated: float | None = None  # when the last step ended, if busy since
+        self._resting: set[str] = set()  # the requests of the last step, if plain
+        self._num_plain = 0  # results of plain steps that were not looked at
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        if self._rests(scheduler_output):
+            scheduler_output.num_spec_tokens_to_schedule = 0
+            super()._update_after_schedule(scheduler_output)
+            return
         most = scheduler_output.num_spec_tokens_to_schedule
         room_of = {
             req_id: min(most, self._room(self.requests[req_id]))
@@ -264,6 +282,16 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             if request.spec_token_ids:
                 length = self.planner.lengths.get(req_id, 0)
                 request.spec_token_ids = request.spec_token_ids[:length]
+        self._resting = set() if num_steps else {*scheduler_output.num_scheduled_tokens}
+
+    def _rests(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether nothing is to be decided: the same requests decode, and they rest."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        return (
+            scheduler_output.total_num_scheduled_tokens == len(scheduled)
+            and scheduled.keys() == self._resting
+            and self.planner.rest()
+        )
 
     def _contexts(self, req_ids: Iterable[str]) -> Contexts:
         """Of those that have not ended: a step that was under way knows no better."""
@@ -312,6 +340,13 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         return found
 
     def _observe(self, output: SchedulerOutput, result: Any) -> None:
+        num_scheduled = len(output.num_scheduled_tokens)
+        is_plain = output.total_num_scheduled_tokens == num_scheduled
+        if is_plain and self.planner.goodput.rests:
+            self._num_plain += 1
+            if self._num_plain < SEEN_PLAIN:
+                return  # one as good as the next
+        num_steps, self._num_plain = max(self._num_plain, 1), 0
         drafted, accepted = {}, {}
         for req_id, row in result.req_id_to_index.items():
             num_tokens = output.num_scheduled_tokens.get(req_id, 0)
@@ -320,8 +355,8 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             if num_tokens == 1 + len(drafts) and len(sampled):
                 drafted[req_id] = len(drafts)
                 accepted[req_id] = len(sampled) - 1
-        self.planner.observe(drafted, accepted)
-        is_decode = len(drafted) == len(output.num_scheduled_tokens) > 0
+        self.planner.observe(drafted, accepted, num_steps)
+        is_decode = len(drafted) == num_scheduled > 0
         # Data-parallel ranks in lockstep wait for each other: a step's time is that of
         # the slowest, with as many draft steps as any of them planned.
         is_own = self.vllm_config.parallel_config.data_parallel_size == 1
