@@ -19,6 +19,7 @@ from vllm_selfspec.draft_length.best_lengths import (
     best_uniform_length,
 )
 from vllm_selfspec.draft_length.costs import (
+    BesideCosts,
     ContextCosts,
     Contexts,
     StepCosts,
@@ -142,7 +143,7 @@ def test_what_drafting_takes_beside_forwards_must_be_earned() -> None:
     flat = dict(num_rows=ROWS, verify=[1.0] * 6, draft=[1e-6] * 6)
     survival, room = np.cumprod(np.full((2, 4), 0.2), axis=1), np.full(2, 4)
     for beside, pays in ((0.0, True), (0.1, True), (0.5, False)):
-        costs = StepCosts(**flat, beside=beside)
+        costs = StepCosts(**flat, beside=BesideCosts(beside / 2, beside / 4))
         prompts = Prompts(8, 0.5)
         assert best_lengths(survival, room, costs).any() == pays
         assert best_lengths(survival, room, costs, prompts).any() == pays
@@ -157,8 +158,8 @@ def test_steps_that_draft_are_told_from_plain_ones(
     """Measured one by one, all steps seem to take 5.5; run ahead of the device a plain
     one takes 4.4, and one with drafts 6. At a chance of 0.15 that is not worth it, and
     who never looks at plain steps takes the machine for slow."""
-    verify = [5.5] * len(ROWS)
-    costs = StepCosts(ROWS, verify, [1e-6] * len(ROWS), beside=0.15)
+    verify, beside = [5.5] * len(ROWS), BesideCosts(0.15, 0.015)
+    costs = StepCosts(ROWS, verify, [1e-6] * len(ROWS), beside=beside)
     plan = Goodput(8, 8, costs, (1, 2, 4, 8), looks_at_plain_steps=looks)
     slots, room, rng = np.arange(8), np.full(8, 8), np.random.default_rng(0)
     for slot in slots:
@@ -397,6 +398,28 @@ def test_a_kind_that_was_given_up_is_tried_again_and_found_out() -> None:
                 plan.free.observe(at(0), found.lengths, kept, np.array([1]))
     assert copied[False] <= 20, "once in a while"
     assert copied[True] > 10 * TRY_EVERY
+
+
+@pytest.mark.parametrize("num_reqs", [1, 16])
+def test_trials_of_copies_take_no_more_than_their_share(num_reqs: int) -> None:
+    """Sixteen requests pass over a copy sixteen times a step, and a row of theirs costs
+    what the step earns by several."""
+    of = StepCosts((1, 16, 64), [1.0, 1.0, 4.0], [1.0] * 3, beside=BesideCosts(0.1))
+    plan = Goodput(num_reqs, 0, of, max_free=8, free_guesses=NO_GUESS)
+    slots, nothing = np.arange(num_reqs), np.zeros(num_reqs, int)
+    copies = Proposed(np.full(num_reqs, 8), nothing)
+    for slot in slots:
+        plan.admit(slot)
+    seconds, trials = 0.0, 0
+    for i in range(4000):
+        found = plan.plan(slots, np.full(num_reqs, 8), proposed=copies)
+        if found.lengths.any():
+            plan.free.observe(slots, found.lengths, nothing, nothing)
+        if i >= 1000:
+            rows = num_reqs + found.lengths.sum()
+            seconds += float(of.verify(rows)) + 0.1 * found.lengths.any()
+            trials += found.lengths.any()
+    assert trials > 10 and seconds < 1.007 * 3000
 
 
 # Acceptance

@@ -179,7 +179,7 @@ class _Best:
         self._verify = verify_seconds(costs, num_reqs, np.arange(most + 1), prompts)
         self._draft = costs.draft(np.arange(num_reqs + 1))
         plain = float(self._verify[0])
-        double = float(self._verify[min(num_reqs, most)]) - costs.beside
+        double = float(self._verify[min(num_reqs, most)]) - costs.beside(num_reqs)
         self.least_worth = max(double / plain - 1, 0.0)
         self.rate = num_reqs / plain * (1 + MARGIN)
 
@@ -207,7 +207,7 @@ def verify_seconds(
     costs: Costs, num_reqs: int, num_drafts: Ints | int, prompts: Prompts
 ) -> Floats:
     """Expected seconds for R requests and their drafts, without what prompts take."""
-    rest = costs.beside * np.greater(num_drafts, 0)
+    rest = costs.beside(num_reqs) * np.greater(num_drafts, 0)
     alone = costs.verify(num_reqs + num_drafts)
     if not prompts.chance:
         return alone + rest

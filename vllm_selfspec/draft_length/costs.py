@@ -21,7 +21,7 @@ MEASURED = (0.3, 0.15, 0.05)
 WANDERING = (0.02, 0.002, 0.002)
 MEASURED_OF_CONTEXT, WANDERING_OF_CONTEXT = 0.5, 0.01
 # What drafting takes beside forwards is no more than guessed at start-up.
-GUESSED_BESIDE, WANDERING_BESIDE = 1.0, 0.02
+GUESSED_BESIDE, WANDERING_BESIDE = 1.5, 0.02
 # Of one step's time around its costs; what lies further off than this many deviations
 # (a step that was interrupted) teaches no more than one at the limit.
 STEP_NOISE = 0.1
@@ -116,11 +116,27 @@ NO_CONTEXT = Contexts()
 FREE, LEAST = ContextCosts(), 1e-12
 
 
+class BesideCosts(NamedTuple):
+    """Seconds that a step with drafts takes beside its forwards' rows: matching,
+    planning and sampling; attention over requests of several rows; whatever else does
+    not run while the device is busy.
+
+    Attributes:
+        step: Of the step.
+        request: Of each of its requests.
+    """
+
+    step: float = 0.0
+    request: float = 0.0
+
+
+NOTHING_BESIDE = BesideCosts()
+
+
 class Costs(Protocol):
     """Seconds of forwards, by rows."""
 
-    @property
-    def beside(self) -> float:
+    def beside(self, num_reqs: int) -> float:
         """Seconds that a step with drafts takes beside its forwards."""
 
     def verify(self, num_rows: Ints | int) -> Floats:
@@ -132,9 +148,7 @@ class Costs(Protocol):
 
 class StepCosts:
     """Seconds of the engine's two kinds of forwards, by number of token rows and, on
-    top of that, by tokens of context; and what a step with drafts takes beside them:
-    matching, planning, sampling with more rows, and whatever else does not run while
-    the device is busy.
+    top of that, by tokens of context; and what a step with drafts takes beside them.
 
     Costs are interpolated linearly between measured numbers of rows, and go on with the
     last slope beyond them. Their logarithms are the state of a Kalman filter that
@@ -150,7 +164,7 @@ class StepCosts:
         verify: Sequence[float] | Floats,
         draft: Sequence[float] | Floats,
         of_context: ContextCosts = FREE,
-        beside: float = 0.0,
+        beside: BesideCosts = NOTHING_BESIDE,
     ) -> None:
         """From measurements. More rows are taken to cost no less than fewer.
 
@@ -177,8 +191,8 @@ class StepCosts:
                 f"{seconds.tolist()} at {num_rows}"
             )
         of_rows = np.maximum.accumulate(seconds, axis=1).ravel()
-        # [2 num_knots + 4]: verify, draft, of context, and beside
-        every = np.concatenate([of_rows, np.maximum([*of_context, beside], LEAST)])
+        # [2 num_knots + 5]: verify, draft, of context, and beside
+        every = np.concatenate([of_rows, np.maximum([*of_context, *beside], LEAST)])
         self._log, self._seconds = np.log(every), every
         self._covariance = self._spread(MEASURED, MEASURED_OF_CONTEXT, GUESSED_BESIDE)
         self._wandering = self._spread(
@@ -191,11 +205,11 @@ class StepCosts:
         of_context: float,
         beside: float,
     ) -> Floats:
-        """Covariance of all costs, `[2 num_knots + 4, 2 num_knots + 4]`."""
+        """Covariance of all costs, `[2 num_knots + 5, 2 num_knots + 5]`."""
         common, of_kind, single = (deviation**2 for deviation in deviations)
         size = self._rows.size
-        kinds = np.repeat([0, 1, 0, 1, 2], [size, size, 2, 1, 1])
-        alone = np.repeat([single, of_context**2, beside**2], [2 * size, 3, 1])
+        kinds = np.repeat([0, 1, 0, 1, 2], [size, size, 2, 1, 2])
+        alone = np.repeat([single, of_context**2, beside**2], [2 * size, 3, 2])
         same_kind = kinds[:, None] == kinds
         found: Floats = common + of_kind * same_kind + np.diag(alone)
         return found
@@ -203,12 +217,11 @@ class StepCosts:
     @property
     def of_context(self) -> ContextCosts:
         """What a token of context adds."""
-        return ContextCosts(*self._seconds[-4:-1].tolist())
+        return ContextCosts(*self._seconds[-5:-2].tolist())
 
-    @property
-    def beside(self) -> float:
+    def beside(self, num_reqs: int) -> float:
         """Seconds that a step with drafts takes beside its forwards."""
-        return float(self._seconds[-1])
+        return float(self._seconds[-2] + num_reqs * self._seconds[-1])
 
     def verify(self, num_rows: Ints | int) -> Floats:
         """Seconds to verify, or to decode, `num_rows` token rows without context."""
@@ -264,12 +277,13 @@ class StepCosts:
         """
         num_draft_rows = num_steps * num_drafting
         of_context = [num_reqs, num_verified, num_draft_rows]
+        has_drafts = num_steps > 0 or num_verified > num_reqs > 0
         used = np.concatenate(
             [
                 self._weights(num_verified),
                 num_steps * self._weights(num_drafting),
                 np.multiply(of_context, [*contexts[:1], *contexts]),
-                [float(num_verified > num_reqs > 0 or num_steps > 0)],
+                np.multiply([1, num_reqs], has_drafts),
             ]
         )
         parts = used * self._seconds
@@ -300,10 +314,9 @@ class CostsInContext:
     num_reqs: int
     contexts: Contexts
 
-    @property
-    def beside(self) -> float:
+    def beside(self, num_reqs: int) -> float:
         """Seconds that a step with drafts takes beside its forwards."""
-        return self.costs.beside
+        return self.costs.beside(num_reqs)
 
     def verify(self, num_rows: Ints | int) -> Floats:
         """Seconds to verify, or to decode, `num_rows` token rows."""

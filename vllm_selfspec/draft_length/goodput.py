@@ -32,7 +32,8 @@ from vllm_selfspec.draft_length.types import Bools, Floats, Ints, Slots
 EXPLORE_SHARE = 0.005
 MOST_PATIENCE = 8.0
 # A free proposal that was passed over is verified all the same once in so many times,
-# and so many tokens of it: its kind may have turned good.
+# and so many tokens of it: its kind may have turned good. That, too, takes no more than
+# the share above: on a busy machine a row costs more than many of them bring.
 TRY_EVERY, TRIED_TOKENS = 50, 4
 # The same of drafts that read more of the context, or less; more often as long as that
 # many of them are not known.
@@ -136,6 +137,7 @@ class Goodput:
         self._patience = 1.0  # how many times its price a trial waits for
         self._hope = 1.0  # chance of the first draft token at the last trial
         self._passed_over = np.zeros(len(free_guesses), np.int64)
+        self._owed_free = 0.0  # seconds that trials of free proposals may take by now
         self._looks_at_plain_steps = looks_at_plain_steps
         self._look_after, self._drafting = FIRST_LOOK, 0  # steps that draft
         self._resting: bytes = b""  # the requests that draft nothing
@@ -245,7 +247,9 @@ class Goodput:
             plans.append(Plan(mix.lengths, is_free=is_free, reads=reads, rate=mix.rate))
         found = max(plans, key=lambda plan: plan.rate)
         if proposed is not None:
-            self._try_free(found, np.minimum(proposed.num_tokens, room), proposed.kinds)
+            num_free = np.minimum(proposed.num_tokens, room)
+            costs = self.costs.within(len(slots), readings[0][1])
+            self._try_free(found, num_free, proposed.kinds, costs)
         if len(plans) > 1 and found.num_steps:
             other = 1 - found.reads
             self._not_read[other] += 1
@@ -264,14 +268,22 @@ class Goodput:
         survival = self.free.survival(slots, proposed.kinds)
         return within_room(survival, np.minimum(proposed.num_tokens, room))
 
-    def _try_free(self, plan: Plan, num_free: Ints, kinds: Ints) -> None:
-        """Puts free proposals that were passed over often enough into a plan."""
+    def _try_free(self, plan: Plan, num_free: Ints, kinds: Ints, costs: Costs) -> None:
+        """Puts free proposals that were passed over often enough into a plan, as far as
+        that was saved up for."""
+        plain = float(costs.verify(len(kinds)))
+        self._owed_free = min(self._owed_free + EXPLORE_SHARE * plain, plain)
         for row in np.flatnonzero((num_free > 0) & ~plan.is_free):
             self._passed_over[kinds[row]] += 1
-            if self._passed_over[kinds[row]] >= TRY_EVERY:
+            if self._passed_over[kinds[row]] < TRY_EVERY:
+                continue
+            length, before = int(min(num_free[row], TRIED_TOKENS)), plan.lengths.sum()
+            rows = np.array([before, before - plan.lengths[row] + length])
+            price = np.diff(verify_seconds(costs, len(kinds), rows, NO_PROMPTS)).item()
+            if self._owed_free >= price:
+                self._owed_free -= max(price, 0.0)
                 self._passed_over[kinds[row]] = 0
-                plan.lengths[row] = min(num_free[row], TRIED_TOKENS)
-                plan.is_free[row] = True
+                plan.lengths[row], plan.is_free[row] = length, True
 
     def _trial(
         self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs, reads: int

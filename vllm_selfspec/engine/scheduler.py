@@ -27,6 +27,7 @@ from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
 from vllm_selfspec.draft_length.best_lengths import NO_PROMPTS, Prompts
 from vllm_selfspec.draft_length.costs import (
     NO_CONTEXT,
+    BesideCosts,
     ContextCosts,
     Contexts,
     StepCosts,
@@ -44,8 +45,9 @@ from vllm_selfspec.engine.plain_steps import OfScheduler, PlainSteps
 from vllm_selfspec.engine.workers import use_costs
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
-# What drafting takes beside forwards, over a plain step: until steps have shown it.
-BESIDE = 0.03
+# What drafting takes beside forwards, over a plain step, and for each request: until
+# steps have shown it.
+BESIDE = (0.03, 0.003)
 # Of the results of so many plain steps one is looked at: the host's time is the step's.
 SEEN_PLAIN = 8
 
@@ -158,7 +160,8 @@ def measured(executor: Any) -> StepCosts:
         np.round(1e6 * slowest, 2).tolist(),
         time.perf_counter() - started,
     )
-    return StepCosts(num_rows[0], verify, draft, of_context, BESIDE * float(verify[0]))
+    beside = BesideCosts(*(share * float(verify[0]) for share in BESIDE))
+    return StepCosts(num_rows[0], verify, draft, of_context, beside)
 
 
 class DraftPlanner:
