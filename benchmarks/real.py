@@ -126,6 +126,10 @@ def main(
     ] = "0",
     samples: Annotated[int, typer.Option(help="Of a cell: ratios.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="Of a request.")] = 64,
+    ends: Annotated[
+        bool,
+        typer.Option("--ends", help="Requests end where the model ends them."),
+    ] = False,
     eager: Annotated[bool, typer.Option(help="Nothing is compiled.")] = False,
 ) -> None:
     """Prints a line a cell, and keeps all of them."""
@@ -133,6 +137,7 @@ def main(
     wanted: list[dict[str, Any]] = [
         {"task": name, "concurrency": streams, "temperature": degrees}
         | ({"context": length} if length else {})
+        | ({"ends": max_tokens} if ends else {})
         for degrees, length, streams, name in itertools.product(
             map(float, temperature.split(",")),
             map(int, context.split(",")),
@@ -170,7 +175,7 @@ def main(
     }
     missing = [k for k in wanted if any(_lacks(cells, k, one.name) for one in others)]
     for number, key in enumerate(missing, 1):
-        sampling = Sampling(key["temperature"], max_tokens)
+        sampling = Sampling(key["temperature"], max_tokens, ends="ends" in key)
         turns = _turns(key, samples, engines[0].tokenizer, _is_ours(model))
         how = key["concurrency"], sampling, len(turns) - samples
         found = _measured(engines, turns, *how, is_long="context" in key)
@@ -229,7 +234,7 @@ def _lacks(cells: Sequence[dict[str, Any]], key: dict[str, Any], method: str) ->
 
 
 def _is_of(cell: dict[str, Any], key: dict[str, Any]) -> bool:
-    return all(cell.get(n) == key.get(n) for n in ("context", *key))
+    return all(cell.get(n) == key.get(n) for n in ("context", "ends", *key))
 
 
 def _command(model: str, draft_model: str | None, eager: bool) -> str:
@@ -429,7 +434,10 @@ def _table(document: dict[str, Any]) -> str:
     ]
     for cell in document["cells"]:
         row = [cell.get("context", "")] * has_context
-        row += [cell["concurrency"], f"{cell['temperature']:g}", cell["task"]]
+        task = cell["task"]
+        if "ends" in cell:
+            task += f", to its end or {cell['ends']} tokens"
+        row += [cell["concurrency"], f"{cell['temperature']:g}", task]
         row += [_figure(cell[name]) if name in cell else "" for name in names]
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)

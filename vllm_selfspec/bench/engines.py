@@ -73,6 +73,7 @@ class Sampling:
     temperature: float
     max_tokens: int
     seed: int | None = None
+    ends: bool = False  # where the model would; otherwise each has max_tokens
 
 
 class Engine(Protocol):
@@ -108,7 +109,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
-            ignore_eos=True,
+            ignore_eos=not sampling.ends,
             output_kind=RequestOutputKind.DELTA,
         )
         self._timer.forwards.clear()
@@ -273,7 +274,7 @@ class HuggingFaceEngine:
             output = self._model.generate(
                 **inputs,
                 max_new_tokens=sampling.max_tokens,
-                min_new_tokens=sampling.max_tokens,
+                min_new_tokens=None if sampling.ends else sampling.max_tokens,
                 pad_token_id=0,
                 **options,
                 **self.method.generate,
