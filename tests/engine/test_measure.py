@@ -50,7 +50,7 @@ def reads_of(runner: Any, num_rows: int, num_drafts: int) -> list[list[int]]:
 
 @pytest.mark.v2
 def test_a_dummy_request_attends_to_its_context(runner: Any) -> None:
-    for num_rows in (1, 1 + NUM_DRAFTS):
+    for num_rows in (1, 2, 1 + NUM_DRAFTS):
         verified, *drafted = reads_of(runner, num_rows, 2 if num_rows == 1 else 0)
         assert verified == [CONTEXT + num_rows], "all rows are of one request"
         for reads in drafted:
@@ -133,7 +133,7 @@ def test_what_a_token_of_context_adds_is_measured(
 def test_what_was_measured_is_what_is_planned_by(
     tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    costs = ContextCosts(1e-3, 2e-3, 3e-3)
+    costs = ContextCosts(1e-3, 2e-3, 3e-3, 4e-3)
     monkeypatch.setattr(scheduler, "measure_context", lambda _: costs)
     llm = engines.get(tiny_models["llama"], SPEC, **LONG, max_num_seqs=5)
     assert planner_of(llm).goodput.costs.of_context == pytest.approx(costs)

@@ -122,7 +122,7 @@ def test_costs_that_cannot_be_are_refused(rows: Any, verify: Any) -> None:
 
 
 # A token of context, in seconds, for each request, row and row of a draft step.
-OF_CONTEXT = ContextCosts(1e-3, 2e-4, 5e-4)
+OF_CONTEXT = ContextCosts(1e-3, 2e-4, 5e-4, 3e-4)
 
 
 def long_costs(of_context: ContextCosts = OF_CONTEXT) -> StepCosts:
@@ -133,6 +133,7 @@ def test_what_is_read_of_contexts_comes_on_top() -> None:
     found = long_costs().within(2, Contexts(1000.0, 100.0))
     assert float(found.verify(5)) == pytest.approx(1 + 2 * 1.0 + 5 * 0.2)
     assert found.draft(np.array([1, 2])) == pytest.approx([0.25 + 0.05, 0.25 + 0.1])
+    assert found.beside(2) == pytest.approx(2 * 0.3), "of requests with several rows"
     nothing = long_costs().within(2, Contexts())
     assert float(nothing.verify(5)) == pytest.approx(1.0)
     mean = Contexts.of(np.array([100, 300]), np.array([100, 200]))

@@ -24,8 +24,7 @@ def dummy_forward(
     """
     query_len = runner.decode_query_len
     if context:
-        num_reqs = 1
-        is_uniform = num_rows > 1
+        num_reqs, query_len, is_uniform = 1, num_rows, num_rows > 1
     else:
         least = -(-num_rows // runner.max_num_reqs)
         fitting = [1 + length for length in lengths if 1 + length >= least > 1]

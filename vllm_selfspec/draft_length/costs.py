@@ -98,17 +98,19 @@ class Contexts(NamedTuple):
 
 class ContextCosts(NamedTuple):
     """Seconds that a token of context adds: kernels read it once for a request, and
-    multiply it by each row.
+    multiply it by each row; those for several rows of a request are others.
 
     Attributes:
         request: To a verification, of each request.
         row: To a verification, of each row.
         draft: To a draft step, of each row.
+        several: To a verification of drafts, of each request, beside its rows.
     """
 
     request: float = 0.0
     row: float = 0.0
     draft: float = 0.0
+    several: float = 0.0
 
 
 NO_CONTEXT = Contexts()
@@ -191,7 +193,7 @@ class StepCosts:
                 f"{seconds.tolist()} at {num_rows}"
             )
         of_rows = np.maximum.accumulate(seconds, axis=1).ravel()
-        # [2 num_knots + 5]: verify, draft, of context, and beside
+        # [2 num_knots + 6]: verify, draft, of context, and beside
         every = np.concatenate([of_rows, np.maximum([*of_context, *beside], LEAST)])
         self._log, self._seconds = np.log(every), every
         self._covariance = self._spread(MEASURED, MEASURED_OF_CONTEXT, GUESSED_BESIDE)
@@ -205,11 +207,11 @@ class StepCosts:
         of_context: float,
         beside: float,
     ) -> Floats:
-        """Covariance of all costs, `[2 num_knots + 5, 2 num_knots + 5]`."""
+        """Covariance of all costs, `[2 num_knots + 6, 2 num_knots + 6]`."""
         common, of_kind, single = (deviation**2 for deviation in deviations)
         size = self._rows.size
-        kinds = np.repeat([0, 1, 0, 1, 2], [size, size, 2, 1, 2])
-        alone = np.repeat([single, of_context**2, beside**2], [2 * size, 3, 2])
+        kinds = np.repeat([0, 1, 0, 1, 0, 2], [size, size, 2, 1, 1, 2])
+        alone = np.repeat([single, of_context**2, beside**2], [2 * size, 4, 2])
         same_kind = kinds[:, None] == kinds
         found: Floats = common + of_kind * same_kind + np.diag(alone)
         return found
@@ -217,7 +219,7 @@ class StepCosts:
     @property
     def of_context(self) -> ContextCosts:
         """What a token of context adds."""
-        return ContextCosts(*self._seconds[-5:-2].tolist())
+        return ContextCosts(*self._seconds[-6:-2].tolist())
 
     def beside(self, num_reqs: int) -> float:
         """Seconds that a step with drafts takes beside its forwards."""
@@ -276,13 +278,14 @@ class StepCosts:
             contexts: Of these requests.
         """
         num_draft_rows = num_steps * num_drafting
-        of_context = [num_reqs, num_verified, num_draft_rows]
         has_drafts = num_steps > 0 or num_verified > num_reqs > 0
+        whole, drafted = contexts
         used = np.concatenate(
             [
                 self._weights(num_verified),
                 num_steps * self._weights(num_drafting),
-                np.multiply(of_context, [*contexts[:1], *contexts]),
+                np.multiply([num_reqs, num_verified], whole),
+                [num_draft_rows * drafted, num_reqs * whole * has_drafts],
                 np.multiply([1, num_reqs], has_drafts),
             ]
         )
@@ -316,7 +319,8 @@ class CostsInContext:
 
     def beside(self, num_reqs: int) -> float:
         """Seconds that a step with drafts takes beside its forwards."""
-        return self.costs.beside(num_reqs)
+        several = num_reqs * self.costs.of_context.several
+        return self.costs.beside(num_reqs) + self.contexts.whole * several
 
     def verify(self, num_rows: Ints | int) -> Floats:
         """Seconds to verify, or to decode, `num_rows` token rows."""

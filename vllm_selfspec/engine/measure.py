@@ -97,18 +97,18 @@ def measure_context(worker: Any) -> ContextCosts:
     runs = [
         partial(drafter.dummy_step, runner, rows, drafts, context)
         for context in (SHORT_CONTEXT, longest)
-        for rows, drafts in ((1, 0), (num_rows, 0), (1, num_drafts))
+        for rows, drafts in ((1, 0), (2, 0), (num_rows, 0), (1, num_drafts))
     ]
-    seconds = np.array(seconds_of(runs, REPEATS)).reshape(2, 3)
-    alone, verifying, drafting = seconds[1] - seconds[0]
+    seconds = np.array(seconds_of(runs, REPEATS)).reshape(2, 4)
     num_tokens = longest - SHORT_CONTEXT
-    row = (verifying - alone) / (num_rows - 1) / num_tokens
+    alone, two, many, drafting = np.maximum(seconds[1] - seconds[0], 0.0)
     read = plan_of(config).tokens_read(np.array([SHORT_CONTEXT, longest]))
     num_read = max(int(read[1] - read[0]), 1)
-    draft = (drafting - alone) / num_read / NUM_DRAFTS
+    draft = max(drafting - alone, 0.0) / num_read / NUM_DRAFTS
     # Noise must not make reading earn time, nor a row more than a request.
-    row = min(max(row, 0.0), max(alone / num_tokens, 0.0))
-    return ContextCosts(max(alone / num_tokens - row, 0.0), row, max(draft, 0.0))
+    row = min(max(many - two, 0.0) / max(num_rows - 2, 1), alone) / num_tokens
+    several = max((two - alone) / num_tokens - row, 0.0)
+    return ContextCosts(alone / num_tokens - row, row, draft, several)
 
 
 def _model_drafts(worker: Any) -> bool:

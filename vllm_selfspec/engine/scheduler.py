@@ -153,7 +153,8 @@ def measured(executor: Any) -> StepCosts:
     of_context = ContextCosts(*slowest.tolist())
     logger.info(
         "selfspec: a step of %s rows takes %s ms, a draft step %s; 1000 tokens of "
-        "context add %s for each request, row and draft row (measured in %.1f s)",
+        "context add %s for each request, row, draft row, and request with drafts "
+        "(measured in %.1f s)",
         list(num_rows[0]),
         np.round(1000 * verify, 1).tolist(),
         np.round(1000 * draft, 1).tolist(),

@@ -212,6 +212,7 @@ class TuningEngine:
         of_context = ContextCosts(*slowest.tolist())
         num_tokens = int(np.mean([len(text.token_ids) for text in texts]))
         read = self._num_streams * of_context.request + of_context.row * np.array(rows)
+        read[1:] += self._num_streams * of_context.several
         plain, *verify = alone + num_tokens * read
         reading = num_tokens * self._num_streams * of_context.draft / plain
         draft = self._measure_draft(num_layers, start).times(alone[0] / plain)
