@@ -273,17 +273,19 @@ class Goodput:
         that was saved up for."""
         plain = float(costs.verify(len(kinds)))
         self._owed_free = min(self._owed_free + EXPLORE_SHARE * plain, plain)
-        for row in np.flatnonzero((num_free > 0) & ~plan.is_free):
-            self._passed_over[kinds[row]] += 1
-            if self._passed_over[kinds[row]] < TRY_EVERY:
-                continue
-            length, before = int(min(num_free[row], TRIED_TOKENS)), plan.lengths.sum()
-            rows = np.array([before, before - plan.lengths[row] + length])
-            price = np.diff(verify_seconds(costs, len(kinds), rows, NO_PROMPTS)).item()
-            if self._owed_free >= price:
-                self._owed_free -= max(price, 0.0)
-                self._passed_over[kinds[row]] = 0
-                plan.lengths[row], plan.is_free[row] = length, True
+        rows = np.flatnonzero((num_free > 0) & ~plan.is_free)
+        np.add.at(self._passed_over, kinds[rows], 1)
+        due = rows[self._passed_over[kinds[rows]] >= TRY_EVERY]
+        if not len(due):
+            return
+        row, before = int(due[0]), plan.lengths.sum()
+        length = int(min(num_free[row], TRIED_TOKENS))
+        tried = np.array([before, before - plan.lengths[row] + length])
+        price = np.diff(verify_seconds(costs, len(kinds), tried, NO_PROMPTS)).item()
+        if self._owed_free >= price:
+            self._owed_free -= max(price, 0.0)
+            self._passed_over[kinds[row]] = 0
+            plan.lengths[row], plan.is_free[row] = length, True
 
     def _trial(
         self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs, reads: int
