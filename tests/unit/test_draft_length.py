@@ -165,7 +165,7 @@ def test_steps_that_draft_are_told_from_plain_ones(
     slots, room, rng = np.arange(8), np.full(8, 8), np.random.default_rng(0)
     for slot in slots:
         plan.admit(slot)
-    lengths = [0]
+    lengths = [8]
     for _ in range(400):
         length, following = lengths[-1], plan.plan(slots, room).lengths
         accepted = np.minimum(rng.geometric(0.85, 8) - 1, length)
@@ -196,9 +196,9 @@ def test_who_rests_is_asked_nothing_and_misses_nothing() -> None:
 def test_a_plain_step_is_looked_at_less_and_less_often() -> None:
     plan = Goodput(1, 4, costs(), (1, 2, 4), looks_at_plain_steps=True)
     plan.admit(0)
-    seen = [plan.plan(at(0), np.array([4])).lengths.any() for _ in range(800)]
+    seen = [plan.plan(at(0), np.array([4])).lengths.any() for _ in range(1200)]
     plain = np.flatnonzero(~np.array(seen))
-    assert np.diff(plain).tolist() == [5, 9, 17, 33, *[65] * 11]
+    assert np.diff(plain).tolist() == [9, 17, 33, 65, 129, 257, 257, 257]
     usual = Goodput(1, 4, costs(), (1, 2, 4))
     usual.admit(0)
     assert all(usual.plan(at(0), np.array([4])).lengths.any() for _ in range(100))
@@ -446,6 +446,36 @@ def test_kinds_begin_with_what_is_guessed_of_them() -> None:
     found.admit(0)
     survival = found.survival(at(0), np.array([0]))[0]
     assert survival[1] > 0.8, "a guess is soon outweighed"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.9, 0.03), (0.1, 0.8)])
+def test_texts_that_change_are_soon_found_out(before: float, after: float) -> None:
+    found, rng = Acceptance(num_slots=1, max_drafts=4), np.random.default_rng(0)
+
+    def see(chance: float, num_steps: int) -> float:
+        for step in range(num_steps):
+            if step % 30 == 0:
+                found.admit(0)
+            accepted = np.minimum(rng.geometric(1 - chance, 1) - 1, 4)
+            found.observe(at(0), np.array([4]), accepted)
+        return float(found.population()[0])
+
+    assert see(before, 1000) == pytest.approx(before, abs=0.05)
+    assert see(after, 60) == pytest.approx(after, abs=0.15)
+
+
+def test_requests_that_differ_are_no_change_of_texts() -> None:
+    """As far as those of one text do: their logits deviate by a half."""
+    found, rng = Acceptance(num_slots=1, max_drafts=4), np.random.default_rng(1)
+    kept = []
+    for _ in range(100):
+        found.admit(0)
+        chance = 1 / (1 + np.exp(-(0.8 + 0.5 * rng.standard_normal())))
+        for _ in range(40):
+            accepted = np.minimum(rng.geometric(1 - chance, 1) - 1, 4)
+            found.observe(at(0), np.array([4]), accepted)
+            kept.append(found.num_tried(0))
+    assert np.mean(np.array(kept[400:]) > 100) > 0.95, "what was seen is not forgotten"
 
 
 def test_a_new_request_is_taken_to_be_like_those_before_it() -> None:

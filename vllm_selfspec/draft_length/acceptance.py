@@ -4,6 +4,7 @@ One rule: a new request is taken to be like the ones before it, and shows within
 steps how it differs.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -25,6 +26,10 @@ NEIGHBOUR_TRIALS = 10.0
 EXPECTED_TRIALS = 50.0
 # How many trials the population's figures remember.
 POPULATION_TRIALS = 500.0
+# Where what is seen, of about so many trials, lies further from what was expected than
+# so many variances, texts have changed, and of what was seen before no more counts than
+# so many trials.
+RECENT_TRIALS, CHANGE, TRIALS_AFTER_CHANGE = 50.0, 16.0, 10.0
 # How far requests lie apart: the deviation of their logits is about 0.5. Counted on
 # texts of a trained model, their variance is 0.22 at 40 tokens and 0.39 at 96.
 OWN_PRECISION = 4.0
@@ -64,6 +69,8 @@ class Acceptance:
         self._odds_grow = (then / (1 - then) / (first / (1 - first))).tolist()
         self._tried = np.zeros((num_kinds, max_drafts))  # by position, of all requests
         self._taken = np.zeros((num_kinds, max_drafts))
+        # By kind, of recent trials: accepted over expected, and its variance.
+        self._surprise, self._variance = np.zeros(num_kinds), np.ones(num_kinds)
         self._own = np.zeros(num_slots)  # b
         self._known = np.zeros(num_slots)  # the sum in the denominator
         self._population = np.zeros((num_kinds, max_drafts))  # q
@@ -168,9 +175,27 @@ class Acceptance:
         """Adds the trials of drafts of a kind, `[num, max_drafts]`, to the others'."""
         num_tried, num_taken = tried.sum(axis=0), taken.sum(axis=0)
         memory = np.exp(-num_tried / POPULATION_TRIALS)
+        if self._has_changed(kind, num_tried, num_taken):
+            memory *= min(1.0, TRIALS_AFTER_CHANGE / max(self._tried[kind, 0], 1.0))
         self._tried[kind] = memory * self._tried[kind] + num_tried
         self._taken[kind] = memory * self._taken[kind] + num_taken
         self._estimate([kind])
+
+    def _has_changed(self, kind: int, num_tried: Ints, num_taken: Ints) -> bool:
+        """Whether these trials, `[max_drafts]`, with others of late, are not of what
+        the population was."""
+        chance = within_bounds(self._population[kind])
+        recent = math.exp(-float(num_tried.sum()) / RECENT_TRIALS)
+        surprise = (
+            recent * self._surprise[kind] + (num_taken - num_tried * chance).sum()
+        )
+        # From 1, so that a miss or two of what is nearly certain are none.
+        variance = 1 + recent * (self._variance[kind] - 1)
+        variance += (num_tried * chance * (1 - chance)).sum()
+        has_changed = bool(surprise**2 > CHANGE * variance)
+        self._surprise[kind] = 0.0 if has_changed else surprise
+        self._variance[kind] = 1.0 if has_changed else variance
+        return has_changed
 
 
 def within_bounds(chances: Floats) -> Floats:

@@ -278,7 +278,7 @@ class StepCosts:
             contexts: Of these requests.
         """
         num_draft_rows = num_steps * num_drafting
-        has_drafts = num_steps > 0 or num_verified > num_reqs > 0
+        has_drafts = num_verified > num_reqs > 0
         whole, drafted = contexts
         used = np.concatenate(
             [

@@ -43,7 +43,7 @@ WINDOW, WHOLE = 0, 1
 # Where steps run ahead of the device, their times at start-up, when each is waited for,
 # say little of what a plain one takes; so one is run after so many that draft, then
 # after twice as many each time.
-FIRST_LOOK, LAST_LOOK = 2, 64
+FIRST_LOOK, LAST_LOOK = 4, 256
 # Where drafting was not worth it, it is not asked again for so many steps of the same
 # requests: what is believed moves slowly while nothing is verified.
 REST = 8
