@@ -41,6 +41,7 @@ DRAFTING = {
     "draft.v2_graphs",
     "draft.v2_window",
     "draft.v2_speculator",
+    "draft.v2_step",
     "draft.exit_layer",
     "draft.low_bit",
     "draft.low_bit_linear",
