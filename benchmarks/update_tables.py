@@ -135,10 +135,10 @@ def _gpu_run(document: Document) -> str:
         for method in methods
         for task in sorted(tasks)
     ]
+    commit = f", commit {document['commit']}" if "commit" in document else ""
     head = (
         f"{document['model']}; {document['hardware']}, vLLM {document['vllm']}, "
-        f"{document['date']}, commit {document['commit']}; T = 0, bfloat16; CUDA "
-        "graphs, nothing compiled"
+        f"{document['date']}{commit}; T = 0, bfloat16; CUDA graphs, nothing compiled"
     )
     table: str = SUPPORT["table"](("", "", *map(str, streams)), rows)
     return f"{head}:\n\n{table}"

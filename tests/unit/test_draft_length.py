@@ -199,6 +199,9 @@ def test_a_plain_step_is_looked_at_less_and_less_often() -> None:
     seen = [plan.plan(at(0), np.array([4])).lengths.any() for _ in range(1200)]
     plain = np.flatnonzero(~np.array(seen))
     assert np.diff(plain).tolist() == [9, 17, 33, 65, 129, 257, 257, 257]
+    plan._rest, plan._price, plan._drafting = 3, 1e9, 256  # of others, before a look
+    assert not plan.plan(at(0), np.array([4])).lengths.any()
+    assert not plan.rest(), "who would draft does not rest after it"
     usual = Goodput(1, 4, costs(), (1, 2, 4))
     usual.admit(0)
     assert all(usual.plan(at(0), np.array([4])).lengths.any() for _ in range(100))

@@ -187,6 +187,7 @@ class Goodput:
         else:
             found = self._best(slots, room, prompts, proposed, readings)
         if found.lengths.any() and self._is_time_to_look():
+            self._rest = 0
             return Plan(np.zeros(num_reqs, np.int64))
         if found.lengths.any():
             self._patience = 1.0 if found.num_steps else self._patience

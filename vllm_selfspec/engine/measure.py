@@ -56,18 +56,17 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
     most = min(most, MAX_ROWS_GPU if torch.cuda.is_available() else MAX_ROWS_CPU)
     num_rows = [n for n in NUM_ROWS if n <= max(2, most)]
     drafts = _model_drafts(worker)
-    num_drafts = NUM_DRAFTS if drafts else 0
     verify, draft = [], []
     for n in num_rows:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
         step = partial(drafter.dummy_step, runner, n)
-        alone, drafting = seconds_of(
-            [partial(step, 0), partial(step, num_drafts)], repeats
-        )
+        runs = [partial(step, 0), *[partial(step, NUM_DRAFTS)] * drafts]
+        alone, *drafting = seconds_of(runs, repeats)
         verify.append(alone)
         # Noise must not make a draft step cost nothing; where there is none it does.
         least = MIN_SHARE if drafts else NO_SHARE
-        draft.append(max((drafting - alone) / NUM_DRAFTS, least * alone))
+        of_drafts = (with_drafts - alone for with_drafts in drafting)
+        draft.append(max(sum(of_drafts) / NUM_DRAFTS, least * alone))
     return num_rows, verify, draft
 
 
