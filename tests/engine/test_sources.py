@@ -23,9 +23,13 @@ from helpers.engines import (
 from helpers.environment import IS_V2
 from vllm_selfspec.cli.preview import Preview
 from vllm_selfspec.config import ConfigError, SelfSpecConfig, config_type
+from vllm_selfspec.draft.row_planner import RowPlanner
+from vllm_selfspec.draft_length.goodput import REST
+from vllm_selfspec.draft_length.looks import NUM_TIMED
 from vllm_selfspec.plan import sources
 from vllm_selfspec.plan.keys import Keys
 from vllm_selfspec.plan.source import NOTHING, Proposal, Proposer, Source
+from vllm_selfspec.plan.source_context import Copier
 from vllm_selfspec.plan.source_suffix import SuffixSource
 
 NUM_TOKENS = 16 if IS_V2 else 48
@@ -170,6 +174,48 @@ def test_copies_leave_the_text_as_it_is(
     assert token_ids(found) == token_ids(expected)
     assert counts.draft_tokens and drafted(llm)["context"]
     assert drafted(llm)["model"] == 0
+
+
+@pytest.mark.v2
+def test_steps_that_draft_nothing_are_not_looked_at_each(
+    tiny_models: dict[str, str],
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, params = tiny_models["llama"], greedy(2 * NUM_TOKENS)
+    prompts = looping_prompts(3)
+    expected, _ = run(engines.get(path), prompts, params)
+    keys = {"draft_source": "context", "draft_length": "goodput"}
+    llm = engines.get(path, keys, async_scheduling=False)
+    asked, propose = [], Copier.propose
+
+    def counted(self: Copier, req_id: str, token_ids: Any) -> Proposal:
+        asked.append(req_id)
+        return propose(self, req_id, token_ids)
+
+    monkeypatch.setattr(Copier, "propose", counted)
+    planned, plan = [], RowPlanner.plan
+    monkeypatch.setattr(
+        RowPlanner, "plan", lambda *args: planned.append(0) or plan(*args)
+    )
+    num_asked, num_planned, steps = {}, {}, {}
+    # Of a step that takes no time a look is a large share.
+    for row, step_seconds in {"dear": 1e-6, "cheap": 1.0}.items():
+        asked.clear(), planned.clear()
+        verify = (1.0, 2.0, 65.0) if row == "dear" else (1.0, 1.0, 1.01)
+        verify = [step_seconds * one for one in verify]
+        with_costs(llm, ((1, 2, 64), verify, verify), monkeypatch)
+        before = sum(planner_of(llm).stats.steps.values())
+        found, counts = run(llm, prompts, params)
+        assert token_ids(found) == token_ids(expected)
+        steps[row] = sum(planner_of(llm).stats.steps.values()) - before
+        num_asked[row], num_planned[row] = len(asked), len(planned)
+    assert num_asked["dear"] <= 3 * (NUM_TIMED + 2) < num_asked["cheap"]
+    assert num_planned["dear"] < NUM_TOKENS < steps["dear"] + REST
+    # Of those after the last one that was planned, nobody has told yet.
+    assert NUM_TIMED <= steps["dear"] <= 2 * NUM_TOKENS
+    drafted_nothing = planner_of(llm).stats.lengths[0]
+    assert drafted_nothing >= 3 * steps["dear"] - 3, "those at rest count, too"
 
 
 def test_other_outputs_are_copied_from(

@@ -33,6 +33,7 @@ from vllm_selfspec.draft_length.goodput import (
     Goodput,
     Proposed,
 )
+from vllm_selfspec.draft_length.looks import LOOK_SHARE, NUM_TIMED, Looks
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
     Thompson,
@@ -191,6 +192,50 @@ def test_who_rests_is_asked_nothing_and_misses_nothing() -> None:
         decided[1].append(tried)
     assert decided[0] == decided[1] and any(decided[0])
     assert num_rests > 2000
+
+
+def test_where_nothing_may_be_drafted_a_plain_step_is_known_to_be_plain() -> None:
+    plan = Goodput(1, 0, costs(), max_free=4)
+    plan.admit(0)
+    assert not plan.rest(), "nothing was decided yet"
+    assert not plan.plan(at(0), np.array([4])).lengths.any()
+    assert plan.rest() and plan.plain > 0
+
+
+def look(looks: Looks, saved: float, took: float, num_rows: int = 16) -> bool:
+    """A step of 60 ms, in which they look if that is due."""
+    is_due = looks.is_due(num_rows)
+    if is_due:
+        looks.brought(saved)
+        looks.took(took, num_rows)
+    looks.passed(0.06)
+    return is_due
+
+
+def test_looking_in_vain_takes_a_small_share_of_the_time() -> None:
+    looks = Looks()
+    look(looks, 0.0, took=1.0)  # it was interrupted
+    num = sum(look(looks, 0.0, took=0.001) for _ in range(1000))
+    assert 0.7 * LOOK_SHARE < num * 0.001 / (1000 * 0.06) < LOOK_SHARE
+    looks.brought(0.0), looks.passed(0.06)
+    assert looks.is_due(2) and not looks.is_due(16), "few are asked more often"
+
+
+def test_what_looks_bring_is_looked_for() -> None:
+    looks = Looks()
+    for _ in range(NUM_TIMED):
+        assert look(looks, 0.0, took=0.5)
+    assert not look(looks, 0.0, took=0.5), "in vain so far"
+    looks.brought(1e-3)
+    assert look(looks, 0.0, took=0.5), "what was found may go on"
+    assert not look(looks, 0.0, took=0.5)
+    # A request at a time: one look in five saves a quarter of a step.
+    looks = Looks()
+    looks.brought(0.015)
+    found = [look(looks, 0.015 * (i % 5 == 0), 3e-4, 1) for i in range(100)]
+    assert all(found)
+    found = [look(looks, 0.0, 3e-4, 1) for _ in range(100)]
+    assert found[0] and not all(found[50:]), "until they bring nothing any more"
 
 
 def test_a_plain_step_is_looked_at_less_and_less_often() -> None:

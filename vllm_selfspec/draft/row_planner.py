@@ -24,8 +24,10 @@ from vllm_selfspec.draft.free_sources import FreeSources, Request
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.acceptance import NO_GUESS
 from vllm_selfspec.draft_length.arrivals import Arrivals
+from vllm_selfspec.draft_length.best_lengths import Prompts
 from vllm_selfspec.draft_length.costs import Contexts, StepCosts
 from vllm_selfspec.draft_length.goodput import WINDOW, Goodput, Plan, Proposed
+from vllm_selfspec.draft_length.looks import Looks
 from vllm_selfspec.draft_length.options import captured_lengths
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_length.types import Bools, Ints
@@ -128,6 +130,10 @@ class RowPlanner:
         self._counts_lengths = not served_config.stops_rows(vllm_config)
         self._slots = Slots(self._max_num_reqs)
         self._arrivals = Arrivals()
+        self._looks = Looks()
+        self._look_took: tuple[float, int] | None = None  # seconds of so many rows
+        self._req_ids: list[str] = []  # of the last step that was planned
+        self._num_rested = 0  # steps since then
         self._kinds: dict[str, int] = {}  # of free tokens, to be verified
         self._plan = RowPlan(np.zeros(0, np.int64))
         self._started: float | None = None  # when the last step had sampled
@@ -180,6 +186,31 @@ class RowPlanner:
         found = self._acceptance if acceptance is None else acceptance
         self.goodput.acceptance.expect(found[: self._max_drafts])
 
+    def rests(
+        self, req_ids: Sequence[str], num_scheduled: int, has_drafts: bool
+    ) -> bool:
+        """Whether nothing is drafted after this step, as after the last one: known
+        without looking at its requests, because they are the same, decode, and rest.
+        The host's time for a step that drafts nothing is the user's loss.
+
+        Args:
+            req_ids: Of the step, `[num_reqs]`.
+            num_scheduled: Rows of its forward.
+            has_drafts: Whether it verified any.
+        """
+        num_reqs = len(req_ids)
+        if self.goodput is None or not self._goes_by_costs or has_drafts:
+            return False
+        if num_scheduled != num_reqs or self._req_ids != req_ids:
+            return False
+        if self._is_time_to_look(num_reqs) or not self.goodput.rest():
+            return False
+        self._looks.passed(self.goodput.plain)
+        self._arrivals.none()
+        self._num_rested += 1
+        self._started = time.perf_counter()
+        return True
+
     def plan(self, step: SampledStep) -> RowPlan:
         """What is drafted after a step; first learns from what it verified.
 
@@ -198,24 +229,47 @@ class RowPlanner:
             step.num_prompt_left,
         )
         rows = np.flatnonzero(step.samples & (step.room > 0))
-        slots = self._slots.of([step.req_ids[row] for row in rows])
-        requests = [Request(step.req_ids[r], step.token_ids_of(r)) for r in rows]
-        proposals, kinds = [NOTHING] * len(rows), np.zeros(len(rows), np.int64)
-        if self._sources.num_kinds:
-            found = self._sources.propose(requests, slots, self.goodput.free)
-            proposals, kinds = found
-        num_free = np.array([len(one.token_ids) for one in proposals], np.int64)
-        proposed = Proposed(num_free, kinds) if num_free.any() else None
         contexts = self._contexts(step.num_tokens[rows])
-        room = step.room[rows]
-        plan = self.goodput.plan(slots, room, prompts, proposed, contexts)
+        plan, proposals, kinds = self._decide(step, rows, prompts, contexts)
         if not self._goes_by_costs:
-            own_room = np.minimum(room, self._max_drafts)
+            own_room = np.minimum(step.room[rows], self._max_drafts)
             plan.lengths = np.where(plan.is_free, plan.lengths, own_room)
         self._count(plan, contexts)
         self._plan = self._spread(plan, rows, proposals, len(step.req_ids))
         self._remember(step, rows[plan.is_free], kinds[plan.is_free])
+        self._req_ids = [*step.req_ids]
         return self._plan
+
+    def _decide(
+        self, step: SampledStep, rows: Ints, prompts: Prompts, contexts: Contexts
+    ) -> tuple[Plan, Sequence[Proposal], Ints]:
+        """What these rows of the step draft; and what free sources have for each, if it
+        was time to ask them, with its kind, `[num_rows]`."""
+        assert self.goodput is not None
+        num_rows, started = len(rows), time.perf_counter()
+        slots = self._slots.of([step.req_ids[row] for row in rows])
+        proposals: Sequence[Proposal] = [NOTHING] * num_rows
+        kinds, is_look = np.zeros(num_rows, np.int64), self._is_time_to_look(num_rows)
+        if is_look:
+            asked = [Request(step.req_ids[r], step.token_ids_of(r)) for r in rows]
+            proposals, kinds = self._sources.propose(asked, slots, self.goodput.free)
+        num_free = np.array([len(one.token_ids) for one in proposals], np.int64)
+        proposed = Proposed(num_free, kinds) if num_free.any() else None
+        plan = self.goodput.plan(slots, step.room[rows], prompts, proposed, contexts)
+        if self._sources.num_kinds:
+            costs = self.goodput.costs.within(num_rows, contexts)
+            plain = float(costs.verify(num_rows))
+            if is_look:
+                self._looks.brought(plain * plan.gain(plain) * plan.is_free.any())
+                self._look_took = time.perf_counter() - started, num_rows
+            self._looks.passed(plain)
+        return plan, proposals, kinds
+
+    def _is_time_to_look(self, num_rows: int) -> bool:
+        """Whether free sources are asked, for so many rows."""
+        return bool(
+            self._sources.num_kinds and num_rows and self._looks.is_due(num_rows)
+        )
 
     def _remember(self, step: SampledStep, rows: Ints, kinds: Ints) -> None:
         """Which rows take free tokens, until they are verified: those of a request that
@@ -230,6 +284,7 @@ class RowPlanner:
 
     def _observe(self, goodput: Goodput, step: SampledStep) -> None:
         """Learns from what was verified, and from what it took."""
+        num_rested, self._num_rested = self._num_rested, 0
         rows = np.flatnonzero(step.samples)
         req_ids = [step.req_ids[row] for row in rows]
         slots = self._slots.of(req_ids)
@@ -238,13 +293,15 @@ class RowPlanner:
         is_free = kinds >= 0
         reads = np.full(len(rows), self._plan.reads)
         of_model = drafted * ~is_free, accepted * ~is_free
-        goodput.acceptance.observe(slots, *of_model, reads)
+        goodput.acceptance.observe(slots, *of_model, reads, 1 + num_rested)
         if is_free.any():
             goodput.free.observe(
                 slots, drafted * is_free, accepted * is_free, np.maximum(kinds, 0)
             )
         if self._counts_lengths:
             self.stats.lengths.update(drafted.tolist())
+            self.stats.lengths[0] += num_rested * len(self._req_ids)
+        self.stats.steps["plain"] += num_rested
         for kind, num, kept in zip(kinds, drafted, accepted, strict=True):
             name = self._sources.names[kind] if kind >= 0 else "model"
             self.stats.drafted[name] += int(num)
@@ -263,11 +320,16 @@ class RowPlanner:
         if not (is_decode and is_known):
             return
         model = self._plan.model
+        looked, num_looked = self._look_took or (0.0, 0)
+        seconds, looked = self._agreed(now - (before or now), looked)
+        if num_looked:
+            self._looks.took(looked, num_looked)
+            self._look_took = None
         goodput.costs.observe(
             step.num_rows,
             int((model > 0).sum()),
             int(model.max(initial=0)),
-            self._agreed(now - (before or now)),
+            seconds,
             len(step.req_ids),
             self._contexts(step.num_tokens),
         )
@@ -275,13 +337,13 @@ class RowPlanner:
     def _contexts(self, num_tokens: Ints) -> Contexts:
         return Contexts.of(num_tokens, self._draft_plan.tokens_read(num_tokens))
 
-    def _agreed(self, seconds: float) -> float:
-        """As the first rank of the tensor-parallel group has it."""
+    def _agreed(self, *seconds: float) -> Sequence[float]:
+        """As the first rank of the tensor-parallel group has them."""
         if not self._has_ranks:
             return seconds
-        group, said = get_tp_group(), torch.tensor([seconds], dtype=torch.float64)
+        group, said = get_tp_group(), torch.tensor(seconds, dtype=torch.float64)
         dist.broadcast(said, src=group.ranks[0], group=group.cpu_group)
-        return float(said)
+        return [*said.tolist()]
 
     def _count(self, plan: Plan, contexts: Contexts) -> None:
         assert self.goodput is not None

@@ -158,6 +158,8 @@ class SelfSpecProposer:
 
     def _run_along(self, runner: Any, num_done: int) -> None:
         """The draft steps that other data-parallel ranks have beyond `num_done`."""
+        if num_done >= self._ranks.num_steps:
+            return
         num_rows = self._ranks.num_rows
         token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
         for _ in range(num_done, self._ranks.num_steps):
@@ -190,6 +192,12 @@ class SelfSpecProposer:
         num_sampled = np.array([*map(len, sampled_token_ids)], np.int64)
         if self._stops is not None or self.tuner is not None:
             self._learn(runner, scheduler_output, num_sampled)
+        if self.planner is not None and self.planner.rests(
+            req_ids,
+            scheduler_output.total_num_scheduled_tokens,
+            bool(scheduler_output.scheduled_spec_decode_tokens),
+        ):
+            return self._nothing(runner, [[] for _ in req_ids])
         room = self._room(
             runner, num_sampled, scheduler_output.num_spec_tokens_to_schedule
         )
@@ -205,11 +213,10 @@ class SelfSpecProposer:
             num_drafts, reads = plan.model, plan.reads
             free = [one.token_ids.tolist() for one in plan.proposals]
         rows = np.flatnonzero(num_drafts)
-        self._num_steps = int(num_drafts.max(initial=0))
-        self._ranks.agree(self._num_steps, len(rows))
         if not len(rows):
-            self._run_along(runner, 0)
-            return Drafts(free)
+            return self._nothing(runner, free)
+        self._num_steps = int(num_drafts.max())
+        self._ranks.agree(self._num_steps, len(rows))
         _set_loras(runner, rows)
         batch = self._draft_batch(runner, rows, num_drafts[rows], reads)
         sampling = for_rows(sampling_metadata, rows)
@@ -221,6 +228,12 @@ class SelfSpecProposer:
         if self._stops is not None:
             num_drafts[rows] = self._stops.lengths
         return spread(token_ids, probs, rows, num_drafts, req_ids, free)
+
+    def _nothing(self, runner: Any, free: list[list[int]]) -> Drafts:
+        """Where the model drafts nothing: the free tokens of each request alone."""
+        self._num_steps = 0
+        self.run_along(runner)
+        return Drafts(free)
 
     def _learn(
         self, runner: Any, scheduler_output: Any, num_sampled: np.ndarray

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_selfspec.draft.row_planner import RowPlan, RowPlanner, SampledStep
 from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
 from vllm_selfspec.draft_length.types import Ints
+from vllm_selfspec.plan.source import NOTHING
 
 
 class PlannedSpeculator(SelfSpecSpeculator):
@@ -57,6 +58,12 @@ class PlannedSpeculator(SelfSpecSpeculator):
         self, input_batch: InputBatch, sampled: Ints, num_drafts: int
     ) -> RowPlan:
         assert self.planner is not None
+        if self.planner.rests(
+            input_batch.req_ids,
+            input_batch.num_tokens,
+            input_batch.num_draft_tokens_per_req is not None,
+        ):
+            return RowPlan(np.zeros_like(sampled), [NOTHING] * len(sampled))
         return self.planner.plan(self._step(input_batch, sampled, num_drafts))
 
     def _step(

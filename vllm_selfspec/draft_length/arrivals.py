@@ -35,6 +35,10 @@ class Arrivals:
         self._chance = self._num_rows = 0.0
         self._foreseen = 0
 
+    def none(self) -> None:
+        """After a step that decoded without prompts, before another of that kind."""
+        self._chance -= ARRIVAL_RATE * self._chance
+
     def next(self, decodes: bool, num_rows: int, num_foreseen: int) -> Prompts:
         """After a step.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from vllm_selfspec.draft_length.acceptance import NO_GUESS, Acceptance, Guesses
 from vllm_selfspec.draft_length.best_lengths import (
+    MARGIN,
     NO_PROMPTS,
     Prompts,
     best_mix,
@@ -90,6 +91,12 @@ class Plan:
         """Draft steps of the batch: the longest draft of the model."""
         return int(self.lengths[~self.is_free].max(initial=0))
 
+    def gain(self, plain: float) -> float:
+        """How much more tokens per second are expected than of plain steps, which take
+        `plain` seconds, as a share of theirs; 0 where it drafts only to find out."""
+        usual = len(self.lengths) / plain * (1 + MARGIN)
+        return max(self.rate / usual - 1, 0.0)
+
 
 class Goodput:
     """Chooses draft lengths step by step, and learns from what came of them.
@@ -98,6 +105,7 @@ class Goodput:
         acceptance: Of the model's drafts, by what they read.
         free: Of free proposals, by kind.
         costs: Of this model on this machine.
+        plain: Seconds of a plain step, when nothing was last drafted.
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class Goodput:
         self.free = Acceptance(num_slots, max_free, free_guesses)
         self.costs = costs
         self._max_drafts, self._max_free = max_drafts, max_free
-        self._plain = 0.0  # seconds of a plain step, when it was last looked at
+        self.plain = 0.0
         self._owed = 0.0  # seconds that trials may take by now
         self._price = 0.0  # of the next one, when it was last looked at
         self._patience = 1.0  # how many times its price a trial waits for
@@ -205,8 +213,8 @@ class Goodput:
     def rest(self) -> bool:
         """Whether a step is plain that is of the same requests as the last one, which
         was: known without looking at them, as long as they are left alone."""
-        owed = self._owed + EXPLORE_SHARE * self._plain
-        if not self._rest or owed >= self._price:
+        owed = self._owed + EXPLORE_SHARE * self.plain
+        if not self._rest or (self._max_drafts and owed >= self._price):
             return False
         self._rest, self._owed = self._rest - 1, owed
         return True
@@ -293,7 +301,7 @@ class Goodput:
     ) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         tried = np.minimum(room, 1)
-        self._plain = plain = float(costs.verify(num_reqs))
+        self.plain = plain = float(costs.verify(num_reqs))
         self._owed += EXPLORE_SHARE * plain
         if self._owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))

@@ -266,6 +266,7 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if self._rests(scheduler_output):
+            self._arrivals.none()
             scheduler_output.num_spec_tokens_to_schedule = 0
             super()._update_after_schedule(scheduler_output)
             return

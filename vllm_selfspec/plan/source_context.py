@@ -8,6 +8,7 @@ chance one; both stop at the row's newest token, where a loop would go on. So th
 is ours: a match is found in two or three passes of numpy over the row.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ class ContextKeys(Keys):
 
 def kind_of(match_length: int) -> int:
     """The kind of a copy that was found by a match of so many tokens."""
-    return int(np.searchsorted(KINDS, match_length, "right")) - 1
+    return bisect_right(KINDS, match_length) - 1
 
 
 class CopyingSource(Source):
@@ -126,11 +127,12 @@ class Copier(Proposer):
         end, length = longest_match(token_ids, self._longest)
         if length < self._shortest:
             return NOTHING
-        following = token_ids[end : end + self._num_tokens]
-        # A match that reaches to the newest token goes round: what follows it there is
-        # what the copy itself says.
-        copied = np.resize(following, self._num_tokens)
-        return Proposal(copied, kind_of(length))
+        following = token_ids[end : end + self._num_tokens].copy()
+        if len(following) < self._num_tokens:
+            # A match that reaches to the newest token goes round: what follows it there
+            # is what the copy itself says.
+            following = np.resize(following, self._num_tokens)
+        return Proposal(following, kind_of(length))
 
 
 def longest_match(token_ids: NDArray[np.int32], longest: int) -> tuple[int, int]:
