@@ -414,7 +414,8 @@ def _measured(
 
 
 def markdown(*documents: dict[str, Any]) -> str:
-    """A table for each saved run: medians, and quartiles where it matters."""
+    """A table for each saved run: medians, the bounds that were to be expected by the
+    forwards, where drafts were, and quartiles."""
     return "\n\n".join(map(_table, documents))
 
 
@@ -445,7 +446,9 @@ def _table(document: dict[str, Any]) -> str:
 
 def _figure(found: dict[str, Any]) -> str:
     low, high = found["quartiles"]
-    return f"{found['speed_up']:.2f}x ({low:.2f} to {high:.2f})"
+    has_bound = found.get("bound") and found.get("drafts, drafted, accepted", [0])[0]
+    expected = f" of {found['bound']:.2f}x" if has_bound else ""
+    return f"{found['speed_up']:.2f}x{expected} ({low:.2f} to {high:.2f})"
 
 
 def mean_speed_up(

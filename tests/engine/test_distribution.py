@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from helpers.engines import Engines, planner_of, run, token_ids, with_costs
@@ -20,6 +21,7 @@ from helpers.environment import IS_PART, IS_V2
 from helpers.exit_layers import build_exit_layer
 from helpers.models import DEMO_MODEL, build_tiny_model
 from vllm_selfspec.bench.tasks import load
+from vllm_selfspec.draft.drawing import drawn, largest
 from vllm_selfspec.draft_length.best_lengths import Mix
 
 pytestmark = pytest.mark.v2
@@ -325,6 +327,30 @@ def test_the_test_catches_a_rejection_that_accepts_everything(
     assert p_value(samples, expected) < FALSE_ALARM, "a broken rejection went unnoticed"
 
 
+def test_a_token_is_drawn_by_its_probability() -> None:
+    torch.manual_seed(0)
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0], [0, 0, 0, 0, 0, 1e-30]])
+    tokens = torch.stack([drawn(probs) for _ in range(4000)])
+    assert tokens[:, 1].unique().tolist() == [5], "sums may be of any size"
+    counts = torch.bincount(tokens[:, 0], minlength=6).numpy()
+    assert counts[[0, 2, 5]].sum() == 0
+    fair = stats.chisquare(counts[[1, 3, 4]], [2000, 1000, 1000])
+    assert fair.pvalue > FALSE_ALARM
+    ties = torch.tensor([[1.0, 3.0, 3.0], [3.0, 3.0, 3.0]], dtype=torch.bfloat16)
+    assert largest(ties).tolist() == ties.argmax(-1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_nothing_impossible_is_drawn(
+    uniform: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *s, **k: torch.full(s, uniform, **k))
+    probs = torch.zeros(2, 1001)
+    probs[0, 1::2], probs[1, 500] = 0.1, 1.0
+    tokens = drawn(probs)
+    assert (probs.gather(1, tokens[:, None]) > 0).all()
+
+
 def flatten_draft_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws as ever, but hands over the square root of what was drawn from."""
     if IS_V2:
@@ -339,15 +365,15 @@ def flatten_draft_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(SelfSpecSpeculator, "propose", flattened_logits)
         return
-    import vllm_selfspec.draft.sampler as draft_sampler
+    from vllm_selfspec.draft.sampler import DraftSampler
 
-    right = draft_sampler.compute_probs_and_sample_next_token
+    right = DraftSampler._drawn
 
     def flattened(*args: Any) -> Any:
         tokens, probs = right(*args)
         return tokens, probs.sqrt() / probs.sqrt().sum(-1, keepdim=True)
 
-    monkeypatch.setattr(draft_sampler, "compute_probs_and_sample_next_token", flattened)
+    monkeypatch.setattr(DraftSampler, "_drawn", flattened)
 
 
 def test_the_test_catches_wrong_draft_probabilities(

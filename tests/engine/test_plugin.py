@@ -24,6 +24,7 @@ PACKAGE = Path(vllm_selfspec.__file__).parent
 DRAFTING = {
     "draft.batch",
     "draft.compile",
+    "draft.drawing",
     "draft.sampler",
     "draft.truncation",
     "draft.view",

@@ -15,7 +15,8 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
 from vllm_selfspec.draft import seeded
-from vllm_selfspec.draft.truncation import scaled, truncated
+from vllm_selfspec.draft.drawing import drawn, largest
+from vllm_selfspec.draft.truncation import SAMPLING_EPS, scaled, truncated
 
 
 class DraftSampler:
@@ -43,18 +44,33 @@ class DraftSampler:
             target_sampler: The sampler that draws the target's tokens.
         """
         if not self.draws(sampling):
-            return logits.argmax(dim=-1).int(), None
+            return largest(logits).int(), None
         assert sampling.temperature is not None
         logits = truncated(logits, sampling.temperature, sampling.top_k, sampling.top_p)
         rows = [*sampling.generators]
         # A copy: vLLM's function divides the logits themselves.
         seeded_logits = scaled(logits[rows], sampling.temperature[rows])
-        token_ids, probs = compute_probs_and_sample_next_token(
-            logits, sampling, self._use_fp64_gumbel
-        )
-        token_ids = token_ids.int()
+        token_ids, probs = self._drawn(logits, sampling)
         if rows:
             generators = [*sampling.generators.values()]
             drawn = seeded.draw(target_sampler, seeded_logits, generators)
             token_ids[rows] = drawn.int()
         return token_ids, probs
+
+    def _drawn(
+        self, logits: torch.Tensor, sampling: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens, int32, of the softmax of the logits over the temperature, which is
+        given, too. On GPUs by vLLM's function."""
+        assert sampling.temperature is not None
+        if logits.device.type != "cpu":
+            token_ids, probs = compute_probs_and_sample_next_token(
+                logits, sampling, self._use_fp64_gumbel
+            )
+            return token_ids.int(), probs
+        probs = scaled(logits, sampling.temperature).softmax(dim=-1)
+        token_ids = drawn(probs)
+        if not sampling.all_random:
+            is_greedy = sampling.temperature < SAMPLING_EPS
+            token_ids = torch.where(is_greedy, largest(probs), token_ids)
+        return token_ids.int(), probs

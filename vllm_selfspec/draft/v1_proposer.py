@@ -25,6 +25,7 @@ from vllm_selfspec.draft import kv_heads
 from vllm_selfspec.draft.batch import DraftBatch, KVGroup
 from vllm_selfspec.draft.compile import compile_view
 from vllm_selfspec.draft.dp_ranks import DPRanks
+from vllm_selfspec.draft.drawing import confidence_of, largest
 from vllm_selfspec.draft.row_planner import RowPlanner
 from vllm_selfspec.draft.row_stops import RowStops
 from vllm_selfspec.draft.sampler import DraftSampler
@@ -113,7 +114,7 @@ class SelfSpecProposer:
         token_ids = torch.zeros(num_rows, dtype=torch.int32, device=runner.device)
         with dummy_context(runner, num_rows, context) as keys:
             hidden_states, _ = runner._dummy_run(num_rows, **keys)
-            runner.model.compute_logits(hidden_states[:num_rows]).argmax(dim=-1)
+            largest(runner.model.compute_logits(hidden_states[:num_rows]))
             attends = context and num_drafts
             batch = self._dummy_batch(runner, context) if attends else None
             for _ in range(num_drafts):
@@ -122,7 +123,7 @@ class SelfSpecProposer:
                 else:
                     hidden_states = self._forward(self._view, batch, 0, token_ids)
                 logits = self._view.compute_logits(hidden_states)
-                token_ids = logits.argmax(dim=-1).int()
+                token_ids = largest(logits).int()
 
     def _dummy_batch(self, runner: Any, context: int) -> DraftBatch:
         """A row of one request that attends to a context, and writes nowhere."""
@@ -308,7 +309,7 @@ class SelfSpecProposer:
             writes=False,
         )
         hidden_states = self._forward(view, batch, 0, batch.token_ids)
-        found: np.ndarray = view.compute_logits(hidden_states).argmax(-1).cpu().numpy()
+        found: np.ndarray = largest(view.compute_logits(hidden_states)).cpu().numpy()
         return found
 
     def _kv_groups(
@@ -346,7 +347,7 @@ class SelfSpecProposer:
             steps.append(token_ids)
             steps_probs.append(probs)
             if self._stops is not None:
-                confidence = _confidence(logits, probs, token_ids)
+                confidence = confidence_of(token_ids, logits, probs)
                 if not self._stops.after(step, confidence):
                     break
         drafted = torch.stack(steps, dim=1)
@@ -379,16 +380,6 @@ def _set_loras(runner: Any, rows: np.ndarray) -> None:
     of_tokens = tuple(input_batch.request_lora_mapping[rows].tolist())
     active = {*input_batch.lora_id_to_lora_request.values()}
     runner._set_active_loras(of_tokens, of_tokens, active)
-
-
-def _confidence(
-    logits: torch.Tensor, probs: torch.Tensor | None, token_ids: torch.Tensor
-) -> np.ndarray:
-    """The draft's probability of the tokens it has just drawn, `[num_rows]`."""
-    if probs is None:
-        probs = logits.softmax(dim=-1, dtype=torch.float32)
-    chosen = probs.gather(1, token_ids.long()[:, None])[:, 0]
-    return chosen.double().cpu().numpy()
 
 
 def _tuner_of(vllm_config: Any) -> "OnlineTuner | None":

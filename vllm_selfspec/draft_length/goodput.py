@@ -182,12 +182,11 @@ class Goodput:
         num_reqs = len(slots)
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
+        if proposed is None and self._resting == slots.tobytes() and self.rest():
+            return Plan(np.zeros(num_reqs, np.int64))
         own_room = np.minimum(room, self._max_drafts)
         readings = self._readings(contexts)
         costs = self.costs.within(num_reqs, readings[0][1])
-        if proposed is None and self._rest and self._resting == slots.tobytes():
-            self._rest -= 1
-            return self._trial(num_reqs, own_room, prompts, costs, readings[0][0])
         if self._uniform:
             survival = self.acceptance.survival(slots)
             how = costs, self._uniform, prompts

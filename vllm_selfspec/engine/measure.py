@@ -92,18 +92,19 @@ def measure_context(worker: Any) -> ContextCosts:
     longest = min(LONG_CONTEXT, room)
     if longest < 2 * SHORT_CONTEXT:
         return ContextCosts()
-    num_drafts = NUM_DRAFTS if _model_drafts(worker) else 0
+    shapes = [(1, 0), (2, 0), (num_rows, 0), *[(1, NUM_DRAFTS)] * _model_drafts(worker)]
     runs = [
         partial(drafter.dummy_step, runner, rows, drafts, context)
         for context in (SHORT_CONTEXT, longest)
-        for rows, drafts in ((1, 0), (2, 0), (num_rows, 0), (1, num_drafts))
+        for rows, drafts in shapes
     ]
-    seconds = np.array(seconds_of(runs, REPEATS)).reshape(2, 4)
+    seconds = np.array(seconds_of(runs, REPEATS)).reshape(2, len(shapes))
     num_tokens = longest - SHORT_CONTEXT
-    alone, two, many, drafting = np.maximum(seconds[1] - seconds[0], 0.0)
+    alone, two, many, *drafting = np.maximum(seconds[1] - seconds[0], 0.0)
     read = plan_of(config).tokens_read(np.array([SHORT_CONTEXT, longest]))
     num_read = max(int(read[1] - read[0]), 1)
-    draft = max(drafting - alone, 0.0) / num_read / NUM_DRAFTS
+    of_drafts = (with_drafts - alone for with_drafts in drafting)
+    draft = max(sum(of_drafts), 0.0) / num_read / NUM_DRAFTS
     # Noise must not make reading earn time, nor a row more than a request.
     row = min(max(many - two, 0.0) / max(num_rows - 2, 1), alone) / num_tokens
     several = max((two - alone) / num_tokens - row, 0.0)
