@@ -209,11 +209,20 @@ def hand_over_row_lengths(original: Function) -> Function:
     return take_draft_token_ids
 
 
-def keep_seeds_apart(original: Function) -> Function:
+def verify_greedy_and_seeded_rows(original: Function) -> Function:
     def forward(
         self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any
     ) -> Any:
-        if is_in_use() and sampling_metadata.generators:
+        if not is_in_use():
+            return original(self, metadata, draft_probs, logits, sampling_metadata)
+        if logits.device.type == "cpu" and not self.synthetic_mode:
+            from vllm.v1.outputs import SamplerOutput
+
+            from vllm_selfspec.draft.drawing import is_greedy_alone, verified_greedily
+
+            if is_greedy_alone(sampling_metadata):
+                return SamplerOutput(verified_greedily(metadata, logits), None)
+        if sampling_metadata.generators:
             from vllm_selfspec.draft.seeded import SeededRows
 
             rows = SeededRows(self.sampler, metadata, logits, sampling_metadata)

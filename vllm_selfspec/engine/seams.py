@@ -211,10 +211,12 @@ SEAMS: tuple[Seam, ...] = (
         module=_V1_REJECTION,
         target="RejectionSampler.forward",
         parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
-        replace=replacements.keep_seeds_apart,
+        replace=replacements.verify_greedy_and_seeded_rows,
         why=_SEEDS + " The bonus token is drawn first, with the noise of the first "
-        "draft's position.",
-        remove_when="vLLM verifies seeded requests by their own noise.",
+        "draft's position. And on a CPU greedy rows are verified through three copies "
+        "of all their logits, which cost 5 to 16 ms of a step of 16 requests.",
+        remove_when="vLLM verifies seeded requests by their own noise, and greedy ones "
+        "by its `greedy_argmax` on CPUs.",
     ),
     Seam(
         module=_V1_REJECTION,
