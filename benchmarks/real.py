@@ -3,10 +3,10 @@
 Measured: tokens per second of plain vLLM, of its own methods and of selfspec, prompt by
 prompt and in turns, so that a machine that slows down does so for all. A figure is the
 median of the ratios to plain vLLM, with the quartiles and the number of samples; plain
-vLLM against itself stands beside it. Of several requests at a time, those tokens per
-second count that come while all places are taken. What bounds a row is E / (v + k c):
-the *bound* is that, added up over the forwards of each whole run, so it also is what
-was to be expected.
+vLLM against itself stands beside it. Of several requests at a time it is the pace of a
+server where each request that ends makes room for another (`Pace.steady`). What bounds
+a row is E / (v + k c): the *bound* is that, added up over the forwards of each run, so
+it also is what was to be expected.
 
     python benchmarks/real.py MODEL --concurrency 1,8 --temperature 0,1 -o FILE.json
 
@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_tasks
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.bench.comparison import forwards_bound
 from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
 from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents
 from vllm_selfspec.bench.machine import prepare_environment
@@ -366,13 +365,9 @@ class Found:
         }
 
 
-def busy_seconds(run: Run) -> float:
-    """Of a token, while as many requests ran as may at a time. At the end of a batch
-    those that ended sooner leave the others a step that is hardly shorter here, which
-    says how long the batch was rather than what a server with requests in line gains.
-    """
-    num_tokens, seconds = run.busy
-    return seconds / num_tokens
+def steady_seconds(run: Run) -> float:
+    """Of a token, where each request that ends makes room for another."""
+    return run.steady
 
 
 def _decode_seconds(run: Run) -> float:
@@ -391,7 +386,7 @@ def _measured(
 ) -> dict[str, Any]:
     """By method; who is first with a sample's prompts changes. Where prompts are long
     their forwards are most of the time, and no bound of what follows them."""
-    seconds_of = _decode_seconds if is_long else busy_seconds
+    seconds_of = _decode_seconds if is_long else steady_seconds
     order = [*engines, engines[0]]
     names = [*(engine.method.name for engine in engines), AGAIN]
     found = {name: Found() for name in names}
@@ -408,8 +403,9 @@ def _measured(
             found[name].runs.append(run)
             found[name].ratios.append(seconds_of(plain) / seconds_of(run))
             found[name].whole.append(plain.seconds / run.seconds)
-            bound = None if is_long else forwards_bound(run, plain)
-            found[name].bounds += [] if bound is None else [bound]
+            if run.steady_forwards and plain.steady_forwards and not is_long:
+                bound = plain.steady_forwards / run.steady_forwards
+                found[name].bounds.append(bound)
     return {name: one.summary() for name, one in found.items()}
 
 

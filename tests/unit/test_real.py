@@ -9,6 +9,7 @@ import typer
 
 from helpers.environment import REPOSITORY
 from helpers.models import DEMO_MODEL
+from vllm_selfspec.bench.engines import Pace
 
 REAL = runpy.run_path(str(REPOSITORY / "benchmarks" / "real.py"))
 SAMPLES = 3
@@ -39,9 +40,25 @@ def test_own_models_are_asked_what_they_were_not_trained_on() -> None:
     assert not REAL["_is_ours"](".cache/models/qwen2.5-coder-0.5b")
 
 
-def test_only_tokens_of_full_batches_count() -> None:
-    run = SimpleNamespace(busy=(120, 6.0), seconds=9.0)
-    assert REAL["busy_seconds"](run) == pytest.approx(0.05)
+def test_a_batch_counts_as_if_it_were_refilled() -> None:
+    even, uneven = Pace(), Pace()
+    for pace in (even, uneven):
+        pace.add(2.0, 16, num_begun=16, is_full=True)
+        for _ in range(10):
+            pace.add(0.08, 16, num_begun=0, is_full=True)
+        # A request that ended makes room: its prompt takes 0.1 s beside fifteen rows.
+        pace.add(0.18, 16, num_begun=1, is_full=True)
+    for _ in range(5):
+        uneven.add(0.05, 2, num_begun=0, is_full=False)
+    assert even.steady == pytest.approx(0.005 + (2.18 - 32 * 0.005) / 192)
+    assert uneven.steady == pytest.approx(0.005 + (2.18 - 32 * 0.005) / 202)
+    one = Pace()
+    one.add(0.5, 1, num_begun=1, is_full=True)
+    one.add(0.1, 3, num_begun=0, is_full=True)
+    assert one.steady == pytest.approx(0.6 / 4), "of one request it is the mean"
+    one = Pace()
+    one.add(0.5, 1, num_begun=1, is_full=False)
+    assert one.steady == 0.5, "nothing was ever full"
 
 
 def test_methods_come_in_groups_that_there_is_memory_for(

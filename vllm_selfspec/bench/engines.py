@@ -46,15 +46,16 @@ class Run:
         seconds: Wall time of all of it.
         counts: What speculation did.
         forwards: Times of single forwards.
-        busy: Tokens, and the seconds they took, while as many requests ran as may at a
-            time: until the first of the last ones ended.
+        steady: See `Pace.steady`.
+        steady_forwards: What forwards take of it; 0 where they are not timed.
     """
 
     requests: tuple[Request, ...]
     seconds: float
     counts: Counts = Counts(0, 0, 0)
     forwards: Forwards = field(default_factory=dict)
-    busy: tuple[int, float] = (0, 0.0)
+    steady: float = 0.0
+    steady_forwards: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -117,23 +118,70 @@ class VllmEngine:
         flight = _Flight(self.measured.llm.llm_engine, params)
         waiting = deque(enumerate(prompts, self._num_requests))
         self._num_requests += len(prompts)
-        busy, started = (0, 0.0), time.perf_counter()
+        pace, of_forwards, started = Pace(), Pace(), time.perf_counter()
         while waiting or flight.is_busy:
             while waiting and flight.num_requests < num_streams:
                 number, prompt = waiting.popleft()
                 flight.submit(str(number), prompt)
             is_full = flight.num_requests == num_streams
-            flight.step()
-            if is_full:
-                busy = flight.num_tokens, time.perf_counter() - started
+            begun, forwards_begun = time.perf_counter(), self._timer.seconds
+            what = *flight.step(), is_full
+            pace.add(time.perf_counter() - begun, *what)
+            of_forwards.add(self._timer.seconds - forwards_begun, *what)
         seconds = time.perf_counter() - started
         return Run(
             tuple(flight.finished()),
             seconds,
             self.measured.counts() - before,
             {key: list(times) for key, times in self._timer.forwards.items()},
-            busy,
+            pace.steady,
+            of_forwards.steady,
         )
+
+
+@dataclass
+class Pace:
+    """Steps of a run, by what they did: decode alone while all places are taken; read
+    prompts, too; or decode alone for fewer requests, as at the end of a batch.
+
+    Attributes:
+        full: Tokens, and the seconds they took, of the first kind.
+        reading: Of the second.
+        rest: Of the third.
+    """
+
+    full: tuple[int, float] = (0, 0.0)
+    reading: tuple[int, float] = (0, 0.0)
+    rest: tuple[int, float] = (0, 0.0)
+
+    def add(
+        self, seconds: float, num_tokens: int, num_begun: int, is_full: bool
+    ) -> None:
+        """A step.
+
+        Args:
+            seconds: That it took.
+            num_tokens: That it emitted.
+            num_begun: Requests whose first token is among them.
+            is_full: Whether as many requests ran as may at a time.
+        """
+        kind = "reading" if num_begun else "full" if is_full else "rest"
+        tokens_before, seconds_before = getattr(self, kind)
+        setattr(self, kind, (tokens_before + num_tokens, seconds_before + seconds))
+
+    @property
+    def steady(self) -> float:
+        """Seconds of a token where each request that ends makes room for another at
+        once: what a token takes in full batches, and its share of what reading prompts
+        takes on top of that. A batch that ends says how long its slowest request was,
+        and hardly gains by others that ended sooner.
+        """
+        kinds = (self.full, self.reading, self.rest)
+        num_tokens = sum(tokens for tokens, _ in kinds)
+        if not self.full[0]:
+            return sum(seconds for _, seconds in kinds) / max(num_tokens, 1)
+        in_full = self.full[1] / self.full[0]
+        return in_full + (self.reading[1] - self.reading[0] * in_full) / num_tokens
 
 
 class _Flight:
@@ -164,7 +212,9 @@ class _Flight:
         self._submitted[request_id] = time.perf_counter()
         self._tokens[request_id], self._texts[request_id] = [], []
 
-    def step(self) -> None:
+    def step(self) -> tuple[int, int]:
+        """Returns the tokens that it emitted, and how many requests began with it."""
+        before = self.num_tokens, len(self._first)
         outputs = self._engine.step()
         now = time.perf_counter()
         for output in outputs:
@@ -174,6 +224,7 @@ class _Flight:
             self._first.setdefault(output.request_id, now)
             if output.finished:
                 self._last[output.request_id] = now
+        return self.num_tokens - before[0], len(self._first) - before[1]
 
     def finished(self) -> Iterator[Request]:
         for request_id, submitted in self._submitted.items():
@@ -193,10 +244,12 @@ class ForwardTimer:
 
     Attributes:
         forwards: Since it was last cleared.
+        seconds: Of all of them, since it was made.
     """
 
     def __init__(self, target: Any, draft: Any | None) -> None:
         self.forwards: Forwards = {}
+        self.seconds = 0.0
         self._roles = {id(target): TARGET}
         self._started = 0.0
         self._latest: list[float] = []
@@ -224,6 +277,7 @@ class ForwardTimer:
 
     def _stop(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         seconds = time.perf_counter() - self._started
+        self.seconds += seconds
         role = self._roles.get(id(module))
         if role is None:  # an LM head
             if self._latest:
