@@ -10,6 +10,7 @@ from helpers.engines import KV_CACHE_BYTES, Engines, greedy, prompts_of, run, to
 from helpers.environment import CORES, IS_PART, IS_SHORT, IS_V2
 from helpers.exit_layers import build_exit_layer
 from helpers.models import NUM_LAYERS
+from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.tuning.offline.tuning_engine import TuningEngine
@@ -54,12 +55,20 @@ def test_both_workers_take_the_same_source_for_a_row(
     prompts = [{"prompt_token_ids": [5, 9, 7, 3, 8, 1] * 3}, *prompts_of(3)]
     spec = {"draft_source": "auto", "draft_length": policy, "exit_layer": 3}
     llm = engines.get(model, spec, **TWO)
+    if policy == "goodput":
+        llm.collective_rpc(_plan_by_cheap_rows)
     expected, _ = run(engines.get(model), prompts, greedy(MAX_TOKENS))
     for _ in range(3):
         found, _ = run(llm, prompts, greedy(MAX_TOKENS))
         assert token_ids(found) == token_ids(expected)
     first, second = llm.collective_rpc(_drafted)
     assert first == second and first["context"]
+
+
+def _plan_by_cheap_rows(worker: Any) -> None:
+    """Whatever the machine does meanwhile, a copy is worth its rows at first."""
+    costs = StepCosts((1, 64), (1.0, 1.0), (0.5, 0.5))
+    worker.model_runner.drafter.planner.use_costs(costs)
 
 
 def _drafted(worker: Any) -> dict[str, int]:
