@@ -64,9 +64,9 @@ def main(
         ):
             texts = [*itertools.islice(prompts[task], NUM_REQUESTS[streams])]
             runs = _by_turns(engines, texts, streams, sampling, number)
-            plain = real.steady_seconds(runs[real.PLAIN])
+            plain = runs[real.PLAIN].steady
             for name, run in runs.items():
-                ratio = plain / real.steady_seconds(run)
+                ratio = plain / run.steady
                 ratios[which].setdefault(name, []).append(ratio)
         for which, (cell, of_phase) in enumerate(zip(cells, ratios, strict=True)):
             medians = {name: round(median(r), 3) for name, r in of_phase.items()}

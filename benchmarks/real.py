@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
 from typing import Annotated, Any
@@ -365,11 +366,6 @@ class Found:
         }
 
 
-def steady_seconds(run: Run) -> float:
-    """Of a token, where each request that ends makes room for another."""
-    return run.steady
-
-
 def _decode_seconds(run: Run) -> float:
     """From first tokens to last ones, added up over the requests: the prefill of a long
     prompt takes longer than all that follows it here."""
@@ -386,7 +382,7 @@ def _measured(
 ) -> dict[str, Any]:
     """By method; who is first with a sample's prompts changes. Where prompts are long
     their forwards are most of the time, and no bound of what follows them."""
-    seconds_of = _decode_seconds if is_long else steady_seconds
+    seconds_of = _decode_seconds if is_long else attrgetter("steady")
     order = [*engines, engines[0]]
     names = [*(engine.method.name for engine in engines), AGAIN]
     found = {name: Found() for name in names}

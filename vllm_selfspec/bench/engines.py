@@ -150,9 +150,9 @@ class Pace:
         rest: Of the third.
     """
 
-    full: tuple[int, float] = (0, 0.0)
-    reading: tuple[int, float] = (0, 0.0)
-    rest: tuple[int, float] = (0, 0.0)
+    full: list[float] = field(default_factory=lambda: [0, 0.0])
+    reading: list[float] = field(default_factory=lambda: [0, 0.0])
+    rest: list[float] = field(default_factory=lambda: [0, 0.0])
 
     def add(
         self, seconds: float, num_tokens: int, num_begun: int, is_full: bool
@@ -165,9 +165,9 @@ class Pace:
             num_begun: Requests whose first token is among them.
             is_full: Whether as many requests ran as may at a time.
         """
-        kind = "reading" if num_begun else "full" if is_full else "rest"
-        tokens_before, seconds_before = getattr(self, kind)
-        setattr(self, kind, (tokens_before + num_tokens, seconds_before + seconds))
+        kind = self.reading if num_begun else self.full if is_full else self.rest
+        kind[0] += num_tokens
+        kind[1] += seconds
 
     @property
     def steady(self) -> float:

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-NOTHING = -1  # vLLM's, for what was not emitted
+from vllm_selfspec.draft.seeded import PLACEHOLDER_TOKEN_ID
 
 
 def largest(logits: torch.Tensor) -> torch.Tensor:
@@ -80,13 +80,15 @@ def verified_greedily(metadata: Any, logits: torch.Tensor) -> torch.Tensor:
         logits: Of all drafts and bonus tokens, `[num_rows, vocab_size]`.
 
     Returns:
-        `[num_reqs, 1 + max_spec_len]`, int32, `NOTHING` where nothing is emitted.
+        `[num_reqs, 1 + max_spec_len]`, int32; `PLACEHOLDER_TOKEN_ID` where nothing is
+        emitted.
     """
     chosen = largest(logits)
     bonus = chosen[metadata.bonus_logits_indices].tolist()
     target = chosen[metadata.target_logits_indices].tolist()
     drafts = metadata.draft_token_ids.tolist()
-    found = np.full((len(bonus), 1 + metadata.max_spec_len), NOTHING, np.int32)
+    shape = len(bonus), 1 + metadata.max_spec_len
+    found = np.full(shape, PLACEHOLDER_TOKEN_ID, np.int32)
     first = 0
     for row, num in enumerate(metadata.num_draft_tokens):
         said = [*target[first : first + num], bonus[row]]

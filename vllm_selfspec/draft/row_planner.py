@@ -257,8 +257,7 @@ class RowPlanner:
         proposed = Proposed(num_free, kinds) if num_free.any() else None
         plan = self.goodput.plan(slots, step.room[rows], prompts, proposed, contexts)
         if self._sources.num_kinds:
-            costs = self.goodput.costs.within(num_rows, contexts)
-            plain = float(costs.verify(num_rows))
+            plain = self.goodput.plain
             if is_look:
                 self._looks.brought(plain * plan.gain(plain) * plan.is_free.any())
                 self._look_took = time.perf_counter() - started, num_rows

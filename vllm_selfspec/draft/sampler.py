@@ -53,8 +53,8 @@ class DraftSampler:
         token_ids, probs = self._drawn(logits, sampling)
         if rows:
             generators = [*sampling.generators.values()]
-            drawn = seeded.draw(target_sampler, seeded_logits, generators)
-            token_ids[rows] = drawn.int()
+            of_seeds = seeded.draw(target_sampler, seeded_logits, generators)
+            token_ids[rows] = of_seeds.int()
         return token_ids, probs
 
     def _drawn(

@@ -105,7 +105,7 @@ class Goodput:
         acceptance: Of the model's drafts, by what they read.
         free: Of free proposals, by kind.
         costs: Of this model on this machine.
-        plain: Seconds of a plain step, when nothing was last drafted.
+        plain: Seconds of a plain step of the requests that were last planned.
     """
 
     def __init__(
@@ -187,6 +187,7 @@ class Goodput:
         own_room = np.minimum(room, self._max_drafts)
         readings = self._readings(contexts)
         costs = self.costs.within(num_reqs, readings[0][1])
+        self.plain = float(costs.verify(num_reqs))
         if self._uniform:
             survival = self.acceptance.survival(slots)
             how = costs, self._uniform, prompts
@@ -279,8 +280,8 @@ class Goodput:
     def _try_free(self, plan: Plan, num_free: Ints, kinds: Ints, costs: Costs) -> None:
         """Puts free proposals that were passed over often enough into a plan, as far as
         that was saved up for."""
-        plain = float(costs.verify(len(kinds)))
-        self._owed_free = min(self._owed_free + EXPLORE_SHARE * plain, plain)
+        owed = self._owed_free + EXPLORE_SHARE * self.plain
+        self._owed_free = min(owed, self.plain)
         rows = np.flatnonzero((num_free > 0) & ~plan.is_free)
         np.add.at(self._passed_over, kinds[rows], 1)
         due = rows[self._passed_over[kinds[rows]] >= TRY_EVERY]
@@ -300,12 +301,11 @@ class Goodput:
     ) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         tried = np.minimum(room, 1)
-        self.plain = plain = float(costs.verify(num_reqs))
-        self._owed += EXPLORE_SHARE * plain
+        self._owed += EXPLORE_SHARE * self.plain
         if self._owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))
         seconds = verify_seconds(costs, num_reqs, int(tried.sum()), prompts)
-        self._price = float(seconds) - plain + float(costs.draft(num_reqs))
+        self._price = float(seconds) - self.plain + float(costs.draft(num_reqs))
         self._price *= self._patience
         if self._owed < self._price:
             return Plan(np.zeros(num_reqs, np.int64))
