@@ -27,6 +27,7 @@ DRAFTING = {
     "draft.drawing",
     "draft.sampler",
     "draft.truncation",
+    "draft.verification",
     "draft.view",
     "draft.dp_ranks",
     "draft.kv_heads",

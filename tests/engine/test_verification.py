@@ -1,4 +1,7 @@
-"""Greedy rows are verified on a CPU as vLLM's rejection sampler does it, in less."""
+"""On a CPU, what vLLM's rejection sampler would emit is emitted in less time.
+
+That what is drawn has the right distribution is for `test_distribution` to say.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,8 +13,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from helpers.engines import Engines
-from vllm_selfspec.draft import drawing
+from helpers.engines import Engines, run
+from vllm_selfspec.draft import verification
 from vllm_selfspec.engine import replacements
 
 LENGTHS = (3, 0, 1, 4, 2, 4)  # draft tokens of each request
@@ -41,7 +44,7 @@ def greedy_sampling(**asked: Any) -> SamplingMetadata:
     return replace(found, **asked)
 
 
-def verification(generator: torch.Generator) -> tuple[SpecDecodeMetadata, torch.Tensor]:
+def drafts_of(generator: torch.Generator) -> tuple[SpecDecodeMetadata, torch.Tensor]:
     """Drafts of which most are right, and logits with many ties."""
     num_rows = sum(LENGTHS) + len(LENGTHS)
     shape = (num_rows, VOCAB_SIZE)
@@ -61,21 +64,34 @@ def verification(generator: torch.Generator) -> tuple[SpecDecodeMetadata, torch.
     return found, logits
 
 
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is verified here from now on."""
+    emitted, found = verification.emitted, []
+
+    def counted(*args: Any) -> Any:
+        found.append(emitted(*args))
+        return found[-1]
+
+    monkeypatch.setattr(verification, "emitted", counted)
+    return found
+
+
 def test_what_is_emitted_is_what_vllm_emits(
-    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+    tiny_models: dict[str, str],
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    verified: list[Any],
 ) -> None:
     llm = engines.get(tiny_models["llama"], {"skip_layers": {}})
     (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
-    verify, counted = drawing.verified_greedily, []
-    monkeypatch.setattr(
-        drawing, "verified_greedily", lambda *a: counted.append(0) or verify(*a)
-    )
-    generator, sampling = torch.Generator().manual_seed(0), greedy_sampling()
+    sampling = greedy_sampling(logitsprocs=runner.input_batch.logitsprocs)
+    generator = torch.Generator().manual_seed(0)
     emitted = set()
     for number in range(50):
-        metadata, logits = verification(generator)
+        metadata, logits = drafts_of(generator)
         found = runner.rejection_sampler(metadata, None, logits.clone(), sampling)
-        assert len(counted) == 1 + number
+        assert len(verified) == 1 + number
         with monkeypatch.context() as plain:
             plain.setattr(replacements, "is_in_use", lambda: False)
             wanted = runner.rejection_sampler(metadata, None, logits.clone(), sampling)
@@ -86,15 +102,44 @@ def test_what_is_emitted_is_what_vllm_emits(
 
 
 @pytest.mark.parametrize(
+    ("asked", "is_verified_here"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 1.0}, True),
+        ({"temperature": 1.0, "top_k": 5, "top_p": 0.9}, True),
+        ({"temperature": 0.0, "min_tokens": 8}, False),
+        ({"temperature": 0.0, "logprobs": 0}, False),
+        ({"temperature": 1.0, "seed": 1}, False),
+        ({"temperature": 1.0, "repetition_penalty": 1.1}, False),
+    ],
+    ids=str,
+)
+def test_an_engine_verifies_so_where_tokens_are_all_that_is_asked_for(
+    asked: dict[str, Any],
+    is_verified_here: bool,
+    tiny_models: dict[str, str],
+    engines: Engines,
+    verified: list[Any],
+) -> None:
+    from vllm import SamplingParams
+
+    llm = engines.get(tiny_models["llama"], {"skip_layers": {}})
+    params = SamplingParams(max_tokens=8, ignore_eos=True, **asked)
+    _, counts = run(llm, [{"prompt_token_ids": [5, 6, 7]}], params)
+    assert counts.draft_tokens
+    assert bool(verified) == is_verified_here
+
+
+@pytest.mark.parametrize(
     "asked",
     [
-        {"all_greedy": False},
+        {"generators": {0: torch.Generator()}},
         {"no_penalties": False},
         {"max_num_logprobs": 0},
         {"logprob_token_ids": {0: [1]}},
         {"allowed_token_ids_mask": torch.zeros(1, 1, dtype=torch.bool)},
         {"bad_words_token_ids": {0: [[1]]}},
-        {"logitsprocs": SimpleNamespace(non_argmax_invariant=[object()])},
+        {"logitsprocs": LogitsProcessors([SimpleNamespace(is_argmax_invariant=bool)])},
         {
             "thinking_budget_state_holder": SimpleNamespace(
                 has_tracked_requests=lambda: True
@@ -104,5 +149,33 @@ def test_what_is_emitted_is_what_vllm_emits(
     ids=lambda asked: next(iter(asked)),
 )
 def test_what_else_is_asked_for_is_left_to_vllm(asked: dict[str, Any]) -> None:
-    assert drawing.is_greedy_alone(greedy_sampling())
-    assert not drawing.is_greedy_alone(greedy_sampling(**asked))
+    assert verification.asks_for_tokens_alone(greedy_sampling())
+    assert not verification.asks_for_tokens_alone(greedy_sampling(**asked))
+
+
+GREEDY, COLD, HOT = 0, 1, 2  # requests
+
+
+def test_greedy_and_drawn_rows_of_one_batch_are_verified_by_their_own_rule() -> None:
+    """A greedy row takes the largest whatever is likely, also in place of a draft that
+    was drawn from another distribution; one that is drawn takes any but what is out of
+    its top-k."""
+    torch.manual_seed(0)
+    drafts = [[3, 3], [3, 1], [2, 4]]
+    metadata = SpecDecodeMetadata.make_dummy(drafts, torch.device("cpu"))
+    metadata.target_logits_indices = torch.tensor([0, 1, 3, 4, 6, 7])
+    metadata.bonus_logits_indices = torch.tensor([2, 5, 8])
+    logits = torch.tensor([[0.0, 1.0, 0.5, 2.0, 1.5]]).repeat(9, 1)
+    sampling = greedy_sampling(
+        temperature=torch.tensor([0.0, 0.01, 1.0]),
+        all_greedy=False,
+        top_k=torch.tensor([5, 5, 2]),
+    )
+    draft_probs = torch.full((6, 5), 0.2)
+    seen = set()
+    for _ in range(200):
+        emitted = verification.emitted(metadata, draft_probs, logits, sampling)
+        assert emitted[GREEDY].tolist() == [3, 3, 3]
+        assert emitted[COLD].tolist() == [3, 3, -1]
+        seen |= {tuple(emitted[HOT].tolist())}
+    assert seen == {(3, -1, -1), (4, -1, -1)}, "2 is out of the top two"

@@ -6,14 +6,13 @@ drawing noise for each token, and a twentieth in `argmax`, which has no vectoris
 kernel for bfloat16; vLLM has one for float32.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from vllm.v1.sample.metadata import SamplingMetadata
+from torch.nn.functional import pad
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_selfspec.draft.seeded import PLACEHOLDER_TOKEN_ID
+BLOCK = 256  # tokens
+SMALLEST = 1e-300  # no sum of probabilities is smaller, but 0
 
 
 def largest(logits: torch.Tensor) -> torch.Tensor:
@@ -24,8 +23,9 @@ def largest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def drawn(probs: torch.Tensor) -> torch.Tensor:
-    """A token of each row, by one uniform number over its distribution function, in
-    float64: sums of float32 would round away what is unlikely.
+    """A token of each row, by one uniform number over its distribution function: first
+    a block of tokens, then one of it. Sums are of float64, where those of float32 would
+    round away what is unlikely.
 
     Args:
         probs: `[num_rows, vocab_size]`, of any sum above zero.
@@ -33,10 +33,21 @@ def drawn(probs: torch.Tensor) -> torch.Tensor:
     Returns:
         Tokens of a probability above zero, `[num_rows]`.
     """
-    sums = probs.cumsum(dim=-1, dtype=torch.float64)
+    rest = -probs.shape[1] % BLOCK
+    blocks = pad(probs, (0, rest)) if rest else probs
+    blocks = blocks.reshape(len(probs), -1, BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    ends = sums.cumsum(dim=-1)
     # Above 0 and at most 1, so it lies within a step of the function.
     share = 1 - torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device)
-    return torch.searchsorted(sums, share * sums[:, -1:])[:, 0]
+    share = share * ends[:, -1:]
+    block = torch.searchsorted(ends, share)
+    share = share - (ends.gather(1, block) - sums.gather(1, block))
+    rows = torch.arange(len(probs), device=probs.device)
+    inner = blocks[rows, block[:, 0]].cumsum(dim=-1, dtype=torch.float64)
+    # Rounding may have put it on the edge of the block, or beyond.
+    share = share.clamp(min=SMALLEST).minimum(inner[:, -1:])
+    return block[:, 0] * BLOCK + torch.searchsorted(inner, share)[:, 0]
 
 
 def confidence_of(
@@ -53,47 +64,3 @@ def confidence_of(
         probs = logits.softmax(dim=-1, dtype=torch.float32)
     chosen = probs.gather(1, token_ids.long()[:, None])[:, 0]
     return chosen.double().cpu().numpy()
-
-
-def is_greedy_alone(sampling: SamplingMetadata) -> bool:
-    """Whether nothing but the largest logits is asked for, by no request of a batch."""
-    holder = sampling.thinking_budget_state_holder
-    return bool(
-        sampling.all_greedy
-        and sampling.no_penalties
-        and sampling.max_num_logprobs is None
-        and not sampling.logprob_token_ids
-        and sampling.allowed_token_ids_mask is None
-        and not sampling.bad_words_token_ids
-        and not sampling.logitsprocs.non_argmax_invariant
-        and not (holder is not None and holder.has_tracked_requests())
-    )
-
-
-def verified_greedily(metadata: Any, logits: torch.Tensor) -> torch.Tensor:
-    """What vLLM's rejection sampler says where `is_greedy_alone`, without the float32
-    copies of all logits that it makes, two of them: each row emits what the target
-    says, up to the first draft token that is not.
-
-    Args:
-        metadata: vLLM's `SpecDecodeMetadata`.
-        logits: Of all drafts and bonus tokens, `[num_rows, vocab_size]`.
-
-    Returns:
-        `[num_reqs, 1 + max_spec_len]`, int32; `PLACEHOLDER_TOKEN_ID` where nothing is
-        emitted.
-    """
-    chosen = largest(logits)
-    bonus = chosen[metadata.bonus_logits_indices].tolist()
-    target = chosen[metadata.target_logits_indices].tolist()
-    drafts = metadata.draft_token_ids.tolist()
-    shape = len(bonus), 1 + metadata.max_spec_len
-    found = np.full(shape, PLACEHOLDER_TOKEN_ID, np.int32)
-    first = 0
-    for row, num in enumerate(metadata.num_draft_tokens):
-        said = [*target[first : first + num], bonus[row]]
-        wrong = (i for i in range(num) if said[i] != drafts[first + i])
-        num_emitted = 1 + next(wrong, num)
-        found[row, :num_emitted] = said[:num_emitted]
-        first += num
-    return torch.from_numpy(found)

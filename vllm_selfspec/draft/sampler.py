@@ -8,6 +8,7 @@ noise that the target's tokens will be.
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -16,7 +17,14 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_selfspec.draft import seeded
 from vllm_selfspec.draft.drawing import drawn, largest
-from vllm_selfspec.draft.truncation import SAMPLING_EPS, scaled, truncated
+from vllm_selfspec.draft.seeded import for_rows
+from vllm_selfspec.draft.truncation import (
+    SAMPLING_EPS,
+    distribution,
+    limits_of,
+    scaled,
+    truncated,
+)
 
 
 class DraftSampler:
@@ -45,13 +53,14 @@ class DraftSampler:
         """
         if not self.draws(sampling):
             return largest(logits).int(), None
-        assert sampling.temperature is not None
-        logits = truncated(logits, sampling.temperature, sampling.top_k, sampling.top_p)
         rows = [*sampling.generators]
         # A copy: vLLM's function divides the logits themselves.
-        seeded_logits = scaled(logits[rows], sampling.temperature[rows])
+        seeded_logits = logits[rows]
         token_ids, probs = self._drawn(logits, sampling)
         if rows:
+            of_rows = for_rows(sampling, np.array(rows))
+            seeded_logits = _limited(seeded_logits, of_rows)
+            seeded_logits = scaled(seeded_logits, of_rows.temperature)
             generators = [*sampling.generators.values()]
             of_seeds = seeded.draw(target_sampler, seeded_logits, generators)
             token_ids[rows] = of_seeds.int()
@@ -60,17 +69,23 @@ class DraftSampler:
     def _drawn(
         self, logits: torch.Tensor, sampling: SamplingMetadata
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens, int32, of the softmax of the logits over the temperature, which is
-        given, too. On GPUs by vLLM's function."""
-        assert sampling.temperature is not None
+        """Tokens, int32, and what they were drawn from, `[num_rows, vocab_size]`. On
+        GPUs by vLLM's function."""
         if logits.device.type != "cpu":
             token_ids, probs = compute_probs_and_sample_next_token(
-                logits, sampling, self._use_fp64_gumbel
+                _limited(logits, sampling), sampling, self._use_fp64_gumbel
             )
             return token_ids.int(), probs
-        probs = scaled(logits, sampling.temperature).softmax(dim=-1)
+        assert sampling.temperature is not None
+        rows = zip(logits, limits_of(sampling), strict=True)
+        probs = torch.stack([distribution(*row, is_draft=True) for row in rows])
         token_ids = drawn(probs)
         if not sampling.all_random:
             is_greedy = sampling.temperature < SAMPLING_EPS
             token_ids = torch.where(is_greedy, largest(probs), token_ids)
         return token_ids.int(), probs
+
+
+def _limited(logits: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
+    assert sampling.temperature is not None
+    return truncated(logits, sampling.temperature, sampling.top_k, sampling.top_p)

@@ -209,7 +209,7 @@ def hand_over_row_lengths(original: Function) -> Function:
     return take_draft_token_ids
 
 
-def verify_greedy_and_seeded_rows(original: Function) -> Function:
+def verify_drafts(original: Function) -> Function:
     def forward(
         self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any
     ) -> Any:
@@ -218,10 +218,13 @@ def verify_greedy_and_seeded_rows(original: Function) -> Function:
         if logits.device.type == "cpu" and not self.synthetic_mode:
             from vllm.v1.outputs import SamplerOutput
 
-            from vllm_selfspec.draft.drawing import is_greedy_alone, verified_greedily
+            from vllm_selfspec.draft import verification
 
-            if is_greedy_alone(sampling_metadata):
-                return SamplerOutput(verified_greedily(metadata, logits), None)
+            if verification.asks_for_tokens_alone(sampling_metadata):
+                tokens = verification.emitted(
+                    metadata, draft_probs, logits, sampling_metadata
+                )
+                return SamplerOutput(tokens, None)
         if sampling_metadata.generators:
             from vllm_selfspec.draft.seeded import SeededRows
 

@@ -211,12 +211,13 @@ SEAMS: tuple[Seam, ...] = (
         module=_V1_REJECTION,
         target="RejectionSampler.forward",
         parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
-        replace=replacements.verify_greedy_and_seeded_rows,
+        replace=replacements.verify_drafts,
         why=_SEEDS + " The bonus token is drawn first, with the noise of the first "
-        "draft's position. And on a CPU greedy rows are verified through three copies "
-        "of all their logits, which cost 5 to 16 ms of a step of 16 requests.",
-        remove_when="vLLM verifies seeded requests by their own noise, and greedy ones "
-        "by its `greedy_argmax` on CPUs.",
+        "draft's position. And on a CPU all drafts are verified through three copies "
+        "of their logits, and with noise for each token of the vocabulary, which cost "
+        "5 to 16 ms of a step of 16 requests.",
+        remove_when="vLLM verifies seeded requests by their own noise, and others on "
+        "CPUs as it samples there, without noise of `torch`.",
     ),
     Seam(
         module=_V1_REJECTION,

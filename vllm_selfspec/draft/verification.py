@@ -1,0 +1,145 @@
+"""Which drafts stand on a CPU, and what follows them, where tokens are all that is
+asked for.
+
+One rule: what is emitted is what vLLM's rejection sampler emits, or distributed as
+that is. It copies the logits of all drafts three times, draws noise for each token of
+the vocabulary and sorts it for top-p. With 150,000 tokens and 16 requests with a draft
+each that takes 70 ms, with top-p 200. Here a row is looked at once it is reached, and a
+token is drawn by one number: 7 ms.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from vllm_selfspec.draft.drawing import drawn, largest
+from vllm_selfspec.draft.seeded import PLACEHOLDER_TOKEN_ID
+from vllm_selfspec.draft.truncation import distribution, limits_of
+
+
+def asks_for_tokens_alone(sampling: SamplingMetadata) -> bool:
+    """Whether no request of a batch asks for more than tokens by temperature, top-k and
+    top-p, drawn with any noise."""
+    processors = sampling.logitsprocs
+    holder = sampling.thinking_budget_state_holder
+    return bool(
+        not sampling.generators
+        and sampling.no_penalties
+        and sampling.max_num_logprobs is None
+        and not sampling.logprob_token_ids
+        and sampling.allowed_token_ids_mask is None
+        and not sampling.bad_words_token_ids
+        and not processors.argmax_invariant
+        and not any(map(_is_at_work, processors.non_argmax_invariant))
+        and not (holder is not None and holder.has_tracked_requests())
+    )
+
+
+def _is_at_work(processor: Any) -> bool:
+    """vLLM hands this one over with every batch."""
+    is_at_rest = isinstance(processor, MinTokensLogitsProcessor)
+    return not (is_at_rest and not processor.min_toks)
+
+
+def emitted(
+    metadata: Any,
+    draft_probs: torch.Tensor | None,
+    logits: torch.Tensor,
+    sampling: SamplingMetadata,
+) -> torch.Tensor:
+    """The tokens of each request, where `asks_for_tokens_alone`: its drafts up to the
+    first that is rejected, and then one of the target's.
+
+    Args:
+        metadata: vLLM's `SpecDecodeMetadata`.
+        draft_probs: What the drafts were drawn from, `[num_tokens, vocab_size]`; None
+            where each was certain.
+        logits: Of all drafts and bonus tokens, `[num_rows, vocab_size]`.
+        sampling: Of the requests.
+
+    Returns:
+        `[num_reqs, 1 + max_spec_len]`, int32; `PLACEHOLDER_TOKEN_ID` where nothing is
+        emitted.
+    """
+    takes = Greedy(logits) if sampling.all_greedy else Draws(logits, sampling)
+    targets = metadata.target_logits_indices.tolist()
+    drafts = metadata.draft_token_ids.tolist()
+    bonus = metadata.bonus_logits_indices.tolist()
+    shape = len(bonus), 1 + metadata.max_spec_len
+    found = np.full(shape, PLACEHOLDER_TOKEN_ID, np.int32)
+    first = 0
+    for req, num in enumerate(metadata.num_draft_tokens):
+        for position in range(num):
+            place = first + position
+            q = None if draft_probs is None else draft_probs[place]
+            token = takes.after(req, targets[place], drafts[place], q)
+            found[req, position] = token
+            if token != drafts[place]:
+                break
+        else:
+            found[req, num] = takes.token(req, bonus[req])
+        first += num
+    return torch.from_numpy(found)
+
+
+class Greedy:
+    """Takes the largest of each row, whatever was drafted."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._largest = largest(logits).tolist()
+
+    def token(self, req: int, row: int) -> int:
+        """Where nothing was drafted."""
+        return int(self._largest[row])
+
+    def after(self, req: int, row: int, draft: int, q: torch.Tensor | None) -> int:
+        """Where a token was drafted."""
+        return self.token(req, row)
+
+
+class Draws:
+    """Takes tokens by the rule of Leviathan et al. (2023), section 2.3; of greedy
+    requests, the largest.
+
+    Rows are taken one at a time: a tensor of several needs memory that is new to the
+    process each time, which takes longer than the arithmetic.
+    """
+
+    def __init__(self, logits: torch.Tensor, sampling: SamplingMetadata) -> None:
+        self._logits = logits
+        self._limits = limits_of(sampling)
+
+    def token(self, req: int, row: int) -> int:
+        """Where nothing was drafted: one of the target's."""
+        limits = self._limits[req]
+        if limits.is_greedy:
+            return int(largest(self._logits[row][None]))
+        return int(drawn(distribution(self._logits[row], limits)[None]))
+
+    def after(self, req: int, row: int, draft: int, q: torch.Tensor | None) -> int:
+        """Where a token was drafted: that one with probability min(1, p / q), or else
+        one of max(p - q, 0).
+
+        Args:
+            req: The request.
+            row: The target's, of that position.
+            draft: The token, or `PLACEHOLDER_TOKEN_ID` for none.
+            q: What it was drawn from, `[vocab_size]`; None where it was certain.
+        """
+        limits = self._limits[req]
+        if limits.is_greedy or draft == PLACEHOLDER_TOKEN_ID:
+            return self.token(req, row)
+        p = distribution(self._logits[row], limits)
+        of_draft = 1.0 if q is None else float(q[draft])
+        # Below 1: what is certain is not rejected, and what is impossible not accepted.
+        if float(torch.rand((), dtype=torch.float64)) * of_draft < float(p[draft]):
+            return draft
+        if q is None:
+            rest = p.index_fill(0, torch.tensor(draft), 0.0)
+        else:
+            rest = (p - q).clamp_(min=0.0)
+        # Where p and q differ by their rounding alone, nothing may be left.
+        return int(drawn((rest if rest.any() else p)[None]))
