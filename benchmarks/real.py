@@ -69,6 +69,7 @@ NAMES = (N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS, SKIP_SET, SKIP_SET_INT4)
 # Left out unless asked for: of the rest, on a small model, a machine has room for all.
 NOT_USUAL = ("int8", "window", "int4, window")
 USUAL = tuple(name for name in NAMES if name not in NOT_USUAL)
+LIMITS = {"top_k": "top-k", "top_p": "top-p"}
 # A token of any tokenizer here has fewer characters of code.
 LEAST_CHARACTERS = 6
 # What an engine takes, counted on models of 0.5 B and 1.5 B: so much, and the bytes of
@@ -126,6 +127,10 @@ def main(
     ] = "0",
     samples: Annotated[int, typer.Option(help="Of a cell: ratios.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="Of a request.")] = 64,
+    top_k: Annotated[
+        int, typer.Option(help="Of requests that are drawn; 0 for all tokens.")
+    ] = 0,
+    top_p: Annotated[float, typer.Option(help="Of requests that are drawn.")] = 1.0,
     ends: Annotated[
         bool,
         typer.Option("--ends", help="Requests end where the model ends them."),
@@ -134,10 +139,13 @@ def main(
 ) -> None:
     """Prints a line a cell, and keeps all of them."""
     prepare_environment()
+    limits = {"top_k": top_k} if top_k else {}
+    limits |= {"top_p": top_p} if top_p < 1 else {}
     wanted: list[dict[str, Any]] = [
         {"task": name, "concurrency": streams, "temperature": degrees}
         | ({"context": length} if length else {})
         | ({"ends": max_tokens} if ends else {})
+        | (limits if degrees else {})
         for degrees, length, streams, name in itertools.product(
             map(float, temperature.split(",")),
             map(int, context.split(",")),
@@ -175,7 +183,9 @@ def main(
     }
     missing = [k for k in wanted if any(_lacks(cells, k, one.name) for one in others)]
     for number, key in enumerate(missing, 1):
-        sampling = Sampling(key["temperature"], max_tokens, ends="ends" in key)
+        drawn = {name: key[name] for name in LIMITS if name in key}
+        ends = "ends" in key
+        sampling = Sampling(key["temperature"], max_tokens, ends=ends, **drawn)
         turns = _turns(key, samples, engines[0].tokenizer, _is_ours(model))
         how = key["concurrency"], sampling, len(turns) - samples
         found = _measured(engines, turns, *how, is_long="context" in key)
@@ -234,7 +244,7 @@ def _lacks(cells: Sequence[dict[str, Any]], key: dict[str, Any], method: str) ->
 
 
 def _is_of(cell: dict[str, Any], key: dict[str, Any]) -> bool:
-    return all(cell.get(n) == key.get(n) for n in ("context", "ends", *key))
+    return all(cell.get(n) == key.get(n) for n in ("context", "ends", *LIMITS, *key))
 
 
 def _command(model: str, draft_model: str | None, eager: bool) -> str:
@@ -430,7 +440,11 @@ def _table(document: dict[str, Any]) -> str:
         task = cell["task"]
         if "ends" in cell:
             task += f", to its end or {cell['ends']} tokens"
-        row += [cell["concurrency"], f"{cell['temperature']:g}", task]
+        drawn = [
+            f"{word} {cell[name]:g}" for name, word in LIMITS.items() if name in cell
+        ]
+        drawn = ", ".join([f"{cell['temperature']:g}", *drawn])
+        row += [cell["concurrency"], drawn, task]
         row += [_figure(cell[name]) if name in cell else "" for name in names]
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)

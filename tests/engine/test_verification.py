@@ -15,7 +15,6 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from helpers.engines import Engines, run
 from vllm_selfspec.draft import verification
-from vllm_selfspec.engine import replacements
 
 LENGTHS = (3, 0, 1, 4, 2, 4)  # draft tokens of each request
 VOCAB_SIZE = 40
@@ -78,26 +77,20 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_what_is_emitted_is_what_vllm_emits(
-    tiny_models: dict[str, str],
-    engines: Engines,
-    monkeypatch: pytest.MonkeyPatch,
-    verified: list[Any],
+    tiny_models: dict[str, str], engines: Engines
 ) -> None:
     llm = engines.get(tiny_models["llama"], {"skip_layers": {}})
     (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
-    sampling = greedy_sampling(logitsprocs=runner.input_batch.logitsprocs)
+    sampling = greedy_sampling()
     generator = torch.Generator().manual_seed(0)
     emitted = set()
-    for number in range(50):
+    for _ in range(50):
         metadata, logits = drafts_of(generator)
-        found = runner.rejection_sampler(metadata, None, logits.clone(), sampling)
-        assert len(verified) == 1 + number
-        with monkeypatch.context() as plain:
-            plain.setattr(replacements, "is_in_use", lambda: False)
-            wanted = runner.rejection_sampler(metadata, None, logits.clone(), sampling)
-        assert found.sampled_token_ids.dtype == wanted.sampled_token_ids.dtype
-        assert found.sampled_token_ids.tolist() == wanted.sampled_token_ids.tolist()
-        emitted |= {*(found.sampled_token_ids >= 0).sum(1).tolist()}
+        found = verification.emitted(metadata, None, logits, sampling)
+        of_vllm = runner.rejection_sampler(metadata, None, logits, sampling)
+        assert found.dtype == of_vllm.sampled_token_ids.dtype
+        assert found.tolist() == of_vllm.sampled_token_ids.tolist()
+        emitted |= {*(found >= 0).sum(1).tolist()}
     assert emitted == {1, 2, 3, 4, 5}, "from the first wrong to all right"
 
 

@@ -75,6 +75,8 @@ class Sampling:
     max_tokens: int
     seed: int | None = None
     ends: bool = False  # where the model would; otherwise each has max_tokens
+    top_k: int = 0  # all tokens
+    top_p: float = 1.0
 
 
 class Engine(Protocol):
@@ -108,6 +110,8 @@ class VllmEngine:
 
         params = SamplingParams(
             temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             ignore_eos=not sampling.ends,
@@ -321,6 +325,7 @@ class HuggingFaceEngine:
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
             options["temperature"] = sampling.temperature
+            options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
         start = time.perf_counter()

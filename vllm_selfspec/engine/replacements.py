@@ -209,23 +209,11 @@ def hand_over_row_lengths(original: Function) -> Function:
     return take_draft_token_ids
 
 
-def verify_drafts(original: Function) -> Function:
+def keep_seeds_apart(original: Function) -> Function:
     def forward(
         self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any
     ) -> Any:
-        if not is_in_use():
-            return original(self, metadata, draft_probs, logits, sampling_metadata)
-        if logits.device.type == "cpu" and not self.synthetic_mode:
-            from vllm.v1.outputs import SamplerOutput
-
-            from vllm_selfspec.draft import verification
-
-            if verification.asks_for_tokens_alone(sampling_metadata):
-                tokens = verification.emitted(
-                    metadata, draft_probs, logits, sampling_metadata
-                )
-                return SamplerOutput(tokens, None)
-        if sampling_metadata.generators:
+        if sampling_metadata.generators and is_in_use():
             from vllm_selfspec.draft.seeded import SeededRows
 
             rows = SeededRows(self.sampler, metadata, logits, sampling_metadata)
@@ -287,7 +275,7 @@ def keep_generators_of_unread_prompts(original: Function) -> Function:
     return sample_tokens
 
 
-def sample_steps_without_drafts(original: Function) -> Function:
+def sample_and_verify(original: Function) -> Function:
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         metadata = spec_decode_metadata
         if metadata is None or not uses_selfspec(self.vllm_config):
@@ -296,7 +284,21 @@ def sample_steps_without_drafts(original: Function) -> Function:
         holder = self.input_batch.sampling_metadata.thinking_budget_state_holder
         if holder is not None:
             holder.in_spec_mode = has_drafts  # it counts rows by that
-        return original(self, logits, metadata if has_drafts else None)
+        if not has_drafts:
+            return original(self, logits, None)
+        is_synthetic = self.rejection_sampler.synthetic_mode
+        if logits is None or logits.device.type != "cpu" or is_synthetic:
+            return original(self, logits, metadata)
+        from vllm_selfspec.draft import verification
+
+        sampling = self.input_batch.sampling_metadata
+        if not verification.asks_for_tokens_alone(sampling):
+            return original(self, logits, metadata)
+        from vllm.v1.outputs import SamplerOutput
+
+        draft_probs = self._get_spec_decode_draft_probs(metadata)
+        tokens = verification.emitted(metadata, draft_probs, logits, sampling)
+        return SamplerOutput(tokens, None)
 
     return _sample
 

@@ -211,13 +211,10 @@ SEAMS: tuple[Seam, ...] = (
         module=_V1_REJECTION,
         target="RejectionSampler.forward",
         parameters=("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
-        replace=replacements.verify_drafts,
+        replace=replacements.keep_seeds_apart,
         why=_SEEDS + " The bonus token is drawn first, with the noise of the first "
-        "draft's position. And on a CPU all drafts are verified through three copies "
-        "of their logits, and with noise for each token of the vocabulary, which cost "
-        "5 to 16 ms of a step of 16 requests.",
-        remove_when="vLLM verifies seeded requests by their own noise, and others on "
-        "CPUs as it samples there, without noise of `torch`.",
+        "draft's position.",
+        remove_when="vLLM verifies seeded requests by their own noise.",
     ),
     Seam(
         module=_V1_REJECTION,
@@ -278,12 +275,15 @@ SEAMS: tuple[Seam, ...] = (
         module=_V1_RUNNER,
         target="GPUModelRunner._sample",
         parameters=("self", "logits", "spec_decode_metadata"),
-        replace=replacements.sample_steps_without_drafts,
+        replace=replacements.sample_and_verify,
         why="Steps without drafts go through verification, too, as they do not in V2, "
         "and it does not carry all that vLLM's sampler does: logprob_token_ids are "
         "lost or stop the engine, and so does, without Triton, top_k alone in a step "
-        "that has no draft tokens to verify.",
-        remove_when="the V1 runner samples a step without drafts by its sampler.",
+        "that has no draft tokens to verify. And on a CPU drafts are verified through "
+        "copies of their logits, and with noise for each token of the vocabulary, which "
+        "costs 5 to 16 ms of a greedy step of 16 requests, 70 of one that is drawn.",
+        remove_when="the V1 runner samples a step without drafts by its sampler; and "
+        "verifies on CPUs as it samples there, without noise of `torch`.",
     ),
     Seam(
         module=_V1_REJECTION,
