@@ -26,6 +26,7 @@ DRAFTING = {
     "draft.compile",
     "draft.drawing",
     "draft.sampler",
+    "draft.penalties",
     "draft.truncation",
     "draft.verification",
     "draft.view",

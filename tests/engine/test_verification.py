@@ -11,10 +11,12 @@ import pytest
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.penalties import apply_all_penalties
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from helpers.engines import Engines, run
 from vllm_selfspec.draft import verification
+from vllm_selfspec.draft.penalties import Penalties
 
 LENGTHS = (3, 0, 1, 4, 2, 4)  # draft tokens of each request
 VOCAB_SIZE = 40
@@ -63,6 +65,22 @@ def drafts_of(generator: torch.Generator) -> tuple[SpecDecodeMetadata, torch.Ten
     return found, logits
 
 
+def penalties(generator: torch.Generator) -> dict[str, Any]:
+    """Strong ones, of prompts and outputs of several lengths; none for the last."""
+    tokens = torch.randint(0, VOCAB_SIZE, (2, len(LENGTHS), 30), generator=generator)
+    tokens[0, 1, 7:] = VOCAB_SIZE  # as vLLM pads
+    asked = torch.rand(3, len(LENGTHS), generator=generator) - 0.5
+    asked[:, -1] = 0.0
+    return {
+        "no_penalties": False,
+        "prompt_token_ids": tokens[0],
+        "output_token_ids": [row[:n].tolist() for n, row in enumerate(tokens[1], 9)],
+        "repetition_penalties": 1 + asked[0],
+        "frequency_penalties": asked[1],
+        "presence_penalties": asked[2],
+    }
+
+
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is verified here from now on."""
@@ -76,8 +94,9 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize("has_penalties", [False, True], ids=["", "penalties"])
 def test_what_is_emitted_is_what_vllm_emits(
-    tiny_models: dict[str, str], engines: Engines
+    has_penalties: bool, tiny_models: dict[str, str], engines: Engines
 ) -> None:
     llm = engines.get(tiny_models["llama"], {"skip_layers": {}})
     (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
@@ -86,6 +105,12 @@ def test_what_is_emitted_is_what_vllm_emits(
     emitted = set()
     for _ in range(50):
         metadata, logits = drafts_of(generator)
+        if has_penalties:
+            drafts = metadata.draft_token_ids.split(LENGTHS)
+            sampling = greedy_sampling(
+                spec_token_ids=[tokens.tolist() for tokens in drafts],
+                **penalties(generator),
+            )
         found = verification.emitted(metadata, None, logits, sampling)
         of_vllm = runner.rejection_sampler(metadata, None, logits, sampling)
         assert found.dtype == of_vllm.sampled_token_ids.dtype
@@ -103,7 +128,8 @@ def test_what_is_emitted_is_what_vllm_emits(
         ({"temperature": 0.0, "min_tokens": 8}, False),
         ({"temperature": 0.0, "logprobs": 0}, False),
         ({"temperature": 1.0, "seed": 1}, False),
-        ({"temperature": 1.0, "repetition_penalty": 1.1}, False),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, True),
+        ({"temperature": 1.0, "allowed_token_ids": [5, 6, 7, 8]}, False),
     ],
     ids=str,
 )
@@ -127,7 +153,6 @@ def test_an_engine_verifies_so_where_tokens_are_all_that_is_asked_for(
     "asked",
     [
         {"generators": {0: torch.Generator()}},
-        {"no_penalties": False},
         {"max_num_logprobs": 0},
         {"logprob_token_ids": {0: [1]}},
         {"allowed_token_ids_mask": torch.zeros(1, 1, dtype=torch.bool)},
@@ -172,3 +197,38 @@ def test_greedy_and_drawn_rows_of_one_batch_are_verified_by_their_own_rule() -> 
         assert emitted[COLD].tolist() == [3, 3, -1]
         seen |= {tuple(emitted[HOT].tolist())}
     assert seen == {(3, -1, -1), (4, -1, -1)}, "2 is out of the top two"
+
+
+def test_penalties_change_logits_as_vllm_changes_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sampling = greedy_sampling(**penalties(generator))
+    logits = torch.randn(len(LENGTHS), VOCAB_SIZE, generator=generator) * 3
+    drafted = [7, 7, 8]
+    found = [
+        Penalties(sampling).applied(r, row, drafted) for r, row in enumerate(logits)
+    ]
+    wanted = apply_all_penalties(
+        logits.clone(),
+        sampling.prompt_token_ids,
+        sampling.presence_penalties,
+        sampling.frequency_penalties,
+        sampling.repetition_penalties,
+        [[*tokens, *drafted] for tokens in sampling.output_token_ids],
+    )
+    assert torch.equal(torch.stack(found), wanted)
+    assert not torch.equal(wanted[:-1], logits[:-1])
+
+
+def test_what_skips_nothing_is_drafted_with_the_target_s_penalties(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """Whatever repeats itself would be rejected otherwise."""
+    from vllm import SamplingParams
+
+    llm = engines.get(tiny_models["llama"], {"skip_layers": {}})
+    asked = {"repetition_penalty": 1.5, "frequency_penalty": 0.5}
+    params = SamplingParams(temperature=0.0, max_tokens=21, ignore_eos=True, **asked)
+    prompts = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [9, 8]}]
+    _, counts = run(llm, prompts, params)
+    assert counts.draft_tokens > 20
+    assert counts.accepted_tokens == counts.draft_tokens

@@ -2,10 +2,11 @@
 
 One rule: it draws as the target does. Verification is lossless whatever is drawn, but
 what is drawn as the target draws is accepted more often. So drafts keep to the target's
-temperature, top-k and top-p, and those of a request with a seed are drawn with the very
-noise that the target's tokens will be.
+temperature, top-k and top-p, and on a CPU to its penalties, and those of a request with
+a seed are drawn with the very noise that the target's tokens will be.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_selfspec.draft import seeded
 from vllm_selfspec.draft.drawing import drawn, largest
+from vllm_selfspec.draft.penalties import penalized
 from vllm_selfspec.draft.seeded import for_rows
 from vllm_selfspec.draft.truncation import (
     SAMPLING_EPS,
@@ -42,7 +44,11 @@ class DraftSampler:
         return self._is_probabilistic and not sampling.all_greedy
 
     def sample(
-        self, logits: torch.Tensor, sampling: SamplingMetadata, target_sampler: Sampler
+        self,
+        logits: torch.Tensor,
+        sampling: SamplingMetadata,
+        target_sampler: Sampler,
+        before: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next draft token of each row, int32, and what it was drawn from.
 
@@ -50,7 +56,10 @@ class DraftSampler:
             logits: `[num_rows, vocab_size]`; may be written to.
             sampling: Of those rows. Each seeded row's generator goes one draw on.
             target_sampler: The sampler that draws the target's tokens.
+            before: The drafts of those rows before, `[num_rows]` each.
         """
+        if not sampling.no_penalties and logits.device.type == "cpu":
+            logits = penalized(logits, sampling, before)
         if not self.draws(sampling):
             return largest(logits).int(), None
         rows = [*sampling.generators]

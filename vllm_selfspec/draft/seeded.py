@@ -57,21 +57,33 @@ def draw(
 
 def for_rows(sampling: SamplingMetadata, rows: np.ndarray) -> SamplingMetadata:
     """The metadata of some rows; only what drawing a token reads is selected."""
-    if sampling.temperature is None:
+    if sampling.temperature is None and sampling.no_penalties:
         return sampling
-    index = torch.from_numpy(rows).to(sampling.temperature.device)
-    generators = sampling.generators
-    return replace(
+    index = torch.from_numpy(rows).to(sampling.repetition_penalties.device)
+    numbers, generators = rows.tolist(), sampling.generators
+    found = replace(
         sampling,
-        temperature=sampling.temperature[index],
-        top_k=None if sampling.top_k is None else sampling.top_k[index],
-        top_p=None if sampling.top_p is None else sampling.top_p[index],
+        temperature=_selected(sampling.temperature, index),
+        top_k=_selected(sampling.top_k, index),
+        top_p=_selected(sampling.top_p, index),
         generators={
-            new: generators[old]
-            for new, old in enumerate(rows.tolist())
-            if old in generators
+            new: generators[old] for new, old in enumerate(numbers) if old in generators
         },
     )
+    if sampling.no_penalties:
+        return found
+    return replace(
+        found,
+        prompt_token_ids=_selected(sampling.prompt_token_ids, index),
+        output_token_ids=[sampling.output_token_ids[row] for row in numbers],
+        repetition_penalties=sampling.repetition_penalties[index],
+        frequency_penalties=sampling.frequency_penalties[index],
+        presence_penalties=sampling.presence_penalties[index],
+    )
+
+
+def _selected(of_all: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    return None if of_all is None else of_all[index]
 
 
 @dataclass

@@ -64,8 +64,9 @@ class Limits:
 
 
 def limits_of(sampling: SamplingMetadata) -> list[Limits]:
-    """Of each request of a batch, not all of them greedy."""
-    assert sampling.temperature is not None
+    """Of each request of a batch."""
+    if sampling.temperature is None:
+        return [Limits(0.0, None, None)] * len(sampling.repetition_penalties)
     temperatures = sampling.temperature.tolist()
     none = [None] * len(temperatures)
     top_k = none if sampling.top_k is None else sampling.top_k.tolist()

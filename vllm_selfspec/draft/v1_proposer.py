@@ -339,11 +339,14 @@ class SelfSpecProposer:
         self, batch: DraftBatch, sampling: SamplingMetadata, target_sampler: Sampler
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens `[num_rows, num_steps]`, probabilities of the same or None."""
-        token_ids, steps, steps_probs = batch.token_ids, [], []
+        token_ids, steps_probs = batch.token_ids, []
+        steps: list[torch.Tensor] = []
         for step in range(batch.num_steps):
             hidden_states = self._forward(self._view, batch, step, token_ids)
             logits = self._view.compute_logits(hidden_states)
-            token_ids, probs = self.sampler.sample(logits, sampling, target_sampler)
+            token_ids, probs = self.sampler.sample(
+                logits, sampling, target_sampler, steps
+            )
             steps.append(token_ids)
             steps_probs.append(probs)
             if self._stops is not None:

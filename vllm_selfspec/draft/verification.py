@@ -1,5 +1,5 @@
 """Which drafts stand on a CPU, and what follows them, where tokens are all that is
-asked for.
+asked for: by temperature, top-k, top-p and penalties.
 
 One rule: what is emitted is what vLLM's rejection sampler emits, or distributed as
 that is. It copies the logits of all drafts three times, draws noise for each token of
@@ -8,6 +8,7 @@ each that takes 70 ms, with top-p 200. Here a row is looked at once it is reache
 token is drawn by one number: 7 ms.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,18 @@ from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_selfspec.draft.drawing import drawn, largest
+from vllm_selfspec.draft.penalties import Penalties
 from vllm_selfspec.draft.seeded import PLACEHOLDER_TOKEN_ID
 from vllm_selfspec.draft.truncation import distribution, limits_of
 
 
 def asks_for_tokens_alone(sampling: SamplingMetadata) -> bool:
-    """Whether no request of a batch asks for more than tokens by temperature, top-k and
-    top-p, drawn with any noise."""
+    """Whether no request of a batch asks for more than tokens by temperature, top-k,
+    top-p and penalties, drawn with any noise."""
     processors = sampling.logitsprocs
     holder = sampling.thinking_budget_state_holder
     return bool(
         not sampling.generators
-        and sampling.no_penalties
         and sampling.max_num_logprobs is None
         and not sampling.logprob_token_ids
         and sampling.allowed_token_ids_mask is None
@@ -64,7 +65,9 @@ def emitted(
         `[num_reqs, 1 + max_spec_len]`, int32; `PLACEHOLDER_TOKEN_ID` where nothing is
         emitted.
     """
-    takes = Greedy(logits) if sampling.all_greedy else Draws(logits, sampling)
+    takes: Greedy | Draws
+    is_simple = sampling.all_greedy and sampling.no_penalties
+    takes = Greedy(logits) if is_simple else Draws(logits, sampling)
     targets = metadata.target_logits_indices.tolist()
     drafts = metadata.draft_token_ids.tolist()
     bonus = metadata.bonus_logits_indices.tolist()
@@ -72,15 +75,17 @@ def emitted(
     found = np.full(shape, PLACEHOLDER_TOKEN_ID, np.int32)
     first = 0
     for req, num in enumerate(metadata.num_draft_tokens):
-        for position in range(num):
-            place = first + position
+        places = range(first, first + num)
+        before: list[int] = []
+        for position, place in enumerate(places):
             q = None if draft_probs is None else draft_probs[place]
-            token = takes.after(req, targets[place], drafts[place], q)
+            token = takes.token(req, targets[place], before, drafts[place], q)
             found[req, position] = token
             if token != drafts[place]:
                 break
+            before.append(token)
         else:
-            found[req, num] = takes.token(req, bonus[req])
+            found[req, num] = takes.token(req, bonus[req], before)
         first += num
     return torch.from_numpy(found)
 
@@ -91,13 +96,9 @@ class Greedy:
     def __init__(self, logits: torch.Tensor) -> None:
         self._largest = largest(logits).tolist()
 
-    def token(self, req: int, row: int) -> int:
-        """Where nothing was drafted."""
+    def token(self, req: int, row: int, *_: Any) -> int:
+        """As `Draws.token`."""
         return int(self._largest[row])
-
-    def after(self, req: int, row: int, draft: int, q: torch.Tensor | None) -> int:
-        """Where a token was drafted."""
-        return self.token(req, row)
 
 
 class Draws:
@@ -111,28 +112,34 @@ class Draws:
     def __init__(self, logits: torch.Tensor, sampling: SamplingMetadata) -> None:
         self._logits = logits
         self._limits = limits_of(sampling)
+        self._penalties = None if sampling.no_penalties else Penalties(sampling)
 
-    def token(self, req: int, row: int) -> int:
-        """Where nothing was drafted: one of the target's."""
-        limits = self._limits[req]
-        if limits.is_greedy:
-            return int(largest(self._logits[row][None]))
-        return int(drawn(distribution(self._logits[row], limits)[None]))
-
-    def after(self, req: int, row: int, draft: int, q: torch.Tensor | None) -> int:
-        """Where a token was drafted: that one with probability min(1, p / q), or else
-        one of max(p - q, 0).
+    def token(
+        self,
+        req: int,
+        row: int,
+        before: Sequence[int],
+        draft: int = PLACEHOLDER_TOKEN_ID,
+        q: torch.Tensor | None = None,
+    ) -> int:
+        """The next token of a request: the draft with probability min(1, p / q), or
+        else one of max(p - q, 0); where nothing was drafted, one of p.
 
         Args:
             req: The request.
-            row: The target's, of that position.
-            draft: The token, or `PLACEHOLDER_TOKEN_ID` for none.
+            row: The logits of p.
+            before: Drafts that stand already.
+            draft: The drafted token, or `PLACEHOLDER_TOKEN_ID`.
             q: What it was drawn from, `[vocab_size]`; None where it was certain.
         """
-        limits = self._limits[req]
-        if limits.is_greedy or draft == PLACEHOLDER_TOKEN_ID:
-            return self.token(req, row)
-        p = distribution(self._logits[row], limits)
+        logits, limits = self._logits[row], self._limits[req]
+        if self._penalties is not None:
+            logits = self._penalties.applied(req, logits, before)
+        if limits.is_greedy:
+            return int(largest(logits[None]))
+        p = distribution(logits, limits)
+        if draft == PLACEHOLDER_TOKEN_ID:
+            return int(drawn(p[None]))
         of_draft = 1.0 if q is None else float(q[draft])
         # Below 1: what is certain is not rejected, and what is impossible not accepted.
         if float(torch.rand((), dtype=torch.float64)) * of_draft < float(p[draft]):

@@ -280,8 +280,8 @@ SEAMS: tuple[Seam, ...] = (
         "and it does not carry all that vLLM's sampler does: logprob_token_ids are "
         "lost or stop the engine, and so does, without Triton, top_k alone in a step "
         "that has no draft tokens to verify. And on a CPU drafts are verified through "
-        "copies of their logits, and with noise for each token of the vocabulary, which "
-        "costs 5 to 16 ms of a greedy step of 16 requests, 70 of one that is drawn.",
+        "copies of their logits, and with noise for each token of the vocabulary: 5 to "
+        "16 ms of a greedy step of 16 requests, 70 of one that is drawn.",
         remove_when="the V1 runner samples a step without drafts by its sampler; and "
         "verifies on CPUs as it samples there, without noise of `torch`.",
     ),
