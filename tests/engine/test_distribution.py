@@ -335,6 +335,12 @@ def test_nothing_impossible_is_drawn(
     assert (probs.gather(1, tokens[:, None]) > 0).all()
 
 
+def test_a_row_of_nans_does_not_end_the_engine() -> None:
+    probs = torch.full((2, 600), torch.nan)
+    probs[1] = 1 / 600
+    assert all(0 <= token < 600 for token in drawn(probs).tolist())
+
+
 def flatten_draft_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws as ever, but hands over the square root of what was drawn from."""
     if IS_V2:

@@ -31,7 +31,7 @@ def drawn(probs: torch.Tensor) -> torch.Tensor:
         probs: `[num_rows, vocab_size]`, of any sum above zero.
 
     Returns:
-        Tokens of a probability above zero, `[num_rows]`.
+        Tokens of a probability above zero, `[num_rows]`; any where there are NaNs.
     """
     rest = -probs.shape[1] % BLOCK
     blocks = pad(probs, (0, rest)) if rest else probs
@@ -41,13 +41,14 @@ def drawn(probs: torch.Tensor) -> torch.Tensor:
     # Above 0 and at most 1, so it lies within a step of the function.
     share = 1 - torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device)
     share = share * ends[:, -1:]
-    block = torch.searchsorted(ends, share)
+    block = torch.searchsorted(ends, share).clamp(max=ends.shape[1] - 1)
     share = share - (ends.gather(1, block) - sums.gather(1, block))
     rows = torch.arange(len(probs), device=probs.device)
     inner = blocks[rows, block[:, 0]].cumsum(dim=-1, dtype=torch.float64)
     # Rounding may have put it on the edge of the block, or beyond.
     share = share.clamp(min=SMALLEST).minimum(inner[:, -1:])
-    return block[:, 0] * BLOCK + torch.searchsorted(inner, share)[:, 0]
+    token_ids = block[:, 0] * BLOCK + torch.searchsorted(inner, share)[:, 0]
+    return token_ids.clamp(max=probs.shape[1] - 1)
 
 
 def confidence_of(
