@@ -304,7 +304,12 @@ def test_the_test_catches_a_rejection_that_accepts_everything(
 ) -> None:
     llm = drafting(engines, model, method)
     expected = exact(engines, model, SETTINGS["T=1"])
-    monkeypatch.setattr(Draws, "after", lambda self, req, row, draft, q: draft)
+    token = Draws.token
+
+    def accepting(self: Any, req: int, row: int, before: Any, *of_draft: Any) -> int:
+        return int(of_draft[0]) if of_draft else token(self, req, row, before)
+
+    monkeypatch.setattr(Draws, "token", accepting)
     prompts = [{"prompt_token_ids": PROMPT}] * NUM_SAMPLES
     outputs, _ = run(llm, prompts, params(max_tokens=NUM_TOKENS, temperature=1.0))
     samples = [tuple(sample[0]) for sample in token_ids(outputs)]
