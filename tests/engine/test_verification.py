@@ -82,15 +82,16 @@ def penalties(generator: torch.Generator) -> dict[str, Any]:
 
 
 @pytest.fixture
-def verified(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is verified here from now on."""
-    emitted, found = verification.emitted, []
+def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What is called here from now on, of a step with drafts and of one without."""
+    found = set()
 
-    def counted(*args: Any) -> Any:
-        found.append(emitted(*args))
-        return found[-1]
+    def counting(name: str) -> Any:
+        right = getattr(verification, name)
+        return lambda *args: found.add(name) or right(*args)
 
-    monkeypatch.setattr(verification, "emitted", counted)
+    for name in ("emitted", "sampled"):
+        monkeypatch.setattr(verification, name, counting(name))
     return found
 
 
@@ -120,7 +121,7 @@ def test_what_is_emitted_is_what_vllm_emits(
 
 
 @pytest.mark.parametrize(
-    ("asked", "is_verified_here"),
+    ("asked", "is_sampled_here"),
     [
         ({"temperature": 0.0}, True),
         ({"temperature": 1.0}, True),
@@ -133,12 +134,12 @@ def test_what_is_emitted_is_what_vllm_emits(
     ],
     ids=str,
 )
-def test_an_engine_verifies_so_where_tokens_are_all_that_is_asked_for(
+def test_an_engine_samples_so_where_tokens_are_all_that_is_asked_for(
     asked: dict[str, Any],
-    is_verified_here: bool,
+    is_sampled_here: bool,
     tiny_models: dict[str, str],
     engines: Engines,
-    verified: list[Any],
+    called: set[str],
 ) -> None:
     from vllm import SamplingParams
 
@@ -146,7 +147,7 @@ def test_an_engine_verifies_so_where_tokens_are_all_that_is_asked_for(
     params = SamplingParams(max_tokens=8, ignore_eos=True, **asked)
     _, counts = run(llm, [{"prompt_token_ids": [5, 6, 7]}], params)
     assert counts.draft_tokens
-    assert bool(verified) == is_verified_here
+    assert called == ({"emitted", "sampled"} if is_sampled_here else set())
 
 
 @pytest.mark.parametrize(

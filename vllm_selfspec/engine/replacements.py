@@ -278,14 +278,14 @@ def keep_generators_of_unread_prompts(original: Function) -> Function:
 def sample_and_verify(original: Function) -> Function:
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         metadata = spec_decode_metadata
-        if metadata is None or not uses_selfspec(self.vllm_config):
+        if not uses_selfspec(self.vllm_config):
             return original(self, logits, metadata)
-        has_drafts = any(metadata.num_draft_tokens)
-        holder = self.input_batch.sampling_metadata.thinking_budget_state_holder
-        if holder is not None:
-            holder.in_spec_mode = has_drafts  # it counts rows by that
-        if not has_drafts:
-            return original(self, logits, None)
+        if metadata is not None:
+            has_drafts = any(metadata.num_draft_tokens)
+            holder = self.input_batch.sampling_metadata.thinking_budget_state_holder
+            if holder is not None:
+                holder.in_spec_mode = has_drafts  # it counts rows by that
+            metadata = metadata if has_drafts else None
         is_synthetic = self.rejection_sampler.synthetic_mode
         if logits is None or logits.device.type != "cpu" or is_synthetic:
             return original(self, logits, metadata)
@@ -296,6 +296,8 @@ def sample_and_verify(original: Function) -> Function:
             return original(self, logits, metadata)
         from vllm.v1.outputs import SamplerOutput
 
+        if metadata is None:
+            return SamplerOutput(verification.sampled(logits, sampling), None)
         draft_probs = self._get_spec_decode_draft_probs(metadata)
         tokens = verification.emitted(metadata, draft_probs, logits, sampling)
         return SamplerOutput(tokens, None)

@@ -248,5 +248,5 @@ class Probe:
 def _greedy() -> SamplingMetadata:
     """As much of it as greedy drafting reads."""
     found: Any = SamplingMetadata.__new__(SamplingMetadata)
-    found.all_greedy, found.temperature = True, None
+    found.all_greedy, found.temperature, found.no_penalties = True, None, True
     return found
