@@ -19,6 +19,7 @@ class Penalties:
         """For a batch in which there are some."""
         assert sampling.prompt_token_ids is not None
         self._prompts = sampling.prompt_token_ids.numpy()
+        self._of_prompts: dict[int, np.ndarray] = {}  # each once, of those asked for
         self._outputs = sampling.output_token_ids
         self._repetition = sampling.repetition_penalties
         self._frequency = sampling.frequency_penalties
@@ -39,7 +40,9 @@ class Penalties:
         logits = logits.to(torch.float32, copy=True)
         said = np.array([*self._outputs[req], *drafted], np.int64)
         tokens, counts = np.unique(said[said >= 0], return_counts=True)
-        seen = np.union1d(self._prompts[req], tokens)
+        if req not in self._of_prompts:
+            self._of_prompts[req] = np.unique(self._prompts[req])
+        seen = np.union1d(self._of_prompts[req], tokens)
         # vLLM pads the prompts of a batch with a token of a number too high.
         place = torch.from_numpy(seen[seen < len(logits)])
         of_seen = logits[place]

@@ -41,8 +41,9 @@ def asks_for_tokens_alone(sampling: SamplingMetadata) -> bool:
 
 def _is_at_work(processor: Any) -> bool:
     """vLLM hands this one over with every batch."""
-    is_at_rest = isinstance(processor, MinTokensLogitsProcessor)
-    return not (is_at_rest and not processor.min_toks)
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return bool(processor.min_toks)
+    return True
 
 
 def emitted(
@@ -73,17 +74,16 @@ def emitted(
     found = np.full(shape, PLACEHOLDER_TOKEN_ID, np.int32)
     first = 0
     for req, num in enumerate(metadata.num_draft_tokens):
-        places = range(first, first + num)
-        before: list[int] = []
-        for position, place in enumerate(places):
+        of_req = drafts[first : first + num]
+        for position, draft in enumerate(of_req):
+            place = first + position
             q = None if draft_probs is None else draft_probs[place]
-            token = takes.token(req, targets[place], before, drafts[place], q)
+            token = takes.token(req, targets[place], of_req[:position], draft, q)
             found[req, position] = token
-            if token != drafts[place]:
+            if token != draft:
                 break
-            before.append(token)
         else:
-            found[req, num] = takes.token(req, bonus[req], before)
+            found[req, num] = takes.token(req, bonus[req], of_req)
         first += num
     return torch.from_numpy(found)
 
