@@ -68,3 +68,24 @@ def engines() -> Iterator[Engines]:
     found = Engines()
     yield found
     found.leave()
+
+
+@pytest.fixture
+def cpu_schedules_as_configured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """vLLM switches async scheduling off on a CPU, where it has nothing to hide. It
+    works there all the same, so this keeps what the configuration came to."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    decided: list[Any] = []
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        scheduler_config = vllm_config.scheduler_config
+        decided.append(scheduler_config.async_scheduling)
+        original(vllm_config)
+        scheduler_config.async_scheduling = decided[-1]
+
+    monkeypatch.setattr(
+        CpuPlatform, "check_and_update_config", staticmethod(check_and_update_config)
+    )
+    return decided

@@ -70,8 +70,8 @@ class SelfSpecConfig(Keys):
         description="Where draft tokens come from: 'model' (the target drafts for "
         "itself, by the keys below), 'context' (copies of what followed a request's "
         "last tokens before), 'suffix' (from other outputs, too), or 'auto' (for each "
-        "request whichever brings most; one of the first two for all where steps are "
-        "scheduled ahead of the device, as the V2 model runner does).",
+        "request whichever brings most; for a whole batch, of the first two, where "
+        "steps are scheduled ahead of the device, as the V2 model runner does).",
     )
     num_speculative_tokens: int = Field(
         default=DEFAULT_NUM_SPECULATIVE_TOKENS,

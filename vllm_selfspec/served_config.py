@@ -67,12 +67,27 @@ def has_free_sources(vllm_config: Any) -> bool:
     return bool(sources_of(vllm_config).keys() - {MODEL})
 
 
-def num_planned_tokens(vllm_config: Any) -> int:
-    """The most that is drafted for a request and step by what drafts for all of them:
-    the model, or a source on the device."""
-    if source_on_device(vllm_config):
-        return int(vllm_config.speculative_config.num_speculative_tokens)
-    return num_model_tokens(vllm_config)
+def num_device_tokens(vllm_config: Any) -> int:
+    """The most that a source on the device proposes for a request and step; 0 where
+    there is none."""
+    source = source_on_device(vllm_config)
+    if source is None:
+        return 0
+    from vllm_selfspec.plan.sources import SOURCES
+
+    return SOURCES.named(source).max_tokens(sources_of(vllm_config)[source])
+
+
+def longest_drafts(vllm_config: Any) -> tuple[int, int]:
+    """The most that is drafted for a request and step by what drafts for a whole batch:
+    the model, and a source on the device."""
+    return num_model_tokens(vllm_config), num_device_tokens(vllm_config)
+
+
+def bounds_lengths(vllm_config: Any) -> bool:
+    """Whether the user bounds the lengths by batch size; otherwise vLLM's schedule is
+    only there for the graphs that are captured by it."""
+    return bool(vllm_config.additional_config["selfspec"]["bounds_lengths"])
 
 
 def plans_rows(vllm_config: Any) -> bool:

@@ -16,7 +16,14 @@ import pytest
 import torch
 from scipy import stats
 
-from helpers.engines import Engines, planner_of, run, token_ids, with_costs
+from helpers.engines import (
+    Engines,
+    planner_of,
+    run,
+    source_by_turns,
+    token_ids,
+    with_costs,
+)
 from helpers.environment import IS_PART, IS_V2
 from helpers.exit_layers import build_exit_layer
 from helpers.models import DEMO_MODEL, build_tiny_model
@@ -206,6 +213,25 @@ def test_rows_that_copy_beside_rows_that_draft_leave_the_distribution_alone(
     assert min(of_model, sum(drafted.values())) > NUM_SAMPLES / 10
     p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
     assert p > FALSE_ALARM, f"{method} drafts: p = {p:.2g}"
+
+
+@pytest.mark.skipif(not IS_V2, reason="the V1 runner mixes them in one batch")
+def test_batches_that_copy_and_that_draft_leave_the_distribution_alone(
+    model: str,
+    engines: Engines,
+    cpu_schedules_as_configured: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = {"exit_layer": 2, "num_speculative_tokens": 2, "draft_length": "goodput"}
+    spec |= {"draft_source": "auto", "prompt_lookup_min": 1}
+    llm = engines.get(model, spec, max_num_seqs=256)
+    with_costs(llm, ((1, 512), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+    source_by_turns(monkeypatch)
+    stats = planner_of(llm).stats
+    samples = samples_of(llm, SETTINGS["T=1"])
+    assert min(stats.drafted["model"], stats.drafted["context"]) > NUM_SAMPLES / 10
+    p = p_value(samples, exact(engines, model, SETTINGS["T=1"]))
+    assert p > FALSE_ALARM, f"p = {p:.2g}"
 
 
 @pytest.mark.skipif(IS_V2, reason="its few samples show greater errors alone")

@@ -21,7 +21,8 @@ from vllm_selfspec.draft_length.best_lengths import Prompts
 from vllm_selfspec.draft_length.costs import ContextCosts, StepCosts
 from vllm_selfspec.draft_length.goodput import WHOLE, WINDOW, Goodput
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
-from vllm_selfspec.engine.scheduler import DraftPlanner, PlanningScheduler
+from vllm_selfspec.engine.draft_planner import DraftPlanner
+from vllm_selfspec.engine.scheduler import PlanningScheduler
 
 NUM_DRAFTS = 4
 SPEC: dict[str, Any] = {

@@ -5,6 +5,7 @@ fraction of a second. None is ever shut down: vLLM's shutdown tears down state t
 engines of a process share.
 """
 
+import itertools
 from typing import Any
 
 import pytest
@@ -114,16 +115,35 @@ def with_costs(llm: Any, costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans by costs that a step's real time does not change: a tiny model's are no
     model's."""
     from vllm_selfspec.draft_length.costs import StepCosts
-    from vllm_selfspec.draft_length.goodput import Goodput
 
     scheduler = scheduler_of(llm)
     planner = planner_of(llm)
     if planner is getattr(scheduler, "planner", None):
-        limits = (scheduler.max_num_running_reqs, scheduler.num_spec_tokens)
-        planner.goodput = Goodput(*limits, StepCosts(*costs))
+        planner.goodput = scheduler.goodput_by(StepCosts(*costs))
     else:
         planner.use_costs(StepCosts(*costs))
     monkeypatch.setattr(StepCosts, "observe", lambda *_, **__: None)
+
+
+def source_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the model and copies draft by turns where steps run ahead of the device,
+    whatever they are worth."""
+    from vllm_selfspec.draft_length.batch_goodput import BatchGoodput
+
+    both, found, turns = BatchGoodput._sources, BatchGoodput._found, itertools.count()
+    turn = 0
+
+    def in_turn(goodput: BatchGoodput, *args: Any) -> Any:
+        nonlocal turn
+        turn = next(turns)
+        return found(goodput, *args)
+
+    def one(goodput: BatchGoodput) -> Any:
+        sources = both(goodput)
+        return sources[turn % len(sources) :][:1]
+
+    monkeypatch.setattr(BatchGoodput, "_found", in_turn)
+    monkeypatch.setattr(BatchGoodput, "_sources", one)
 
 
 def planner_of(llm: Any) -> Any:

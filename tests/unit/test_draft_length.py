@@ -16,7 +16,7 @@ from vllm_selfspec.draft_length.best_lengths import (
     Prompts,
     best_lengths,
     best_mix,
-    best_uniform_length,
+    best_uniform,
 )
 from vllm_selfspec.draft_length.costs import (
     BesideCosts,
@@ -149,8 +149,8 @@ def test_what_drafting_takes_beside_forwards_must_be_earned() -> None:
         prompts = Prompts(8, 0.5)
         assert best_lengths(survival, room, costs).any() == pays
         assert best_lengths(survival, room, costs, prompts).any() == pays
-        uniform = best_uniform_length(survival, room, costs, (1, 4), prompts)
-        assert uniform.any() == pays
+        uniform = best_uniform(survival, room, costs, (1, 4), prompts)
+        assert uniform.lengths.any() == pays
 
 
 @pytest.mark.parametrize(("looks", "finds_out"), [(True, True), (False, False)])
@@ -366,12 +366,16 @@ def test_beside_prompts_a_row_is_drafted_only_for_what_a_token_is_worth() -> Non
 def test_a_uniform_length_is_the_best_of_those_there_are() -> None:
     survival = np.cumprod(np.full((2, 8), 0.8), axis=1)
     room, lengths = np.full(2, 8), (1, 2, 4, 8)
-    found = best_uniform_length(survival, room, costs(), lengths)
+    found = best_uniform(survival, room, costs(), lengths).lengths
     rates = {k: rate_of([k, k], survival, costs()) for k in lengths}
     assert found.tolist() == [max(rates, key=lambda k: rates[k])] * 2
-    assert best_uniform_length(survival, room, costs(free_rows=0.1), lengths).sum() == 0
-    short = best_uniform_length(survival, np.array([8, 1]), costs(), lengths)
-    assert short[1] == 1
+    dear = best_uniform(survival, room, costs(free_rows=0.1), lengths)
+    assert dear.lengths.sum() == 0
+    short = best_uniform(survival, np.array([8, 1]), costs(), lengths)
+    assert short.lengths[1] == 1
+    many_steps = best_uniform(survival, room, costs(draft=2.0), lengths)
+    free = best_uniform(survival, room, costs(draft=2.0), lengths, is_free=True)
+    assert many_steps.lengths.sum() == 0 < free.lengths.sum() and free.is_free.all()
 
 
 def test_a_request_that_is_never_right_is_not_drafted_for() -> None:

@@ -375,4 +375,4 @@ def uniform_lengths(vllm_config: Any) -> list[int]:
     empty where there are none, and each request may have its own."""
     if not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
         return []
-    return captured_lengths(served_config.num_planned_tokens(vllm_config))
+    return captured_lengths(*served_config.longest_drafts(vllm_config))

@@ -2,7 +2,9 @@
 
 One rule: nothing waits for the device, so steps stay scheduled ahead of it. Who matched
 is not known when the next step is scheduled; the scheduler goes by how often the copies
-of each request were right so far, and plans their length as it does the model's.
+of each request were right so far, and plans their length as it does the model's. Which
+of both a step drafts from it tells by the number of tokens that it asks for: more than
+the model's longest draft are copies, and no draft step is run.
 
 The matcher is vLLM's own of `ngram_gpu`. A row without a match verifies tokens that are
 hardly ever right, so where nothing repeats itself copies are soon left alone.
@@ -21,15 +23,17 @@ from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
 
 
 class DeviceCopies(SelfSpecSpeculator):
-    """`SelfSpecSpeculator` without a model's drafts, and vLLM's matcher in their place.
+    """`SelfSpecSpeculator`, with vLLM's matcher beside the model or in its place.
 
     Attributes:
-        draft_logits: None: a copied token is proposed for certain.
+        draft_logits: None where the model does not draft: a copied token is proposed
+            for certain.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.draft_logits = None
+        if not self._num_model_tokens:
+            self.draft_logits = None
         self._matcher: NgramGPUSpeculator | None = None
 
     def use_request_states(self, states: Any) -> None:
@@ -39,12 +43,34 @@ class DeviceCopies(SelfSpecSpeculator):
 
     @torch.inference_mode()
     def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
-        """What followed the last time that each request said the same: signature and
-        result as of vLLM's own."""
-        if not kwargs.get("num_speculative_tokens"):  # a dummy run, or a plain step
-            return self.draft_tokens[: input_batch.num_reqs, 1:]
+        """The model's drafts, or what followed the last time that each request said the
+        same: signature and result as of vLLM's own."""
+        drafts = super().propose(input_batch, *args, **kwargs)
+        num_drafts = kwargs.get("num_speculative_tokens")
+        if num_drafts is None or num_drafts <= self._num_model_tokens:
+            return drafts  # a dummy run, a plain step, or the model's turn
         assert self._matcher is not None
-        return self._matcher.propose(input_batch, *args, **kwargs)
+        copied = self._matcher.propose(input_batch, *args, **kwargs)
+        if self.draft_logits is not None:
+            self._propose_for_certain(copied, input_batch.idx_mapping)
+        return copied
+
+    def _begin(
+        self, input_batch: InputBatch, num_sampled: torch.Tensor, num_drafts: int
+    ) -> int:
+        """No draft step where copies are asked for."""
+        is_of_model = num_drafts <= self._num_model_tokens
+        return num_drafts if is_of_model else 0
+
+    def _propose_for_certain(
+        self, token_ids: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Makes one-hot what these tokens, `[num_reqs, k]`, are taken to be drawn from,
+        for the requests in `slots`, `[num_reqs]`."""
+        assert self.draft_logits is not None
+        self.draft_logits.index_fill_(0, slots, -torch.inf)
+        at = torch.arange(token_ids.shape[1], device=token_ids.device)
+        self.draft_logits[slots[:, None], at, token_ids] = 0.0
 
 
 def _for_matcher(vllm_config: VllmConfig) -> VllmConfig:

@@ -13,6 +13,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
+from vllm_selfspec.served_config import num_model_tokens
+
 
 class DraftGraphManager(SpeculatorCudaGraphManager):
     """vLLM's graphs for draft steps, with one for each number of drafts from 1."""
@@ -35,7 +37,8 @@ class DraftGraphManager(SpeculatorCudaGraphManager):
         super().capture(*args, **kwargs)
 
     def _draft_lengths(self) -> list[int]:
-        """Every number of drafts the schedule may ask for, the longest first."""
+        """Every number of the model's drafts that the schedule may ask for, the longest
+        first."""
         config = self.vllm_config.speculative_config
         assert config is not None
         schedule = build_dynamic_sd_schedule_lookup(
@@ -43,7 +46,8 @@ class DraftGraphManager(SpeculatorCudaGraphManager):
             vllm_max_batch_size=self.max_num_reqs,
             vllm_num_speculative_tokens=self.vllm_config.num_speculative_tokens,
         )
-        return sorted({k for k in schedule if k > 0}, reverse=True)
+        longest = num_model_tokens(self.vllm_config)
+        return sorted({k for k in schedule if 0 < k <= longest}, reverse=True)
 
 
 def smallest_fitting(

@@ -90,6 +90,11 @@ class Acceptance:
         self._taken[:, : len(num)] = num * chances
         self._estimate(range(len(self._tried)))
 
+    @property
+    def most(self) -> int:
+        """The longest draft."""
+        return int(self._tried.shape[1])
+
     def admit(self, slot: int) -> None:
         """A new request takes the place `slot`."""
         self._own[slot] = self._known[slot] = 0.0

@@ -127,16 +127,17 @@ def best_mix(
     return Mix(lengths, is_free, found.rate)
 
 
-def best_uniform_length(
+def best_uniform(
     survival: Floats,
     room: Ints,
     costs: Costs,
     lengths: Sequence[int],
     prompts: Prompts = NO_PROMPTS,
-) -> Ints:
+    is_free: bool = False,
+) -> Mix:
     """The same for one length of all requests, out of `lengths`: what can be replayed
     from a CUDA graph, which is captured for whole batches. None is above the longest
-    draft."""
+    draft. What `is_free` takes no draft steps."""
     num_reqs, steps = len(room), np.asarray(lengths, np.int64)
     # [num_lengths]: tokens to verify beside the newest ones, and how many of them are
     # expected to be accepted
@@ -145,12 +146,14 @@ def best_uniform_length(
     plain, *_ = seconds = verify_seconds(
         costs, num_reqs, np.concatenate([[0], num_drafts]), prompts
     )
-    rate = (num_reqs + accepted) / (seconds[1:] + steps * float(costs.draft(num_reqs)))
+    draft = 0.0 if is_free else float(costs.draft(num_reqs))
+    rate = (num_reqs + accepted) / (seconds[1:] + steps * draft)
     best = int(np.where(num_drafts, rate, 0.0).argmax())
-    if not num_drafts[best] or rate[best] <= num_reqs / plain * (1 + MARGIN):
-        return np.zeros(num_reqs, np.int64)
-    found: Ints = np.minimum(room, steps[best])
-    return found
+    least = num_reqs / float(plain) * (1 + MARGIN)
+    found, free = np.zeros(num_reqs, np.int64), np.full(num_reqs, is_free)
+    if not num_drafts[best] or rate[best] <= least:
+        return Mix(found, free, least)
+    return Mix(np.minimum(room, steps[best]), free, float(rate[best]))
 
 
 def within_room(survival: Floats, room: Ints) -> Floats:

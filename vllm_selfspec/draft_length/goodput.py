@@ -15,7 +15,7 @@ from vllm_selfspec.draft_length.best_lengths import (
     NO_PROMPTS,
     Prompts,
     best_mix,
-    best_uniform_length,
+    best_uniform,
     verify_seconds,
     within_room,
 )
@@ -98,6 +98,24 @@ class Plan:
         return max(self.rate / usual - 1, 0.0)
 
 
+@dataclass(frozen=True)
+class PlannedSource:
+    """A source whose drafts are planned.
+
+    Attributes:
+        acceptance: Of them.
+        is_free: Whether they take no draft steps.
+    """
+
+    acceptance: Acceptance
+    is_free: bool = False
+
+    @property
+    def most(self) -> int:
+        """The longest draft; 0 where it has none."""
+        return self.acceptance.most
+
+
 class Goodput:
     """Chooses draft lengths step by step, and learns from what came of them.
 
@@ -143,7 +161,8 @@ class Goodput:
         self._owed = 0.0  # seconds that trials may take by now
         self._price = 0.0  # of the next one, when it was last looked at
         self._patience = 1.0  # how many times its price a trial waits for
-        self._hope = 1.0  # chance of the first draft token at the last trial
+        # Chance of the first draft token at the last trial, free or of the model.
+        self._hope = {False: 1.0, True: 1.0}
         self._passed_over = np.zeros(len(free_guesses), np.int64)
         self._owed_free = 0.0  # seconds that trials of free proposals may take by now
         self._looks_at_plain_steps = looks_at_plain_steps
@@ -184,16 +203,10 @@ class Goodput:
             return Plan(np.zeros(0, np.int64))
         if proposed is None and self._resting == slots.tobytes() and self.rest():
             return Plan(np.zeros(num_reqs, np.int64))
-        own_room = np.minimum(room, self._max_drafts)
         readings = self._readings(contexts)
         costs = self.costs.within(num_reqs, readings[0][1])
         self.plain = float(costs.verify(num_reqs))
-        if self._uniform:
-            survival = self.acceptance.survival(slots)
-            how = costs, self._uniform, prompts
-            found = Plan(best_uniform_length(survival, own_room, *how))
-        else:
-            found = self._best(slots, room, prompts, proposed, readings)
+        found = self._found(slots, room, prompts, proposed, readings)
         if found.lengths.any() and self._is_time_to_look():
             self._rest = 0
             return Plan(np.zeros(num_reqs, np.int64))
@@ -203,7 +216,7 @@ class Goodput:
             return found
         self._resting, self._rest = slots.tobytes(), REST
         self._drafting = 0
-        return self._trial(num_reqs, own_room, prompts, costs, readings[0][0])
+        return self._trial(num_reqs, room, prompts, costs, readings[0][0])
 
     @property
     def rests(self) -> bool:
@@ -214,7 +227,8 @@ class Goodput:
         """Whether a step is plain that is of the same requests as the last one, which
         was: known without looking at them, as long as they are left alone."""
         owed = self._owed + EXPLORE_SHARE * self.plain
-        if not self._rest or (self._max_drafts and owed >= self._price):
+        is_time_to_try = self._source_to_try().most and owed >= self._price
+        if not self._rest or is_time_to_try:
             return False
         self._rest, self._owed = self._rest - 1, owed
         return True
@@ -235,6 +249,38 @@ class Goodput:
         if contexts.drafted >= contexts.whole:
             return [(WHOLE, whole)]
         return [(WINDOW, contexts), (WHOLE, whole)]
+
+    def _found(
+        self,
+        slots: Slots,
+        room: Ints,
+        prompts: Prompts,
+        proposed: Proposed | None,
+        readings: Sequence[tuple[int, Contexts]],
+    ) -> Plan:
+        """What is best by what is believed; nothing where no draft is worth it."""
+        if not self._uniform:
+            return self._best(slots, room, prompts, proposed, readings)
+        return self._uniform_plan(
+            self.acceptance.survival(slots),
+            np.minimum(room, self._max_drafts),
+            self.costs.within(len(slots), readings[0][1]),
+            prompts,
+        )
+
+    def _uniform_plan(
+        self,
+        survival: Floats,
+        room: Ints,
+        costs: Costs,
+        prompts: Prompts,
+        is_free: bool = False,
+    ) -> Plan:
+        """One length for all, out of those that such drafts may have."""
+        most = survival.shape[1]
+        lengths = [length for length in self._uniform if length <= most]
+        mix = best_uniform(survival, room, costs, lengths, prompts, is_free)
+        return Plan(mix.lengths, is_free=mix.is_free, rate=mix.rate)
 
     def _best(
         self,
@@ -300,21 +346,28 @@ class Goodput:
         self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs, reads: int
     ) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
-        tried = np.minimum(room, 1)
+        source = self._source_to_try()
+        tried = np.minimum(room, min(source.most, 1))
         self._owed += EXPLORE_SHARE * self.plain
         if self._owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))
         seconds = verify_seconds(costs, num_reqs, int(tried.sum()), prompts)
-        self._price = float(seconds) - self.plain + float(costs.draft(num_reqs))
-        self._price *= self._patience
+        draft = 0.0 if source.is_free else float(costs.draft(num_reqs))
+        self._price = (float(seconds) - self.plain + draft) * self._patience
         if self._owed < self._price:
             return Plan(np.zeros(num_reqs, np.int64))
         self._owed = self._price = 0.0
         self._rest = 0
-        hope = float(self.acceptance.population()[0])
-        grown = 1.0 if hope > self._hope else self._patience + 1
-        self._patience, self._hope = min(grown, MOST_PATIENCE), hope
-        return Plan(tried, is_trial=True, reads=reads)
+        hope = float(source.acceptance.population()[0])
+        grown = 1.0 if hope > self._hope[source.is_free] else self._patience + 1
+        self._patience = min(grown, MOST_PATIENCE)
+        self._hope[source.is_free] = hope
+        is_free = np.full(num_reqs, source.is_free)
+        return Plan(tried, is_trial=True, is_free=is_free, reads=reads)
+
+    def _source_to_try(self) -> PlannedSource:
+        """Whose drafts are tried where none are worth it."""
+        return PlannedSource(self.acceptance)
 
     def beliefs(self) -> dict[str, float]:
         """What it takes new requests to be like, to be shown: acceptance by position,

@@ -96,19 +96,20 @@ DraftLength = Annotated[
 ]
 
 
-def captured_lengths(most: int) -> list[int]:
-    """Lengths of up to `most` worth a set of CUDA graphs each: the next one is hardly
-    ever more than half as long again."""
-    return [k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if k < most] + [most]
+def captured_lengths(*longest: int) -> list[int]:
+    """Lengths worth a set of CUDA graphs each, up to the longest draft of each source:
+    the next one is hardly ever more than half as long again."""
+    usual = {k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if k < max(longest)}
+    return sorted(usual | {k for k in longest if k})
 
 
-def schedule_of_all(most: int) -> list[tuple[int, int, int]]:
+def schedule_of_all(*longest: int) -> list[tuple[int, int, int]]:
     """A schedule in vLLM's form that names every length which graphs are wanted for.
 
     vLLM captures them for the numbers of drafts in its table of batch sizes, and for no
     other. Which is used when is decided elsewhere.
     """
-    lengths = [0, *captured_lengths(most)]
+    lengths = [0, *captured_lengths(*longest)]
     return [(size, size, k) for size, k in enumerate(lengths, 1)]
 
 

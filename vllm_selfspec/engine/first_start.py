@@ -47,7 +47,7 @@ class FirstStart:
             model_config: vLLM's, of the target.
             parallel_config: vLLM's.
             is_ahead: Whether steps are scheduled ahead of the device. What was found
-                where they are not says nothing there: copies are not to be had.
+                where they are not says nothing there: costs and copies are others.
         """
         self._is_ahead = is_ahead
         self._config, self._circumstances = config, None

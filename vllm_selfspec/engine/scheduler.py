@@ -10,6 +10,7 @@ decides when it knows more: see `draft.row_planner`.
 import copy
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,18 +25,16 @@ from vllm_selfspec import served_config
 from vllm_selfspec.draft.row_planner import uniform_lengths
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
-from vllm_selfspec.draft_length.best_lengths import NO_PROMPTS, Prompts
+from vllm_selfspec.draft_length.batch_goodput import BatchGoodput
+from vllm_selfspec.draft_length.best_lengths import Prompts
 from vllm_selfspec.draft_length.costs import (
-    NO_CONTEXT,
     BesideCosts,
     ContextCosts,
     Contexts,
     StepCosts,
     cleaned,
 )
-from vllm_selfspec.draft_length.goodput import Goodput
-from vllm_selfspec.draft_length.options import schedule_of_all
-from vllm_selfspec.draft_length.slots import Slots
+from vllm_selfspec.engine.draft_planner import DraftPlanner
 from vllm_selfspec.engine.measure import (
     measure_context,
     measure_costs,
@@ -122,21 +121,14 @@ def _schedule_full_lengths(vllm_config: Any) -> None:
 
     With none at all vLLM would fill new requests up with placeholders for drafts.
     """
-    if not has_schedule_of_users(vllm_config):
-        speculative_config = vllm_config.speculative_config
-        most = vllm_config.scheduler_config.max_num_seqs
-        schedule = [(1, most, vllm_config.num_speculative_tokens)]
-        speculative_config.num_speculative_tokens_per_batch_size = schedule
-
-
-def has_schedule_of_users(vllm_config: Any) -> bool:
-    """Whether the user bounds the lengths by batch size; otherwise the schedule is only
-    there for the graphs that vLLM captures by it."""
-    schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
-    if schedule is None:
-        return False
-    found = [tuple(entry) for entry in schedule]
-    return found != schedule_of_all(vllm_config.num_speculative_tokens)
+    if served_config.bounds_lengths(vllm_config):
+        return
+    length = vllm_config.num_speculative_tokens
+    if served_config.source_on_device(vllm_config):  # beside the model it is not asked
+        length = served_config.num_model_tokens(vllm_config) or length
+    most = vllm_config.scheduler_config.max_num_seqs
+    speculative_config = vllm_config.speculative_config
+    speculative_config.num_speculative_tokens_per_batch_size = [(1, most, length)]
 
 
 def _is_not_of_ours(record: logging.LogRecord) -> bool:
@@ -165,78 +157,6 @@ def measured(executor: Any) -> StepCosts:
     return StepCosts(num_rows[0], verify, draft, of_context, beside)
 
 
-class DraftPlanner:
-    """`Goodput` in the terms of vLLM's scheduler.
-
-    Attributes:
-        goodput: What decides.
-        lengths: Draft tokens that a request may have verified in its next step, by
-            request id, of those that draft at all.
-        stats: What was planned, and what came of it.
-    """
-
-    def __init__(self, goodput: Goodput, max_num_reqs: int, stats: DraftStats) -> None:
-        self.goodput, self.stats = goodput, stats
-        self._slots = Slots(max_num_reqs)
-        self.lengths: dict[str, int] = {}
-
-    def plan(
-        self,
-        room_of: dict[str, int],
-        running: Iterable[str],
-        prompts: Prompts = NO_PROMPTS,
-        contexts: Contexts = NO_CONTEXT,
-    ) -> int:
-        """The number of draft steps after this step; fills `lengths`.
-
-        Args:
-            room_of: The most that each request which samples in this step may draft.
-            running: All requests that run.
-            prompts: What the next step may have beside them.
-            contexts: Of those requests.
-        """
-        self._slots.admit(room_of, running, self.goodput.admit)
-        plan = self.goodput.plan(
-            self._slots.of([*room_of]),
-            np.array([*room_of.values()], np.int64),
-            prompts,
-            None,
-            contexts,
-        )
-        self.lengths = dict(zip(room_of, plan.lengths.tolist(), strict=True))
-        if room_of:
-            drafting = "trial" if plan.is_trial else "drafting"
-            self.stats.steps[drafting if plan.num_steps else "plain"] += 1
-            costs = self.goodput.costs.within(len(room_of), contexts)
-            seconds = float(costs.draft(len(room_of)))
-            self.stats.draft_seconds += plan.num_steps * seconds
-        return plan.num_steps
-
-    def rest(self) -> bool:
-        """Whether a step of the same requests as the last is known to be plain."""
-        rests = self.goodput.rest()
-        self.stats.steps["plain"] += rests
-        return rests
-
-    def observe(
-        self, drafted: dict[str, int], accepted: dict[str, int], num_steps: int = 1
-    ) -> None:
-        """Learns from a verification, by request; or from so many plain steps."""
-        self.stats.lengths.update(drafted.values())
-        self.stats.lengths[0] += (num_steps - 1) * len(drafted)
-        known = [req_id for req_id in drafted if req_id in self._slots]
-        self.goodput.acceptance.observe(
-            self._slots.of(known),
-            np.array([drafted[req_id] for req_id in known], np.int64),
-            np.array([accepted[req_id] for req_id in known], np.int64),
-            num_steps=num_steps,
-        )
-
-    def publish(self) -> None:
-        """Shows the statistics, if it is time."""
-        self.stats.publish("scheduler", self.goodput.beliefs)
-
-
 class PlanningScheduler(OfScheduler, AsyncScheduler):
     """vLLM's scheduler that runs ahead of the worker, planning; drafts stay there, and
     are known here by their number alone."""
@@ -245,24 +165,35 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not has_schedule_of_users(self.vllm_config):
+        config = self.vllm_config
+        if not served_config.bounds_lengths(config):
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (
                 self.max_num_running_reqs + 1
             )
-        goodput = Goodput(
+        self._num_model_tokens = served_config.num_model_tokens(config)
+        self.planner = DraftPlanner(
+            self.goodput_by(self.costs),
             self.max_num_running_reqs,
-            self.num_spec_tokens,
-            self.costs,
-            uniform_lengths(self.vllm_config),
-            looks_at_plain_steps=True,
+            DraftStats(config),
+            served_config.source_on_device(config) or "",
         )
-        stats = DraftStats(self.vllm_config)
-        self.planner = DraftPlanner(goodput, self.max_num_running_reqs, stats)
+        # Steps that verify copies, and whose they are; told of in this order.
+        self._copied: deque[tuple[SchedulerOutput, frozenset[str]]] = deque()
         self._arrivals = Arrivals()
-        self._draft_plan = served_config.plan_of(self.vllm_config)
+        self._draft_plan = served_config.plan_of(config)
         self._updated: float | None = None  # when the last step ended, if busy since
         self._resting: set[str] = set()  # the requests of the last step, if plain
         self._num_plain = 0  # results of plain steps that were not looked at
+
+    def goodput_by(self, costs: StepCosts) -> BatchGoodput:
+        """What decides by these costs, knowing nothing of requests."""
+        return BatchGoodput(
+            self.max_num_running_reqs,
+            self._num_model_tokens,
+            costs,
+            uniform_lengths(self.vllm_config),
+            served_config.num_device_tokens(self.vllm_config),
+        )
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if self._rests(scheduler_output):
@@ -270,6 +201,10 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             scheduler_output.num_spec_tokens_to_schedule = 0
             super()._update_after_schedule(scheduler_output)
             return
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        copied = self.planner.copying.intersection(verified)
+        if copied:
+            self._copied.append((scheduler_output, copied))
         most = scheduler_output.num_spec_tokens_to_schedule
         room_of = {
             req_id: min(most, self._room(self.requests[req_id]))
@@ -280,14 +215,18 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         prompts = self._prompts(scheduler_output.num_scheduled_tokens)
         contexts = self._contexts(room_of)
         num_steps = self.planner.plan(room_of, running, prompts, contexts)
-        scheduler_output.num_spec_tokens_to_schedule = min(most, num_steps)
+        copies = not num_steps and any(self.planner.lengths.values())
+        # More than the model drafts asks the device's source for all it has.
+        num_drafts = self.num_spec_tokens if copies else num_steps
+        scheduler_output.num_spec_tokens_to_schedule = min(most, num_drafts)
         super()._update_after_schedule(scheduler_output)
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[req_id]
             if request.spec_token_ids:
                 length = self.planner.lengths.get(req_id, 0)
                 request.spec_token_ids = request.spec_token_ids[:length]
-        self._resting = set() if num_steps else {*scheduler_output.num_scheduled_tokens}
+        scheduled = scheduler_output.num_scheduled_tokens
+        self._resting = set() if num_drafts else {*scheduled}
 
     def _rests(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether nothing is to be decided: the same requests decode, and they rest."""
@@ -360,20 +299,27 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             if num_tokens == 1 + len(drafts) and len(sampled):
                 drafted[req_id] = len(drafts)
                 accepted[req_id] = len(sampled) - 1
-        self.planner.observe(drafted, accepted, num_steps)
+        self.planner.observe(drafted, accepted, num_steps, self._copied_in(output))
         is_decode = len(drafted) == num_scheduled > 0
         # Data-parallel ranks in lockstep wait for each other: a step's time is that of
         # the slowest, with as many draft steps as any of them planned.
         is_own = self.vllm_config.parallel_config.data_parallel_size == 1
+        num_draft_steps = output.num_spec_tokens_to_schedule
         if is_decode and is_own and self._updated is not None:
             self.planner.goodput.costs.observe(
                 output.total_num_scheduled_tokens,
                 len(drafted),
-                output.num_spec_tokens_to_schedule,
+                num_draft_steps if num_draft_steps <= self._num_model_tokens else 0,
                 time.perf_counter() - self._updated,
                 len(drafted),
                 self._contexts(drafted),
             )
+
+    def _copied_in(self, output: SchedulerOutput) -> frozenset[str]:
+        """Requests whose drafts, which this step verified, were copies."""
+        if not self._copied or self._copied[0][0] is not output:
+            return frozenset()
+        return self._copied.popleft()[1]
 
 
 def _samples(request: Request, num_tokens: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
-from vllm_selfspec.draft_length.options import STOPPING
+from vllm_selfspec.draft_length.options import STOPPING, ByGoodput
 from vllm_selfspec.plan.source import Source
 from vllm_selfspec.plan.sources import MODEL, SOURCES
 
@@ -42,14 +42,9 @@ def used_sources(
     """
     usable = _usable(config, model_drafts)
     stops = isinstance(config.draft_length, STOPPING)
-    if not stops and runs_ahead(engine_args):
-        ahead = _ahead_of_the_device(usable)
-        if ahead is not None and ahead.name == MODEL:
-            return UsedSources({MODEL: ahead.options(config)})
-        if ahead is not None:
-            return UsedSources(
-                {ahead.name: ahead.options_on_device(config)}, ahead.name
-            )
+    ahead = _ahead_of_the_device(usable, config)
+    if not stops and runs_ahead(engine_args) and ahead.options:
+        return ahead
     free = [source.name for source in usable if source.name != MODEL]
     if stops:
         what = f"draft_length {config.draft_length.policy!r} stops single requests"
@@ -75,11 +70,23 @@ def _usable(config: SelfSpecConfig, model_drafts: bool) -> list[Source]:
     return [source for source in sources if refusals[source.name] is None]
 
 
-def _ahead_of_the_device(usable: list[Source]) -> Source | None:
-    """The one source that drafts where steps are scheduled ahead, the model if it
-    drafts; None where what was asked for cannot."""
-    able = [one for one in usable if one.name == MODEL or one.speculator is not None]
-    return min(able, key=lambda one: one.name != MODEL, default=None)
+def _ahead_of_the_device(usable: list[Source], config: SelfSpecConfig) -> UsedSources:
+    """What drafts where steps are scheduled ahead: the model, and beside it, or in its
+    place, the first source that proposes on the device. None where what was asked for
+    cannot.
+
+    Which of both a step drafts from is told by the length that `goodput` asks for, so
+    where lengths come from elsewhere the model drafts alone.
+    """
+    found = {one.name: one.options(config) for one in usable if one.name == MODEL}
+    by_goodput = isinstance(config.draft_length, ByGoodput)
+    is_bounded = config.num_speculative_tokens_per_batch_size is not None
+    device = next((one for one in usable if one.speculator is not None), None)
+    if device is None or (found and (is_bounded or not by_goodput)):
+        return UsedSources(found)
+    return UsedSources(
+        {**found, device.name: device.options_on_device(config)}, device.name
+    )
 
 
 def runs_ahead(engine_args: Any) -> bool:

@@ -8,7 +8,7 @@ vLLM's compile-cache key.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ def _resolve(
             "online": _online(config),
             "sources": sources,
             "on_device": used.on_device,
+            "bounds_lengths": config.num_speculative_tokens_per_batch_size is not None,
             "num_model_tokens": num_model_tokens,
             "acceptance": chosen.acceptance,
             "calibration": calibration,
@@ -142,10 +143,15 @@ def _resolve(
     }
     longest = [SOURCES.named(name).max_tokens(sources[name]) for name in sources]
     num_drafts = max(num_model_tokens, *longest)
+    lengths = [num_drafts]
+    if used.on_device is not None and num_model_tokens:
+        # More than the model drafts asks the device's source: see `v2_copies`.
+        num_drafts = max(num_drafts, num_model_tokens + 1)
+        lengths = [num_model_tokens, *longest]
     return {
         "num_speculative_tokens": num_drafts,
         "draft_sample_method": config.draft_sample_method,
-        "num_speculative_tokens_per_batch_size": _schedule(config, num_drafts),
+        "num_speculative_tokens_per_batch_size": _schedule(config, lengths),
     }
 
 
@@ -218,12 +224,13 @@ def _num_drafts(config: SelfSpecConfig, chosen: ChosenPlan) -> int:
 
 
 def _schedule(
-    config: SelfSpecConfig, num_drafts: int
+    config: SelfSpecConfig, longest: Sequence[int]
 ) -> list[tuple[int, int, int]] | None:
-    """The user's, or one for vLLM to capture CUDA graphs of every length by."""
+    """The user's, or one for vLLM to capture CUDA graphs of every length by, up to the
+    longest draft of each source."""
     given = config.num_speculative_tokens_per_batch_size
     if given is None and isinstance(config.draft_length, ByGoodput):
-        return schedule_of_all(num_drafts)
+        return schedule_of_all(*longest)
     return given
 
 

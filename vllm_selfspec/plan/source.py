@@ -74,8 +74,9 @@ class Source(ABC):
         guesses: For each kind of its proposals the chance that the first token is
             accepted, and that another is whose forerunner was, before any was seen.
         speculator: What proposes for all rows on the device, where the V2 runner's
-            steps are scheduled ahead of it, as `module:name`; None where the source
-            looks at tokens on the host. Workers alone import it.
+            steps are scheduled ahead of it, as `module:name`: a `SelfSpecSpeculator`
+            that does so when it is asked for more tokens than the model drafts. None
+            where the source looks at tokens on the host. Workers alone import it.
     """
 
     name: ClassVar[str]

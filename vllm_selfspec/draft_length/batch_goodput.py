@@ -1,0 +1,163 @@
+"""`BatchGoodput`: what a whole batch drafts, decided before the step that it follows.
+
+One rule: a batch drafts from one source, the model or copies. Where steps are scheduled
+ahead of the device nobody knows which requests have a match; what is known is how often
+the copies of each were right, and by that they are planned, as the model's drafts are.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_selfspec.draft_length.acceptance import NO_GUESS, Acceptance
+from vllm_selfspec.draft_length.best_lengths import (
+    Prompts,
+    best_mix,
+    verify_seconds,
+    within_room,
+)
+from vllm_selfspec.draft_length.costs import Contexts, Costs, StepCosts
+from vllm_selfspec.draft_length.goodput import (
+    EXPLORE_SHARE,
+    TRIED_TOKENS,
+    Goodput,
+    Plan,
+    PlannedSource,
+    Proposed,
+)
+from vllm_selfspec.draft_length.types import Ints, Slots
+
+
+class BatchGoodput(Goodput):
+    """`Goodput` where steps are scheduled ahead of the device.
+
+    Attributes:
+        free: Of copies, whether a request has a match or not.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_drafts: int,
+        costs: StepCosts,
+        uniform: Sequence[int] = (),
+        max_copied: int = 0,
+    ) -> None:
+        """For `num_slots` requests at a time.
+
+        Args:
+            num_slots: Requests at a time.
+            max_drafts: The longest draft of the model; 0 where it has none.
+            costs: Of this model on this machine.
+            uniform: The lengths a whole batch may have; empty where each request may
+                have its own.
+            max_copied: The longest copy; 0 where nothing is copied.
+        """
+        how = costs, uniform, max_copied, NO_GUESS
+        super().__init__(num_slots, max_drafts, *how, looks_at_plain_steps=True)
+        self._owed_other = 0.0  # seconds that trials of the other source may take
+        self._tried_copies = False  # in the last trial where nothing was worth it
+
+    def _found(
+        self,
+        slots: Slots,
+        room: Ints,
+        prompts: Prompts,
+        proposed: Proposed | None,
+        readings: Sequence[tuple[int, Contexts]],
+    ) -> Plan:
+        """The better source's; the other is tried once in a while, as far as that was
+        saved up for."""
+        costs = self.costs.within(len(slots), readings[0][1])
+        plans = {
+            source.is_free: self._plan_of(source, slots, room, costs, prompts)
+            for source in self._sources()
+        }
+        found = max(plans.values(), key=lambda plan: plan.rate)
+        if len(plans) == 1 or not found.lengths.any():
+            return found
+        other = self._worth_a_try(plans[not found.is_free.any()], room)
+        self._owed_other += EXPLORE_SHARE * self.plain
+        if self._owed_other < self._price_of(other, slots, costs, prompts, found.rate):
+            return found
+        self._owed_other = 0.0
+        return other
+
+    def _sources(self) -> list[PlannedSource]:
+        """Those there are."""
+        copies = PlannedSource(self.free, is_free=True)
+        both = PlannedSource(self.acceptance), copies
+        return [source for source in both if source.most]
+
+    def _plan_of(
+        self,
+        source: PlannedSource,
+        slots: Slots,
+        room: Ints,
+        costs: Costs,
+        prompts: Prompts,
+    ) -> Plan:
+        """The best of one source's; nothing where that is best."""
+        survival, room = (
+            source.acceptance.survival(slots),
+            np.minimum(room, source.most),
+        )
+        if self._uniform:
+            how = costs, prompts, source.is_free
+            return self._uniform_plan(survival, room, *how)
+        chances, none = within_room(survival, room), np.zeros((len(slots), 0))
+        model, free = (none, chances) if source.is_free else (chances, none)
+        mix = best_mix(model, free, costs, prompts)
+        is_free = np.full(len(slots), source.is_free)
+        return Plan(mix.lengths, is_free=is_free, rate=mix.rate)
+
+    def _worth_a_try(self, plan: Plan, room: Ints) -> Plan:
+        """What to draft to find out about a source that was passed over: its own plan,
+        or if that is nothing, a few tokens."""
+        lengths = plan.lengths
+        if not lengths.any():
+            most = min(self._acceptance_of(plan).most, TRIED_TOKENS)
+            if self._uniform:
+                most = max(length for length in self._uniform if length <= most)
+            lengths = np.minimum(room, most)
+        return Plan(lengths, is_trial=True, is_free=plan.is_free)
+
+    def _acceptance_of(self, plan: Plan) -> Acceptance:
+        return self.free if plan.is_free.any() else self.acceptance
+
+    def _price_of(
+        self,
+        plan: Plan,
+        slots: Slots,
+        costs: Costs,
+        prompts: Prompts,
+        usual_rate: float,
+    ) -> float:
+        """Seconds that a step so drafted is expected to lose on the usual one."""
+        survival = self._acceptance_of(plan).survival(slots)
+        gain = within_room(survival, plan.lengths).sum()
+        num_drafts = int(plan.lengths.sum())
+        verify = float(verify_seconds(costs, len(slots), num_drafts, prompts))
+        seconds = verify + plan.num_steps * float(costs.draft(len(slots)))
+        return seconds - (len(slots) + float(gain)) / usual_rate
+
+    def _source_to_try(self) -> PlannedSource:
+        """By turns."""
+        sources = self._sources()
+        of_copies = len(sources) > 1 and not self._tried_copies
+        return sources[-1] if of_copies else sources[0]
+
+    def _trial(
+        self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs, reads: int
+    ) -> Plan:
+        plan = super()._trial(num_reqs, room, prompts, costs, reads)
+        if plan.is_trial:
+            self._tried_copies = bool(plan.is_free.any())
+        return plan
+
+    def beliefs(self) -> dict[str, float]:
+        """As of `Goodput`, and of copies."""
+        copied = self.free.population()
+        return super().beliefs() | {
+            f"copy_acceptance_{i}": float(q) for i, q in enumerate(copied, 1)
+        }
