@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vllm_selfspec.plan.draft_plan import DraftPlan
     from vllm_selfspec.plan.keys import Keys
 
+# Beside `selfspec` in the `additional_config` that the draft view is compiled with.
+DRAFT_PART = "selfspec_part"
 # Whether an engine of this process drafts with selfspec.
 _is_in_use = False
 
@@ -19,6 +21,20 @@ def uses_selfspec(vllm_config: Any) -> bool:
     """Whether this `VllmConfig` was made by `vllm_args.translate`."""
     config = vllm_config.additional_config
     return isinstance(config, dict) and "selfspec" in config
+
+
+def compile_key(vllm_config: Any) -> dict[str, Any]:
+    """`additional_config` as far as compiled code depends on it: of what is told here
+    the draft view's on the draft plan, the target's on those axes whose values are made
+    when it is loaded."""
+    from vllm_selfspec.plan.axes import AXES
+
+    config = vllm_config.additional_config
+    plan = config["selfspec"]["plan"]
+    if DRAFT_PART not in config:
+        exchangeable = {axis.name for axis in AXES if axis.is_exchangeable}
+        plan = {name: plan[name] for name in plan.keys() - exchangeable}
+    return {**config, "selfspec": {"plan": plan}}
 
 
 def plans_draft_lengths(vllm_config: Any) -> bool:

@@ -13,8 +13,10 @@ from helpers.engines import Engines, drafter_of, greedy, prompts_of, run, token_
 from helpers.environment import IS_SHORT
 from helpers.exit_layers import build_exit_layer
 from helpers.models import NUM_LAYERS
+from vllm_selfspec.served_config import DRAFT_PART
 
 PLAN: dict[str, Any] = {"exit_layer": NUM_LAYERS // 2, "num_speculative_tokens": 4}
+OTHER: dict[str, Any] = {"exit_layer": 1, "num_speculative_tokens": 3}
 
 
 def generated(llm: Any) -> Any:
@@ -44,6 +46,11 @@ def compare(
     before = set(os.listdir(cache))
     llm = engines.get(model, plan, enforce_eager=False, dtype=dtype)
     found["compiled"] = generated(llm)
+    after = set(os.listdir(cache))
+    other = [
+        generated(engines.get(model, OTHER, enforce_eager=is_eager, dtype=dtype))
+        for is_eager in (True, False)
+    ]
     return {
         **found,
         "eager view is compiled": view_of(eager).is_compiled,
@@ -53,7 +60,9 @@ def compare(
             config.compute_hash()
             for config in (view_of(llm).own_modules[1].vllm_config, config_of(llm))
         ],
-        "added to the cache": len(set(os.listdir(cache)) - before),
+        "added to the cache": len(after - before),
+        "other": other,
+        "added by the other": len(set(os.listdir(cache)) - after),
     }
 
 
@@ -84,6 +93,30 @@ def test_compiled_draft_equals_eager_draft_and_has_a_cache_of_its_own(
     assert found["plain"][0] == found["eager"][0]
     assert len(set(found["keys"])) == 2, "or one would be loaded for the other"
     assert found["added to the cache"] == 2, "the target with its drafts, and the view"
+    eager, compiled = found["other"]
+    assert compiled == eager and eager[0] == found["plain"][0]
+    assert eager[1] != found["eager"][1], "it drafts otherwise"
+    assert found["added by the other"] == 1, "its view; the target's code is there"
+
+
+def test_what_the_target_is_compiled_for_depends_on_what_is_made_of_it(
+    tiny_models: dict[str, str],
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    def key_of(part: bool = False, **keys: Any) -> str:
+        told = {"method": "selfspec", "draft_source": "model", **keys}
+        args = EngineArgs(tiny_models["llama"], speculative_config=told)
+        config = args.create_engine_config()
+        if part:
+            config.additional_config = {**config.additional_config, DRAFT_PART: "draft"}
+        return str(config.compute_hash())
+
+    one, other = {"exit_layer": 1}, {"exit_layer": 2, "draft_length": "fixed"}
+    assert key_of(**one) == key_of(**other)
+    assert key_of(**one, draft_weights="int4") != key_of(**one)
+    views = {key_of(part=True, **keys) for keys in (one, other)}
+    assert len(views | {key_of(**one)}) == 3
 
 
 @pytest.mark.skipif(IS_SHORT, reason="a minute: SELFSPEC_TEST_ALL=1")

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
 from vllm_selfspec.draft.view import DraftView
+from vllm_selfspec.served_config import DRAFT_PART
 
 TAG = "selfspec_draft"  # of the view in vLLM's compile cache and log
 WARM_UP_TOKENS = 2  # of one token, torch would take the batch size for a constant
@@ -40,7 +41,7 @@ def compile_view(view: DraftView, vllm_config: VllmConfig) -> None:
     draft_config = copy.copy(vllm_config)  # another key for the same settings
     draft_config.additional_config = {
         **vllm_config.additional_config,
-        "selfspec_part": "draft",
+        DRAFT_PART: "draft",
     }
     for part in parts:
         part.aot_compiled_fn = None

@@ -1,10 +1,12 @@
 """What takes the place of vLLM's functions: a few lines each, for a row of `seams`."""
 
+import copy
 import inspect
 from typing import Any
 
 from vllm_selfspec.engine.patcher import Function
 from vllm_selfspec.served_config import (
+    compile_key,
     is_in_use,
     needs_host_tokens,
     needs_v1_runner,
@@ -80,6 +82,17 @@ def forget_draft_probs(original: Function) -> Function:
         return original(self, req_id, new_req_data)
 
     return _update_streaming_request
+
+
+def keep_compiled_code(original: Function) -> Function:
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not uses_selfspec(self):
+            return original(self, *args, **kwargs)
+        config = copy.copy(self)
+        config.additional_config = compile_key(self)
+        return original(config, *args, **kwargs)
+
+    return compute_hash
 
 
 def allow_v2_runner(original: Function) -> Function:

@@ -68,6 +68,16 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         module="vllm.config.vllm",
+        target="VllmConfig.compute_hash",
+        parameters=("self", "include_version"),
+        replace=replacements.keep_compiled_code,
+        why="All of additional_config is in the key of vLLM's compile cache, so with "
+        "each draft plan the target would be compiled anew: at the second start of a "
+        "model, too, which has the plan that the first one found.",
+        remove_when="a part of additional_config can be left out of that key.",
+    ),
+    Seam(
+        module="vllm.config.vllm",
         target="VllmConfig._get_v2_model_runner_unsupported_features",
         parameters=("self",),
         replace=replacements.allow_v2_runner,
