@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from helpers.full_disk import full_disk
 from vllm_selfspec import whole_file
-from vllm_selfspec.draft.stats import DIRECTORY, DraftStats, MetricsCollector
+from vllm_selfspec.draft.stats import DIRECTORY, DraftStats
+from vllm_selfspec.engine.metrics import MetricsCollector
+from vllm_selfspec.plan.source_context import MAX_COPIED
 
 
 class Config:
@@ -28,6 +31,12 @@ def stats(**counts: Any) -> DraftStats:
             kept.update(value)
         else:
             setattr(found, name, value)
+    return found
+
+
+def verified(source: str, drafted: list[int], accepted: list[int]) -> DraftStats:
+    found = stats()
+    found.verified(source, np.array(drafted), np.array(accepted))
     return found
 
 
@@ -47,6 +56,9 @@ def test_engines_of_a_model_are_added_up(tmp_path: Path) -> None:
         stats(lengths={0: 2, 3: 1}, steps={"plain": 2}, gauges={"threshold": 0.6}),
         stats(lengths={3: 4, 1: 1}, draft_seconds=1.5, gauges={"threshold": 0.8}),
         stats(undrafted={"requests": 2, "steps": 9}),
+        verified("model", drafted=[3, 1, 0], accepted=[2, 0, 0]),
+        verified("model", drafted=[2], accepted=[2]),
+        verified("context", drafted=[1], accepted=[1]),
         stats(undrafted={"requests": 1}),
     )
     for line in (
@@ -58,10 +70,21 @@ def test_engines_of_a_model_are_added_up(tmp_path: Path) -> None:
         'vllm:selfspec_steps_total{kind="plain",model_name="m"} 2.0',
         'vllm:selfspec_undrafted_total{model_name="m",what="requests"} 3.0',
         'vllm:selfspec_undrafted_total{model_name="m",what="steps"} 9.0',
+        'vllm:selfspec_source_draft_tokens_total{model_name="m",source="model"} 6.0',
+        'source_accepted_tokens_total{model_name="m",source="model"} 4.0',
+        'draft_tokens_per_pos_total{model_name="m",position="0",source="model"} 3.0',
+        'draft_tokens_per_pos_total{model_name="m",position="2",source="model"} 1.0',
+        'cepted_tokens_per_pos_total{model_name="m",position="1",source="model"} 2.0',
+        'cepted_tokens_per_pos_total{model_name="m",position="0",source="context"} 1.0',
         'vllm:selfspec_draft_seconds_total{model_name="m"} 1.5',
         'vllm:selfspec_controller{model_name="m",what="threshold"} 0.7',
     ):
         assert line in text, text
+
+
+def test_the_longest_copies_are_shown(tmp_path: Path) -> None:
+    text = written(tmp_path, stats(lengths={MAX_COPIED: 1}))
+    assert f'draft_length_sum{{model_name="m"}} {MAX_COPIED}.0' in text
 
 
 def test_a_file_that_is_half_gone_is_passed_over(tmp_path: Path) -> None:
@@ -89,6 +112,8 @@ def changed(**keys: Any) -> str:
         changed(lengths={2: -1}),
         changed(steps={"plain": "many"}),
         changed(stops={"rule": 10**400}),
+        changed(drafted_at={"model": [1]}),
+        changed(accepted_at={"model": {10**9: 1}}),
         changed(draft_seconds={}),
         changed(gauges={"threshold": None}),
         changed(failed_writes={"metrics": [1]}),
@@ -174,9 +199,9 @@ def printed(program: str) -> str:
 SHOWN = """
 import os
 from prometheus_client import REGISTRY, generate_latest
-from vllm_selfspec.draft import stats as draft_stats
-draft_stats.share_directory()
-print(os.environ.get(draft_stats.DIRECTORY), generate_latest().decode())
+from vllm_selfspec.engine import metrics
+metrics.share_directory()
+print(os.environ.get(metrics.DIRECTORY), generate_latest().decode())
 """
 
 
@@ -201,7 +226,7 @@ def test_a_process_shows_what_its_own_engines_do_and_no_others(
 ) -> None:
     """A script with an engine of its own may well start a server."""
     monkeypatch.setenv(DIRECTORY, str(tmp_path))  # made by the process that started it
-    shown = "import os; from vllm_selfspec.draft import stats as d; "
+    shown = "import os; from vllm_selfspec.engine import metrics as d; "
     shown += "from prometheus_client import REGISTRY; "
     shown += "d.share_directory(); d.share_directory(); "
     shown += "print(os.environ[d.DIRECTORY]); "

@@ -32,6 +32,7 @@ from vllm_selfspec.draft_length.options import captured_lengths
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_length.types import Bools, Ints
 from vllm_selfspec.plan.source import NOTHING, Proposal
+from vllm_selfspec.plan.sources import MODEL
 
 # Where the policy does not go by costs, a row takes the source whose tokens are
 # expected to be accepted more: verifying costs the same whatever is verified, and
@@ -301,10 +302,10 @@ class RowPlanner:
             self.stats.lengths.update(drafted.tolist())
             self.stats.lengths[0] += num_rested * len(self._req_ids)
         self.stats.steps["plain"] += num_rested
-        for kind, num, kept in zip(kinds, drafted, accepted, strict=True):
-            name = self._sources.names[kind] if kind >= 0 else "model"
-            self.stats.drafted[name] += int(num)
-            self.stats.accepted[name] += int(min(kept, num))
+        names = np.array([*self._sources.names, MODEL])[kinds]  # the last of kind -1
+        for name in {*names.tolist()}:
+            own = names == name
+            self.stats.verified(name, drafted[own], np.minimum(accepted, drafted)[own])
         self._observe_time(goodput, step)
         if not self._has_ranks or get_tp_group().is_first_rank:
             self.stats.publish("rows", goodput.beliefs)

@@ -1,38 +1,29 @@
-"""`DraftStats`: what drafting did, for Prometheus and the log.
+"""`DraftStats`: what drafting did, for the log, and for `engine.metrics` to show.
 
 One rule: the engine's process counts, the server's shows. vLLM carries statistics from
-one to the other in types that know only its own, so ours go by a small file: the engine
-rewrites it every second, and a collector in the server reads it when it is asked. The
-directory is made by the first process and known to those it starts. None of this is a
-reason to stop serving: what cannot be written is logged once and counted.
+one to the other in types that know only its own, so ours go by a small file, which the
+engine rewrites every second. That is no reason to stop serving: what cannot be written
+is logged once and counted.
 """
 
-import atexit
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, NonNegativeFloat
+import numpy as np
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.plan.keys import describe
-from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS
+from vllm_selfspec.draft_length.types import Ints
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
 DIRECTORY = "SELFSPEC_METRICS_DIR"
 WRITE_EVERY_S, LOG_EVERY_S = 1.0, 10.0  # the second is vLLM's
-PREFIX = "vllm:selfspec_"
 
 
 class DraftStats:
@@ -44,6 +35,7 @@ class DraftStats:
             was worth drafting) or `trial` (to find out whether it is again).
         drafted: Draft tokens that were verified, by source.
         accepted: How many of them were accepted, by source.
+        drafted_at, accepted_at: Both by source and position, the first being 0.
         stops: Why rows stopped drafting: `rule` or `limit`.
         undrafted: `requests` that ask for what verification does not carry, and `steps`
             that verified nothing because of them.
@@ -60,6 +52,8 @@ class DraftStats:
         self.steps: Counter[str] = Counter()
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
+        self.drafted_at: dict[str, Counter[int]] = defaultdict(Counter)
+        self.accepted_at: dict[str, Counter[int]] = defaultdict(Counter)
         self.stops: Counter[str] = Counter()
         self.undrafted: Counter[str] = Counter()
         self.draft_seconds = 0.0
@@ -76,12 +70,32 @@ class DraftStats:
             "steps": dict(self.steps),
             "drafted": dict(self.drafted),
             "accepted": dict(self.accepted),
+            "drafted_at": {name: dict(n) for name, n in self.drafted_at.items()},
+            "accepted_at": {name: dict(n) for name, n in self.accepted_at.items()},
             "stops": dict(self.stops),
             "undrafted": dict(self.undrafted),
             "draft_seconds": self.draft_seconds,
             "gauges": self.gauges,
             "failed_writes": dict(self.failed_writes),
         }
+
+    def verified(self, source: str, drafted: Ints, accepted: Ints) -> None:
+        """Counts drafts of a source.
+
+        Args:
+            source: Its name.
+            drafted: Tokens of each that were verified, `[n]`.
+            accepted: How many of them were accepted, `[n]`.
+        """
+        self.drafted[source] += int(drafted.sum())
+        self.accepted[source] += int(accepted.sum())
+        positions = np.arange(drafted.max(initial=0))
+        for at, lengths in (
+            (self.drafted_at[source], drafted),
+            (self.accepted_at[source], accepted),
+        ):
+            reached = (lengths[:, None] > positions).sum(axis=0)
+            at.update(dict(enumerate(reached.tolist())))
 
     def publish(
         self, name: str, beliefs: Callable[[], dict[str, float]] = dict
@@ -132,215 +146,3 @@ class DraftStats:
             **{what: f"{value:.2f}" for what, value in self.gauges.items()},
         }
         return "selfspec: " + ", ".join(f"{k}: {v}" for k, v in found.items())
-
-
-@cache
-def share_directory() -> "MetricsCollector":
-    """Makes the directory for this process and all that it starts, and shows what is
-    written there at vLLM's `/metrics`. Once a process; one that was started by another
-    that serves has a directory of its own."""
-    import prometheus_client
-
-    os.environ.pop(DIRECTORY, None)  # that of the process that started this one
-    failed_writes: Counter[str] = Counter()
-    directory = _new_directory(failed_writes)
-    if directory is not None:
-        os.environ[DIRECTORY] = str(directory)
-        atexit.register(_remove, str(directory), os.getpid())
-    collector = MetricsCollector(directory, failed_writes)
-    try:
-        prometheus_client.REGISTRY.register(collector)
-    except ValueError as error:  # another has these names
-        logger.warning("selfspec's metrics are not shown at /metrics: %s", error)
-    return collector
-
-
-def _new_directory(failed_writes: Counter[str]) -> Path | None:
-    """One for temporary files; None where there is no room for any."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="selfspec-"))
-    except OSError as error:
-        whole_file.count_failure("metrics directory", error, failed_writes)
-        return None
-
-
-def _remove(directory: str, pid: int) -> None:
-    if os.getpid() == pid:  # not a child that was forked
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-# Beyond that a number is damage: it may not fit into a float, nor buckets into memory.
-Length = Annotated[int, Field(ge=0, le=MAX_NUM_SPECULATIVE_TOKENS)]
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-
-
-class Snapshot(BaseModel):
-    """`DraftStats.to_dict`, as it was read; a file of anything else is none."""
-
-    model_name: str
-    lengths: dict[Length, Count]
-    steps: dict[str, Count]
-    drafted: dict[str, Count]
-    accepted: dict[str, Count]
-    stops: dict[str, Count]
-    undrafted: dict[str, Count]
-    draft_seconds: NonNegativeFloat
-    gauges: dict[str, float]
-    failed_writes: dict[str, Count]
-
-
-class MetricsCollector:
-    """Prometheus metrics of all engines that write to a directory."""
-
-    def __init__(
-        self, directory: Path | None, failed_writes: Mapping[str, int] | None = None
-    ) -> None:
-        """Shows what is in a directory, if there is one, and this process's failures to
-        write."""
-        self._directory, self._failed_writes = directory, failed_writes or {}
-        self._passed_over: set[Path] = set()
-
-    def collect(self) -> Iterator[Any]:
-        """Called by `prometheus_client` for every scrape."""
-        snapshots = [*self._snapshots()]
-        yield from families(snapshots)
-        failed = [snapshot.failed_writes for snapshot in snapshots]
-        yield _failures([*failed, self._failed_writes])
-
-    def _snapshots(self) -> Iterator[Snapshot]:
-        if self._directory is None:
-            return
-        for file in sorted(self._directory.glob("*.json")):
-            try:
-                yield Snapshot.model_validate_json(file.read_bytes())
-            except OSError:  # gone, with its engine
-                continue
-            except ValueError as error:
-                self._pass_over(file, error)
-
-    def _pass_over(self, file: Path, error: ValueError) -> None:
-        """Once a file; it is asked for again at every scrape."""
-        if file not in self._passed_over:
-            self._passed_over.add(file)
-            logger.warning("selfspec shows no metrics of %s: %s", file, describe(error))
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """One of `Snapshot`'s counters, as Prometheus shows it."""
-
-    of: str
-    name: str
-    help: str
-    label: str
-
-
-COUNTS = (
-    _Counts("steps", "steps", "Decode steps by what was planned after them.", "kind"),
-    _Counts(
-        "drafted",
-        "source_draft_tokens",
-        "Draft tokens that were verified, by where they came from.",
-        "source",
-    ),
-    _Counts(
-        "accepted",
-        "source_accepted_tokens",
-        "Draft tokens that were accepted, by where they came from.",
-        "source",
-    ),
-    _Counts("stops", "stops", "Rows that stopped drafting, by reason.", "reason"),
-    _Counts(
-        "undrafted",
-        "undrafted",
-        "Requests that verification does not carry, and steps without drafts for them.",
-        "what",
-    ),
-)
-
-
-def families(snapshots: Sequence[Snapshot]) -> list[Any]:
-    """The metrics, added up over the snapshots of each model."""
-    from prometheus_client.core import (
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        HistogramMetricFamily,
-    )
-
-    lengths = HistogramMetricFamily(
-        PREFIX + "draft_length",
-        "Draft tokens that a request had verified in a step.",
-        labels=["model_name"],
-    )
-    counters = {
-        one: CounterMetricFamily(
-            PREFIX + one.name, one.help, labels=["model_name", one.label]
-        )
-        for one in COUNTS
-    }
-    seconds = CounterMetricFamily(
-        PREFIX + "draft_seconds", "Time of draft steps.", labels=["model_name"]
-    )
-    beliefs = GaugeMetricFamily(
-        PREFIX + "controller",
-        "What the draft-length controller believes at present.",
-        labels=["model_name", "what"],
-    )
-    for model, own in _by_model(snapshots).items():
-        for what, value in _beliefs(own).items():
-            beliefs.add_metric([model, what], value)
-        counts = _total(snapshot.lengths for snapshot in own)
-        total = sum(k * n for k, n in counts.items())
-        lengths.add_metric([model], _buckets(counts), total)
-        for one, family in counters.items():
-            found = _total(getattr(snapshot, one.of) for snapshot in own)
-            for label, value in found.items():
-                family.add_metric([model, label], value)
-        seconds.add_metric([model], sum(snapshot.draft_seconds for snapshot in own))
-    return [lengths, *counters.values(), seconds, beliefs]
-
-
-def _beliefs(snapshots: Sequence[Snapshot]) -> dict[str, float]:
-    """The mean of each gauge, of those that have it."""
-    believed: dict[str, list[float]] = {}
-    for snapshot in snapshots:
-        for what, value in snapshot.gauges.items():
-            believed.setdefault(what, []).append(value)
-    return {what: mean(values) for what, values in believed.items()}
-
-
-def _failures(counts: Iterable[Mapping[str, int]]) -> Any:
-    """Not by model: a disk that is full is full for all of them."""
-    from prometheus_client.core import CounterMetricFamily
-
-    family = CounterMetricFamily(
-        PREFIX + "failed_writes",
-        "Files that could not be written while serving.",
-        labels=["what"],
-    )
-    for what, value in _total(counts).items():
-        family.add_metric([what], value)
-    return family
-
-
-def _total(counts: Iterable[Mapping[Any, int]]) -> Counter[Any]:
-    total: Counter[Any] = Counter()
-    for one in counts:
-        total.update(one)
-    return total
-
-
-def _buckets(counts: Counter[int]) -> list[tuple[str, int]]:
-    """Cumulative, as Prometheus has them."""
-    buckets, total = [], 0
-    for k in range(max(counts, default=0) + 1):
-        total += counts[k]
-        buckets.append((str(float(k)), total))
-    return [*buckets, ("+Inf", total)]
-
-
-def _by_model(snapshots: Sequence[Snapshot]) -> dict[str, list[Snapshot]]:
-    found: dict[str, list[Snapshot]] = {}
-    for snapshot in snapshots:
-        found.setdefault(snapshot.model_name, []).append(snapshot)
-    return found

@@ -108,8 +108,7 @@ class DraftPlanner:
             if acceptance.most:
                 own = tried * is_of, taken * is_of
                 acceptance.observe(slots, *own, num_steps=num_steps)
-                self.stats.drafted[name] += int(own[0].sum())
-                self.stats.accepted[name] += int(own[1].sum())
+                self.stats.verified(name, *own)
 
     def publish(self) -> None:
         """Shows the statistics, if it is time."""

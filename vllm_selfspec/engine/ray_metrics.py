@@ -14,7 +14,7 @@ from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.util.metrics import Gauge
 
-from vllm_selfspec.draft.stats import MetricsCollector, share_directory
+from vllm_selfspec.engine.metrics import MetricsCollector, share_directory
 
 SHOW_EVERY_S = 5.0  # Ray exports what it was last told every ten
 

@@ -2,8 +2,7 @@
 
 One rule: vLLM sees only what it knows. That is the method `custom_class` with our
 proposer, or the registered method `selfspec`; our draft plan lies under
-`additional_config["selfspec"]`, which travels to the worker processes and is part of
-vLLM's compile-cache key.
+`additional_config["selfspec"]`, which travels to the worker processes.
 """
 
 import json
@@ -14,12 +13,12 @@ from typing import Any
 
 from vllm_selfspec.chosen_plan import ChosenPlan, resolve_plan
 from vllm_selfspec.config import METHOD, ConfigError, SelfSpecConfig
-from vllm_selfspec.draft import stats as draft_stats
 from vllm_selfspec.draft_length.options import (
     ByGoodput,
     schedule_of_all,
 )
 from vllm_selfspec.engine.first_start import FirstStart, can_try_plans
+from vllm_selfspec.engine.metrics import share_directory
 from vllm_selfspec.engine.support import (
     raise_if_model_cannot_draft,
     raise_if_refused,
@@ -124,7 +123,7 @@ def _resolve(
         _raise_if_not_tunable(parallel_config)
     used = used_sources(config, engine_args, model_drafts)
     sources = used.options
-    draft_stats.share_directory()
+    share_directory()
     _log(chosen, sources)
     num_model_tokens = _num_drafts(config, chosen) if MODEL in sources else 0
     engine_args.additional_config = {

@@ -33,7 +33,7 @@ GUESSES = (
     (0.8, 0.85),
     (0.85, 0.85),
 )
-MAX_MATCH = 256  # that may be asked for
+MAX_MATCH, MAX_COPIED = 256, 64  # that may be asked for
 # Of vLLM's matcher on the device, whose work grows with the square of the match, and of
 # which a row verifies all tokens, whether they match or not; others than by default.
 ON_DEVICE = {"prompt_lookup_min": 2, "prompt_lookup_max": 5, "num_copied_tokens": 8}
@@ -61,7 +61,7 @@ class ContextKeys(Keys):
     num_copied_tokens: int = Field(
         default=16,
         ge=1,
-        le=64,
+        le=MAX_COPIED,
         strict=True,
         description="Source 'context': tokens copied per request and step at most.",
     )
