@@ -43,11 +43,13 @@ from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
 from vllm_selfspec.bench.own_models import OWN_MODELS
+from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.tasks import SHIPPED, Prompt
 from vllm_selfspec.chosen_plan import resolve_plan
 from vllm_selfspec.config import METHOD, SelfSpecConfig
 from vllm_selfspec.plan.cost import ModelWeights, decimal
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.target_model import TargetModel
 
 AGAIN = f"{PLAIN}, again"
@@ -63,11 +65,13 @@ OURS: dict[str, dict[str, Any]] = {
     "int4 and copies": {"draft_weights": "int4"},
     "window": {**MODEL_ALONE, **WINDOW},
     "int4, window": {**MODEL_ALONE, "draft_weights": "int4", **WINDOW},
+    # As good as never right, on a model that was not trained to be exited there.
+    "useless drafts": {**MODEL_ALONE, "exit_layer": 1},
 }
 SKIP_SET, SKIP_SET_INT4 = "skip set", "skip set in int4"
 NAMES = (N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS, SKIP_SET, SKIP_SET_INT4)
 # Left out unless asked for: of the rest, on a small model, a machine has room for all.
-NOT_USUAL = ("int8", "window", "int4, window")
+NOT_USUAL = ("int8", "window", "int4, window", "useless drafts")
 USUAL = tuple(name for name in NAMES if name not in NOT_USUAL)
 LIMITS = {"top_k": "top-k", "top_p": "top-p"}
 # A token of any tokenizer here has fewer characters of code.
@@ -180,6 +184,8 @@ def main(
         "max_tokens": max_tokens,
         "extra_bytes": saved["extra_bytes"]
         | {one.name: _extra_bytes(one, model) for one in chosen},
+        "byte_costs": saved["byte_costs"]
+        | {one.name: _byte_cost(one, model) for one in chosen},
     }
     missing = [k for k in wanted if any(_lacks(cells, k, one.name) for one in others)]
     for number, key in enumerate(missing, 1):
@@ -222,9 +228,10 @@ def _again_with(names: Sequence[str]) -> list[str]:
 
 def _saved(output: Path) -> dict[str, Any]:
     """What former commands have measured."""
+    nothing: dict[str, Any] = {"cells": [], "extra_bytes": {}, "byte_costs": {}}
     if not output.exists():
-        return {"cells": [], "extra_bytes": {}}
-    return {"extra_bytes": {}, **json.loads(output.read_text())}
+        return nothing
+    return {**nothing, **json.loads(output.read_text())}
 
 
 def _keep(
@@ -257,15 +264,35 @@ def _command(model: str, draft_model: str | None, eager: bool) -> str:
 
 def _extra_bytes(method: Method, model: str) -> int:
     """Weights that are kept beside the target's."""
-    keys = dict(method.speculative_config or {})
-    path = Path(model)
+    keys = method.speculative_config or {}
     if keys.get("method") == "draft_model":
         return int(ModelWeights.from_checkpoint(Path(keys["model"])).streamed)
-    if keys.pop("method", None) != METHOD:
+    plan = _plan_of(method, model)
+    if plan is None:
         return 0
-    target = TargetModel.read(path, model)
-    plan = resolve_plan(SelfSpecConfig.parse(keys), target).plan
-    return plan.extra_bytes(ModelWeights.from_checkpoint(path).step)
+    return plan.extra_bytes(ModelWeights.from_checkpoint(Path(model)).step)
+
+
+def _byte_cost(method: Method, model: str) -> float:
+    """c, if only what a draft step reads took time; 0 where no model drafts."""
+    keys, target = method.speculative_config or {}, Path(model)
+    whole = ModelWeights.from_checkpoint(target)
+    if keys.get("method") == "draft_model":
+        draft = ModelWeights.from_checkpoint(Path(keys["model"]))
+        return round(draft.streamed / whole.streamed, 3)
+    plan = _plan_of(method, model)
+    return 0.0 if plan is None else round(plan.share(whole.step), 3)
+
+
+def _plan_of(method: Method, model: str) -> DraftPlan | None:
+    """What the target drafts by; None where it does not, or finds that out itself."""
+    keys = dict(method.speculative_config or {})
+    if keys.pop("method", None) != METHOD or not keys:
+        return None
+    if keys.get("draft_source") == "context":
+        return None
+    target = TargetModel.read(Path(model), model)
+    return resolve_plan(SelfSpecConfig.parse(keys), target).plan
 
 
 def settings_of(eager: bool, context: int = 0) -> dict[str, Any]:
@@ -416,9 +443,42 @@ def _measured(
 
 
 def markdown(*documents: dict[str, Any]) -> str:
-    """A table for each saved run: medians, the bounds that were to be expected by the
-    forwards, where drafts were, and quartiles."""
-    return "\n\n".join(map(_table, documents))
+    """For each saved run a table of medians, the bounds that were to be expected by the
+    forwards, where drafts were, and quartiles; and one of what bounds are made of."""
+    tables = [make(one) for one in documents for make in (_table, _factors)]
+    return "\n\n".join(filter(None, tables))
+
+
+def _factors(document: dict[str, Any]) -> str:
+    """Of methods by which a model drafts, greedily and for one request: medians over
+    the tasks."""
+    rows = []
+    for name in (one for one in NAMES if document.get("byte_costs", {}).get(one)):
+        cells = [
+            cell
+            for cell in document["cells"]
+            if (cell["concurrency"], cell["temperature"]) == (1, 0.0) and name in cell
+        ]
+        costs = [
+            cell[name]["forward_ms"]["draft 1"] / cell[PLAIN]["forward_ms"]["target 1"]
+            for cell in cells
+            if "draft 1" in cell[name]["forward_ms"]
+        ]
+        if not costs:
+            continue
+        depths = zip(*(cell[name]["accepted_at"] for cell in cells), strict=False)
+        accepted = ", ".join(f"{median(shares):.2f}" for shares in depths)
+        extra = decimal(document["extra_bytes"][name])
+        cost = document["byte_costs"][name]
+        rows.append((name, f"{cost:.2f}", f"{median(costs):.2f}", accepted, extra))
+    head = (
+        "method",
+        "c by bytes",
+        "c",
+        "accepted at depth 1, 2, ...",
+        "memory",
+    )
+    return "\n".join(markdown_table(head, rows)) if rows else ""
 
 
 def _table(document: dict[str, Any]) -> str:
