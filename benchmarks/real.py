@@ -69,7 +69,11 @@ OURS: dict[str, dict[str, Any]] = {
     "useless drafts": {**MODEL_ALONE, "exit_layer": 1},
 }
 SKIP_SET, SKIP_SET_INT4 = "skip set", "skip set in int4"
-NAMES = (N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS, SKIP_SET, SKIP_SET_INT4)
+EXIT_LAYER, EXIT_LAYER_INT4 = "exit layer", "exit layer in int4, and copies"
+NAMES = (
+    *(N_GRAMS, SUFFIXES, DRAFT_MODEL, *OURS),
+    *(SKIP_SET, SKIP_SET_INT4, EXIT_LAYER, EXIT_LAYER_INT4),
+)
 # Left out unless asked for: of the rest, on a small model, a machine has room for all.
 NOT_USUAL = ("int8", "window", "int4, window", "useless drafts")
 USUAL = tuple(name for name in NAMES if name not in NOT_USUAL)
@@ -87,6 +91,7 @@ def methods(
     draft_model: str | None,
     profile: str | None,
     int4_profile: str | None = None,
+    exit_layer: str | None = None,
 ) -> Iterator[Method]:
     """Plain vLLM and the others of these names, in the order they are started; those
     that need what is not there are left out."""
@@ -102,6 +107,10 @@ def methods(
         ours[SKIP_SET] = {**MODEL_ALONE, "skip_layers": profile}
     if int4_profile is not None:
         ours[SKIP_SET_INT4] = {**MODEL_ALONE, "skip_layers": int4_profile}
+    if exit_layer is not None:
+        trained = {"trained_exit_layer": exit_layer}
+        ours[EXIT_LAYER] = {**MODEL_ALONE, **trained}
+        ours[EXIT_LAYER_INT4] = {**trained, "draft_weights": "int4"}
     found |= {n: Method(n, METHOD, {"method": METHOD, **k}) for n, k in ours.items()}
     yield Method(PLAIN, "plain")
     yield from (found[name] for name in names if name in found)
@@ -122,6 +131,9 @@ def main(
     ] = None,
     int4_profile: Annotated[
         str | None, typer.Option(help="What `tune --memory 30%` found.")
+    ] = None,
+    exit_layer: Annotated[
+        str | None, typer.Option(help="One that `train-exit` trained.")
     ] = None,
     context: Annotated[
         str,
@@ -157,7 +169,7 @@ def main(
             task,
         )
     ]
-    plain, *others = methods(method, draft_model, profile, int4_profile)
+    plain, *others = methods(method, draft_model, profile, int4_profile, exit_layer)
     saved = _saved(output)
     cells: list[dict[str, Any]] = saved["cells"]
     others = [o for o in others if any(_lacks(cells, key, o.name) for key in wanted)]

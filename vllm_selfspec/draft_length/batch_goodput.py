@@ -98,10 +98,8 @@ class BatchGoodput(Goodput):
         prompts: Prompts,
     ) -> Plan:
         """The best of one source's; nothing where that is best."""
-        survival, room = (
-            source.acceptance.survival(slots),
-            np.minimum(room, source.most),
-        )
+        survival = source.acceptance.survival(slots)
+        room = np.minimum(room, source.most)
         if self._uniform:
             how = costs, prompts, source.is_free
             return self._uniform_plan(survival, room, *how)

@@ -177,7 +177,7 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             DraftStats(config),
             served_config.source_on_device(config) or "",
         )
-        # Steps that verify copies, and whose they are; told of in this order.
+        # Steps that verify copies, and whose they are, until they are told of.
         self._copied: deque[tuple[SchedulerOutput, frozenset[str]]] = deque()
         self._arrivals = Arrivals()
         self._draft_plan = served_config.plan_of(config)
@@ -317,8 +317,10 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
 
     def _copied_in(self, output: SchedulerOutput) -> frozenset[str]:
         """Requests whose drafts, which this step verified, were copies."""
-        if not self._copied or self._copied[0][0] is not output:
+        if not any(step is output for step, _ in self._copied):
             return frozenset()
+        while self._copied[0][0] is not output:  # one that nobody was told of
+            self._copied.popleft()
         return self._copied.popleft()[1]
 
 
