@@ -222,6 +222,7 @@ TABLES: dict[str, Table] = {
     "sampling": _bench("sampling"),
     "plain": _bench("plain"),
     "serve": Table(BENCHMARKS, ("serve/serve.json",), serve_report.markdown),
+    "starts": Table(BENCHMARKS, ("starts.json",), script("starts.py")["markdown"]),
     "float32": _bench("float32"),
     "lengths": _bench("draft_length"),
     "real": Table(BENCHMARKS, REAL_RUNS, REAL["markdown"]),
