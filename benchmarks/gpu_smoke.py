@@ -76,18 +76,20 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "probabilistic": fixed(exit_layer=3, draft_sample_method="probabilistic"),
     "int8": fixed(draft_weights="int8", skip_layers={}),
     "int4": fixed(draft_weights="int4", skip_layers={}),
-    "int4, goodput": own(draft_weights="int4", skip_layers={}),
+    "int4, goodput": own(draft_source="model", draft_weights="int4", skip_layers={}),
     "copies": own(draft_source="context"),
-    "int4 and copies": own(draft_weights="int4", skip_layers={}),
+    "int4 and copies": own(draft_weights="int4", skip_layers={}),  # by turns
+    "int4 beside copies": own(draft_weights="int4", skip_layers={}),
     "n-grams": {"method": "ngram", **NGRAMS},
     "n-grams on the device": {"method": "ngram_gpu", **NGRAMS},
 }
 # Scheduled one step after the other, so that free sources see the newest tokens.
-SYNCHRONOUS = ("synchronous", "int4 and copies")
+SYNCHRONOUS = ("synchronous", "int4 beside copies")
 # Of engines that are compared in one process; each group has plain vLLM.
 GROUPS = {
     "own": ("bare flag", "int8", "int4", "int4, goodput"),
-    "copies": ("synchronous", "copies", "int4 and copies", "n-grams"),
+    "copies": ("copies", "int4 and copies", "n-grams"),
+    "synchronous": ("synchronous", "int4 and copies", "int4 beside copies"),
     "short": ("bare flag", "int4", "int4, goodput", "n-grams on the device"),
     "big": ("int4", "int4, goodput", "int4 and copies"),
     "demo": ("exit_layer 3", "probabilistic", "bare flag", "int4", "copies"),
@@ -100,6 +102,7 @@ AGREEING = (
     "bare flag",
     "copies",
     "int4 and copies",
+    "int4 beside copies",
 )
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},

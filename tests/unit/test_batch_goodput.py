@@ -82,6 +82,14 @@ def test_without_the_model_copies_are_all_there_is() -> None:
     assert 0 < copies < 0.1, "left alone, and tried again"
 
 
+def test_the_model_is_asked_at_once_where_copies_are_worth_nothing_any_more() -> None:
+    plan = goodput()
+    steps(plan, 300, model=0.9, copies=0.97)
+    assert plan.plan(SLOTS, ROOM).is_free.all()
+    plan.free.expect([0.01] * MAX_COPIED)
+    assert plan.plan(SLOTS, ROOM).num_steps
+
+
 def test_requests_copy_as_far_as_each_has_shown() -> None:
     plan = goodput(draft=1.0)
     for _ in range(50):

@@ -27,6 +27,9 @@ from vllm_selfspec.draft_length.goodput import (
 )
 from vllm_selfspec.draft_length.types import Ints, Slots
 
+# Beliefs of one source do not move while the other drafts, and those of both slowly.
+COMPARE_EVERY = 8
+
 
 class BatchGoodput(Goodput):
     """`Goodput` where steps are scheduled ahead of the device.
@@ -55,8 +58,15 @@ class BatchGoodput(Goodput):
         """
         how = costs, uniform, max_copied, NO_GUESS
         super().__init__(num_slots, max_drafts, *how, looks_at_plain_steps=True)
+        self._copies = not max_drafts  # the better source, when they were compared
+        self._until_compared = 0  # steps
         self._owed_other = 0.0  # seconds that trials of the other source may take
         self._tried_copies = False  # in the last trial where nothing was worth it
+
+    def admit(self, slot: int) -> None:
+        """A new request takes the place `slot`."""
+        super().admit(slot)
+        self._until_compared = 0
 
     def _found(
         self,
@@ -66,22 +76,39 @@ class BatchGoodput(Goodput):
         proposed: Proposed | None,
         readings: Sequence[tuple[int, Contexts]],
     ) -> Plan:
-        """The better source's; the other is tried once in a while, as far as that was
-        saved up for."""
+        """The better source's. Planning takes the host's time, so which that is is
+        asked of the same requests once in so many steps."""
         costs = self.costs.within(len(slots), readings[0][1])
-        plans = {
-            source.is_free: self._plan_of(source, slots, room, costs, prompts)
-            for source in self._sources()
-        }
-        found = max(plans.values(), key=lambda plan: plan.rate)
-        if len(plans) == 1 or not found.lengths.any():
-            return found
-        other = self._worth_a_try(plans[not found.is_free.any()], room)
+        sources = self._sources()
         self._owed_other += EXPLORE_SHARE * self.plain
-        if self._owed_other < self._price_of(other, slots, costs, prompts, found.rate):
+        self._until_compared -= 1
+        if len(sources) == 1 or self._until_compared >= 0:
+            better = sources[-1 if self._copies else 0]
+            plan = self._plan_of(better, slots, room, costs, prompts)
+            if len(sources) == 1 or plan.lengths.any():
+                return plan
+        return self._compared(sources, slots, room, costs, prompts)
+
+    def _compared(
+        self,
+        sources: Sequence[PlannedSource],
+        slots: Slots,
+        room: Ints,
+        costs: Costs,
+        prompts: Prompts,
+    ) -> Plan:
+        """The plan of the better source; of the other instead, to find out about it, as
+        far as that was saved up for."""
+        plans = [self._plan_of(one, slots, room, costs, prompts) for one in sources]
+        other, found = sorted(plans, key=lambda plan: plan.rate)
+        if not found.lengths.any():
+            return found
+        self._copies, self._until_compared = bool(found.is_free.any()), COMPARE_EVERY
+        tried = self._worth_a_try(other, room)
+        if self._owed_other < self._price_of(tried, slots, costs, prompts, found.rate):
             return found
         self._owed_other = 0.0
-        return other
+        return tried
 
     def _sources(self) -> list[PlannedSource]:
         """Those there are."""
