@@ -151,12 +151,13 @@ def test_a_generation_through_the_registry_needs_no_seam(
     # What is left mends sampling on a CPU, sampling without drafts and streaming
     # sessions, plans draft lengths, or hands over what no speculator is told or asked:
     # top-k and top-p, and the length of each row; or copies weights before vLLM packs
-    # them, and refuses others once there are copies; or finds the graphs of a length.
+    # them, and refuses others once there are copies; or finds the graphs of a length;
+    # or keeps the draft plan out of what the target is compiled for.
     rest = ("rejection_sampler", "EngineCore", "load_model", "take_draft_token_ids")
     rest += ("_handle_stopped_request", "_update_streaming_request")
     rest += ("GPUModelRunner._sample", "GPUModelRunner.sample")
     rest += ("for_data_parallel", "execute_dummy_batch")
-    rest += ("_init_candidates",)
+    rest += ("_init_candidates", "compute_hash")
     rest += ("process_weights_after_loading", "reload_weights", "start_weight_update")
     assert all(any(word in name for word in rest) for name in attached), attached
 
