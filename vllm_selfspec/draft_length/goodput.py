@@ -156,7 +156,6 @@ class Goodput:
         self.acceptance = Acceptance(num_slots, max_drafts, (*NO_GUESS, *NO_GUESS))
         self.free = Acceptance(num_slots, max_free, free_guesses)
         self.costs = costs
-        self._max_drafts, self._max_free = max_drafts, max_free
         self.plain = 0.0
         self._owed = 0.0  # seconds that trials may take by now
         self._price = 0.0  # of the next one, when it was last looked at
@@ -263,7 +262,7 @@ class Goodput:
             return self._best(slots, room, prompts, proposed, readings)
         return self._uniform_plan(
             self.acceptance.survival(slots),
-            np.minimum(room, self._max_drafts),
+            np.minimum(room, self.acceptance.most),
             self.costs.within(len(slots), readings[0][1]),
             prompts,
         )
