@@ -48,7 +48,7 @@ def main(
     """Prints each phase, and saves all of them."""
     prepare_environment()
     chosen = [*real.methods(method, None, None)]
-    settings = real.settings_of(eager=False)
+    settings = real.settings_of(model, eager=False)
     engines = [VllmEngine(one, model, settings) for one in chosen]
     sampling, found = Sampling(0.0, max_tokens), []
     for change, phases in CHANGES.items():

@@ -22,6 +22,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_tasks
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
+from vllm_selfspec.bench.engines import Forwards, Run, Sampling, VllmEngine
 from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
-from vllm_selfspec.bench.own_models import OWN_MODELS
+from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.tasks import SHIPPED, Prompt
@@ -117,7 +118,9 @@ def methods(
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory, or demo or plain.")
+    ],
     output: Annotated[Path, typer.Option("-o", help="The JSON, cell by cell.")],
     task: Annotated[list[str], typer.Option(help="What is asked.")] = [*SHIPPED],  # noqa: B006
     concurrency: Annotated[str, typer.Option(help="Requests at a time.")] = "1",
@@ -155,6 +158,7 @@ def main(
 ) -> None:
     """Prints a line a cell, and keeps all of them."""
     prepare_environment()
+    model = str(find_model(model, None, console))
     limits = {"top_k": top_k} if top_k else {}
     limits |= {"top_p": top_p} if top_p < 1 else {}
     wanted: list[dict[str, Any]] = [
@@ -188,7 +192,7 @@ def main(
     for number, one in enumerate(chosen, 1):
         console.print(f"Engine {number} of {len(chosen)}: {one.name}")
         longest = max(key.get("context", 0) for key in wanted)
-        engines.append(VllmEngine(one, model, settings_of(eager, longest)))
+        engines.append(VllmEngine(one, model, settings_of(model, eager, longest)))
     document = {
         **provenance(_command(model, draft_model, eager)),
         "model": Path(model).name,
@@ -307,12 +311,15 @@ def _plan_of(method: Method, model: str) -> DraftPlan | None:
     return resolve_plan(SelfSpecConfig.parse(keys), target).plan
 
 
-def settings_of(eager: bool, context: int = 0) -> dict[str, Any]:
+def settings_of(model: str, eager: bool, context: int = 0) -> dict[str, Any]:
     """The same for every engine; `context` is that of the longest prompts."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
     return {
         "dtype": "bfloat16",
         "enforce_eager": eager,
-        "max_model_len": 4096 + context,
+        "max_model_len": min(4096 + context, config.max_position_embeddings),
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": (512 << 20) + context * (40 << 10),
         # Requests of one sample read the same long document, once.
@@ -399,20 +406,32 @@ class Found:
             "bound": round(median(self.bounds), 3) if self.bounds else None,
             "drafts, drafted, accepted": [drafts, drafted, accepted],
             "accepted_at": [round(sum(d) / drafts, 3) for d in depths if drafts][:8],
+            "num_forwards": self._num_forwards(),
             "forward_ms": self._forward_ms(),
         }
 
+    def _num_forwards(self) -> dict[str, int]:
+        """By role."""
+        found: Counter[str] = Counter()
+        for (role, _), seconds in self._forwards().items():
+            found[role] += len(seconds)
+        return dict(found)
+
     def _forward_ms(self) -> dict[str, float]:
         """Median times of single forwards of few rows, by role and rows."""
-        times: dict[tuple[str, int], list[float]] = {}
+        return {
+            f"{role} {rows}": round(1e3 * median(seconds), 2)
+            for (role, rows), seconds in sorted(self._forwards().items())
+            if rows <= 32 and len(seconds) >= 5
+        }
+
+    def _forwards(self) -> Forwards:
+        """Of all runs."""
+        times: Forwards = {}
         for run in self.runs:
             for key, seconds in run.forwards.items():
                 times.setdefault(key, []).extend(seconds)
-        return {
-            f"{role} {rows}": round(1e3 * median(seconds), 2)
-            for (role, rows), seconds in sorted(times.items())
-            if rows <= 32 and len(seconds) >= 5
-        }
+        return times
 
 
 def _decode_seconds(run: Run) -> float:
