@@ -11,21 +11,19 @@ import numpy as np
 
 from vllm_selfspec.draft_length.acceptance import NO_GUESS, Acceptance
 from vllm_selfspec.draft_length.best_lengths import (
-    Prompts,
     best_mix,
     verify_seconds,
     within_room,
 )
-from vllm_selfspec.draft_length.costs import Contexts, Costs, StepCosts
+from vllm_selfspec.draft_length.costs import Costs, StepCosts
 from vllm_selfspec.draft_length.goodput import (
     EXPLORE_SHARE,
     TRIED_TOKENS,
+    Batch,
     Goodput,
     Plan,
     PlannedSource,
-    Proposed,
 )
-from vllm_selfspec.draft_length.types import Ints, Slots
 
 # Beliefs of one source do not move while the other drafts, and those of both slowly.
 COMPARE_EVERY = 8
@@ -68,44 +66,28 @@ class BatchGoodput(Goodput):
         super().admit(slot)
         self._until_compared = 0
 
-    def _found(
-        self,
-        slots: Slots,
-        room: Ints,
-        prompts: Prompts,
-        proposed: Proposed | None,
-        readings: Sequence[tuple[int, Contexts]],
-    ) -> Plan:
+    def _found(self, batch: Batch) -> Plan:
         """The better source's. Planning takes the host's time, so which that is is
         asked of the same requests once in so many steps."""
-        costs = self.costs.within(len(slots), readings[0][1])
         sources = self._sources()
         self._owed_other += EXPLORE_SHARE * self.plain
         self._until_compared -= 1
         if len(sources) == 1 or self._until_compared >= 0:
-            better = sources[-1 if self._copies else 0]
-            plan = self._plan_of(better, slots, room, costs, prompts)
+            plan = self._plan_of(sources[-1 if self._copies else 0], batch)
             if len(sources) == 1 or plan.lengths.any():
                 return plan
-        return self._compared(sources, slots, room, costs, prompts)
+        return self._compared(sources, batch)
 
-    def _compared(
-        self,
-        sources: Sequence[PlannedSource],
-        slots: Slots,
-        room: Ints,
-        costs: Costs,
-        prompts: Prompts,
-    ) -> Plan:
+    def _compared(self, sources: Sequence[PlannedSource], batch: Batch) -> Plan:
         """The plan of the better source; of the other instead, to find out about it, as
         far as that was saved up for."""
-        plans = [self._plan_of(one, slots, room, costs, prompts) for one in sources]
+        plans = [self._plan_of(source, batch) for source in sources]
         other, found = sorted(plans, key=lambda plan: plan.rate)
         if not found.lengths.any():
             return found
         self._copies, self._until_compared = bool(found.is_free.any()), COMPARE_EVERY
-        tried = self._worth_a_try(other, room)
-        if self._owed_other < self._price_of(tried, slots, costs, prompts, found.rate):
+        tried = self._worth_a_try(other, batch)
+        if self._owed_other < self._price_of(tried, batch, found.rate):
             return found
         self._owed_other = 0.0
         return tried
@@ -116,27 +98,24 @@ class BatchGoodput(Goodput):
         both = PlannedSource(self.acceptance), copies
         return [source for source in both if source.most]
 
-    def _plan_of(
-        self,
-        source: PlannedSource,
-        slots: Slots,
-        room: Ints,
-        costs: Costs,
-        prompts: Prompts,
-    ) -> Plan:
+    def _plan_of(self, source: PlannedSource, batch: Batch) -> Plan:
         """The best of one source's; nothing where that is best."""
-        survival = source.acceptance.survival(slots)
-        room = np.minimum(room, source.most)
+        survival = source.acceptance.survival(batch.slots)
+        room, costs = np.minimum(batch.room, source.most), self._costs_of(batch)
         if self._uniform:
-            how = costs, prompts, source.is_free
+            how = costs, batch.prompts, source.is_free
             return self._uniform_plan(survival, room, *how)
-        chances, none = within_room(survival, room), np.zeros((len(slots), 0))
+        chances, none = within_room(survival, room), np.zeros((len(batch), 0))
         model, free = (none, chances) if source.is_free else (chances, none)
-        mix = best_mix(model, free, costs, prompts)
-        is_free = np.full(len(slots), source.is_free)
+        mix = best_mix(model, free, costs, batch.prompts)
+        is_free = np.full(len(batch), source.is_free)
         return Plan(mix.lengths, is_free=is_free, rate=mix.rate)
 
-    def _worth_a_try(self, plan: Plan, room: Ints) -> Plan:
+    def _costs_of(self, batch: Batch) -> Costs:
+        """Within the contexts of its requests."""
+        return self.costs.within(len(batch), batch.contexts)
+
+    def _worth_a_try(self, plan: Plan, batch: Batch) -> Plan:
         """What to draft to find out about a source that was passed over: its own plan,
         or if that is nothing, a few tokens."""
         lengths = plan.lengths
@@ -144,27 +123,21 @@ class BatchGoodput(Goodput):
             most = min(self._acceptance_of(plan).most, TRIED_TOKENS)
             if self._uniform:
                 most = max(length for length in self._uniform if length <= most)
-            lengths = np.minimum(room, most)
+            lengths = np.minimum(batch.room, most)
         return Plan(lengths, is_trial=True, is_free=plan.is_free)
 
     def _acceptance_of(self, plan: Plan) -> Acceptance:
         return self.free if plan.is_free.any() else self.acceptance
 
-    def _price_of(
-        self,
-        plan: Plan,
-        slots: Slots,
-        costs: Costs,
-        prompts: Prompts,
-        usual_rate: float,
-    ) -> float:
+    def _price_of(self, plan: Plan, batch: Batch, usual_rate: float) -> float:
         """Seconds that a step so drafted is expected to lose on the usual one."""
-        survival = self._acceptance_of(plan).survival(slots)
+        survival = self._acceptance_of(plan).survival(batch.slots)
         gain = within_room(survival, plan.lengths).sum()
-        num_drafts = int(plan.lengths.sum())
-        verify = float(verify_seconds(costs, len(slots), num_drafts, prompts))
-        seconds = verify + plan.num_steps * float(costs.draft(len(slots)))
-        return seconds - (len(slots) + float(gain)) / usual_rate
+        num_reqs, num_drafts = len(batch), int(plan.lengths.sum())
+        costs = self._costs_of(batch)
+        verify = float(verify_seconds(costs, num_reqs, num_drafts, batch.prompts))
+        seconds = verify + plan.num_steps * float(costs.draft(num_reqs))
+        return seconds - (num_reqs + float(gain)) / usual_rate
 
     def _source_to_try(self) -> PlannedSource:
         """By turns."""
@@ -172,10 +145,8 @@ class BatchGoodput(Goodput):
         of_copies = len(sources) > 1 and not self._tried_copies
         return sources[-1] if of_copies else sources[0]
 
-    def _trial(
-        self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs, reads: int
-    ) -> Plan:
-        plan = super()._trial(num_reqs, room, prompts, costs, reads)
+    def _trial(self, batch: Batch, reads: int, costs: Costs) -> Plan:
+        plan = super()._trial(batch, reads, costs)
         if plan.is_trial:
             self._tried_copies = bool(plan.is_free.any())
         return plan

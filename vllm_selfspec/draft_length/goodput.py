@@ -63,6 +63,28 @@ class Proposed:
     kinds: Ints
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The requests that a step is planned for.
+
+    Attributes:
+        slots: Their places, `[num_reqs]`.
+        room: The most each may draft, `[num_reqs]`.
+        prompts: What may be computed beside.
+        proposed: For free; None where there is nothing.
+        contexts: Of these requests.
+    """
+
+    slots: Slots
+    room: Ints
+    prompts: Prompts = NO_PROMPTS
+    proposed: Proposed | None = None
+    contexts: Contexts = NO_CONTEXT
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
 @dataclass
 class Plan:
     """What a step drafts.
@@ -188,24 +210,16 @@ class Goodput:
         proposed: Proposed | None = None,
         contexts: Contexts = NO_CONTEXT,
     ) -> Plan:
-        """Lengths of a batch, and which of them are free proposals'.
-
-        Args:
-            slots: Its requests, `[num_reqs]`.
-            room: The most each may draft, `[num_reqs]`.
-            prompts: What may be computed beside.
-            proposed: For free; None where there is nothing.
-            contexts: Of these requests.
-        """
-        num_reqs = len(slots)
+        """Lengths of a batch, and which of them are free proposals'. What the arguments
+        are, see `Batch`."""
+        batch, num_reqs = Batch(slots, room, prompts, proposed, contexts), len(slots)
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
         if proposed is None and self._resting == slots.tobytes() and self.rest():
             return Plan(np.zeros(num_reqs, np.int64))
-        readings = self._readings(contexts)
-        costs = self.costs.within(num_reqs, readings[0][1])
+        reads, costs = self._readings(batch)[0]
         self.plain = float(costs.verify(num_reqs))
-        found = self._found(slots, room, prompts, proposed, readings)
+        found = self._found(batch)
         if found.lengths.any() and self._is_time_to_look():
             self._rest = 0
             return Plan(np.zeros(num_reqs, np.int64))
@@ -215,7 +229,7 @@ class Goodput:
             return found
         self._resting, self._rest = slots.tobytes(), REST
         self._drafting = 0
-        return self._trial(num_reqs, room, prompts, costs, readings[0][0])
+        return self._trial(batch, reads, costs)
 
     @property
     def rests(self) -> bool:
@@ -240,32 +254,25 @@ class Goodput:
         self._drafting, self._look_after = 0, min(2 * self._look_after, LAST_LOOK)
         return True
 
-    def _readings(self, contexts: Contexts) -> list[tuple[int, Contexts]]:
-        """What drafts may read, and what there is to read then."""
-        whole = Contexts(contexts.whole, contexts.whole)
-        if not self._has_window:
-            return [(WINDOW, contexts)]
-        if contexts.drafted >= contexts.whole:
-            return [(WHOLE, whole)]
-        return [(WINDOW, contexts), (WHOLE, whole)]
+    def _readings(self, batch: Batch) -> list[tuple[int, Costs]]:
+        """What drafts may read, and what steps cost then; first the usual."""
+        of, reads = batch.contexts, WINDOW
+        if self._has_window and of.drafted >= of.whole:
+            reads = WHOLE
+        readings = [(reads, self.costs.within(len(batch), of))]
+        if self._has_window and reads == WINDOW:
+            whole = Contexts(of.whole, of.whole)
+            readings.append((WHOLE, self.costs.within(len(batch), whole)))
+        return readings
 
-    def _found(
-        self,
-        slots: Slots,
-        room: Ints,
-        prompts: Prompts,
-        proposed: Proposed | None,
-        readings: Sequence[tuple[int, Contexts]],
-    ) -> Plan:
+    def _found(self, batch: Batch) -> Plan:
         """What is best by what is believed; nothing where no draft is worth it."""
         if not self._uniform:
-            return self._best(slots, room, prompts, proposed, readings)
-        return self._uniform_plan(
-            self.acceptance.survival(slots),
-            np.minimum(room, self.acceptance.most),
-            self.costs.within(len(slots), readings[0][1]),
-            prompts,
-        )
+            return self._best(batch)
+        room = np.minimum(batch.room, self.acceptance.most)
+        ((_, costs), *_) = self._readings(batch)
+        survival = self.acceptance.survival(batch.slots)
+        return self._uniform_plan(survival, room, costs, batch.prompts)
 
     def _uniform_plan(
         self,
@@ -281,29 +288,22 @@ class Goodput:
         mix = best_uniform(survival, room, costs, lengths, prompts, is_free)
         return Plan(mix.lengths, is_free=mix.is_free, rate=mix.rate)
 
-    def _best(
-        self,
-        slots: Slots,
-        room: Ints,
-        prompts: Prompts,
-        proposed: Proposed | None,
-        readings: Sequence[tuple[int, Contexts]],
-    ) -> Plan:
+    def _best(self, batch: Batch) -> Plan:
         """The best over what drafts may read. What is passed over is tried once in a
         while: it may be better for other texts."""
-        free = self._free_chances(slots, room, proposed)
+        free, readings = self._free_chances(batch), self._readings(batch)
         plans = []
-        for reads, contexts in readings:
-            costs = self.costs.within(len(slots), contexts)
-            survival = self.acceptance.survival(slots, np.full(len(slots), reads))
-            mix = best_mix(within_room(survival, room), free, costs, prompts)
+        for reads, costs in readings:
+            kinds = np.full(len(batch), reads)
+            model = within_room(
+                self.acceptance.survival(batch.slots, kinds), batch.room
+            )
+            mix = best_mix(model, free, costs, batch.prompts)
             is_free = mix.is_free & (mix.lengths > 0)
             plans.append(Plan(mix.lengths, is_free=is_free, reads=reads, rate=mix.rate))
         found = max(plans, key=lambda plan: plan.rate)
-        if proposed is not None:
-            num_free = np.minimum(proposed.num_tokens, room)
-            costs = self.costs.within(len(slots), readings[0][1])
-            self._try_free(found, num_free, proposed.kinds, costs)
+        if batch.proposed is not None:
+            self._try_free(found, batch, batch.proposed, readings[0][1])
         if len(plans) > 1 and found.num_steps:
             other = 1 - found.reads
             self._not_read[other] += 1
@@ -312,19 +312,20 @@ class Goodput:
                 self._not_read[other], found.reads = 0, other
         return found
 
-    def _free_chances(
-        self, slots: Slots, room: Ints, proposed: Proposed | None
-    ) -> Floats:
+    def _free_chances(self, batch: Batch) -> Floats:
         """Chance that tokens 1 to i of what is free are all accepted; 0 beyond it,
         `[num_reqs, most]`."""
-        if proposed is None:
-            return np.zeros((len(slots), 0))
-        survival = self.free.survival(slots, proposed.kinds)
-        return within_room(survival, np.minimum(proposed.num_tokens, room))
+        if batch.proposed is None:
+            return np.zeros((len(batch), 0))
+        survival = self.free.survival(batch.slots, batch.proposed.kinds)
+        return within_room(survival, np.minimum(batch.proposed.num_tokens, batch.room))
 
-    def _try_free(self, plan: Plan, num_free: Ints, kinds: Ints, costs: Costs) -> None:
+    def _try_free(
+        self, plan: Plan, batch: Batch, proposed: Proposed, costs: Costs
+    ) -> None:
         """Puts free proposals that were passed over often enough into a plan, as far as
         that was saved up for."""
+        num_free, kinds = np.minimum(proposed.num_tokens, batch.room), proposed.kinds
         owed = self._owed_free + EXPLORE_SHARE * self.plain
         self._owed_free = min(owed, self.plain)
         rows = np.flatnonzero((num_free > 0) & ~plan.is_free)
@@ -341,16 +342,14 @@ class Goodput:
             self._passed_over[kinds[row]] = 0
             plan.lengths[row], plan.is_free[row] = length, True
 
-    def _trial(
-        self, num_reqs: int, room: Ints, prompts: Prompts, costs: Costs, reads: int
-    ) -> Plan:
+    def _trial(self, batch: Batch, reads: int, costs: Costs) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
-        source = self._source_to_try()
-        tried = np.minimum(room, min(source.most, 1))
+        source, num_reqs = self._source_to_try(), len(batch)
+        tried = np.minimum(batch.room, min(source.most, 1))
         self._owed += EXPLORE_SHARE * self.plain
         if self._owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))
-        seconds = verify_seconds(costs, num_reqs, int(tried.sum()), prompts)
+        seconds = verify_seconds(costs, num_reqs, int(tried.sum()), batch.prompts)
         draft = 0.0 if source.is_free else float(costs.draft(num_reqs))
         self._price = (float(seconds) - self.plain + draft) * self._patience
         if self._owed < self._price:
