@@ -226,6 +226,9 @@ TABLES: dict[str, Table] = {
     "float32": _bench("float32"),
     "lengths": _bench("draft_length"),
     "real": Table(BENCHMARKS, REAL_RUNS, REAL["markdown"]),
+    "replay": Table(
+        BENCHMARKS, ("replay/replay.json",), script("replay.py")["markdown"]
+    ),
     "long": Table(BENCHMARKS, ("real/qwen2.5-coder-0.5b-long.json",), REAL["markdown"]),
     "window_on_paper": Table(
         BENCHMARKS,
