@@ -31,8 +31,8 @@ from vllm_selfspec import whole_file
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.page import markdown_table
 from vllm_selfspec.bench.provenance import provenance
+from vllm_selfspec.plan.calibrated import PLANS
 
-PLANS = Path("selfspec") / "plans"  # below vLLM's cache
 # Also told of a plan that another version has found.
 ENGINE = """
 import json, sys, vllm_selfspec

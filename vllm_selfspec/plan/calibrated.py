@@ -23,6 +23,7 @@ logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is sho
 # A model's own drafts that are expected to bring less are not made: what they cost in
 # attention is certain, what they bring is an estimate of a few texts.
 USEFUL = 1.02
+PLANS = Path("selfspec") / "plans"  # below vLLM's cache
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class Circumstances:
 
 
 def directory() -> Path:
-    """Where plans are kept: below vLLM's own cache."""
+    """Where plans are kept."""
     root = os.environ.get("VLLM_CACHE_ROOT", "~/.cache/vllm")
-    return Path(root).expanduser() / "selfspec" / "plans"
+    return Path(root).expanduser() / PLANS
 
 
 def newest_of(weights: str, memory: int) -> Profile | None:
