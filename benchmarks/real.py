@@ -189,10 +189,11 @@ def main(
         return
     chosen = [plain, *others]
     engines = []
+    longest = max(key.get("context", 0) for key in wanted)
+    settings = settings_of(model, eager, longest)
     for number, one in enumerate(chosen, 1):
         console.print(f"Engine {number} of {len(chosen)}: {one.name}")
-        longest = max(key.get("context", 0) for key in wanted)
-        engines.append(VllmEngine(one, model, settings_of(model, eager, longest)))
+        engines.append(VllmEngine(one, model, settings))
     document = {
         **provenance(_command(model, draft_model, eager)),
         "model": Path(model).name,

@@ -1,7 +1,7 @@
 """Do two draft sources together bring as much as the better one, and what is lost?
 
     python benchmarks/replay.py record MODEL -o FILE.npz
-    python benchmarks/replay.py play FILE.npz ... -o benchmarks/results/replay
+    python benchmarks/replay.py play FILE.npz ... -o FILE.json
 
 Of two engines one is always a few per cent faster, whatever they draft: a choice that
 costs as much cannot be seen in timings. So what a model said is recorded once: its
@@ -107,6 +107,10 @@ class Recording:
         """What forwards take."""
         return StepCosts(self.num_rows.tolist(), self.verify, self.draft)
 
+    def plain_pace(self, num_streams: int) -> float:
+        """Tokens per second of plain steps of so many requests."""
+        return num_streams / float(self.costs().verify(num_streams))
+
 
 @dataclass
 class Live:
@@ -134,6 +138,11 @@ class Tally:
 
     num_tokens: int = 0
     seconds: float = 0.0
+
+    @property
+    def pace(self) -> float:
+        """Tokens per second."""
+        return self.num_tokens / self.seconds
 
     def add(self, other: "Tally") -> None:
         """Those of others, too."""
@@ -265,11 +274,10 @@ def paces(recording: Recording, num_streams: int) -> dict[str, dict[str, float]]
                 total[task, sources].add(tally)
             for tally in Replay(*how).run(mixed).values():
                 total[MIXED, sources].add(tally)
-    plain = num_streams / float(recording.costs().verify(num_streams))
+    plain = recording.plain_pace(num_streams)
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for (asked, sources), tally in total.items():
-        pace = tally.num_tokens / tally.seconds
-        found[asked][sources] = round(pace / plain, 4)
+        found[asked][sources] = round(tally.pace / plain, 4)
     return dict(found)
 
 

@@ -25,8 +25,8 @@ def paces(recording: Any, num_streams: int, sources: str) -> dict[str, float]:
     times = max(1, num_streams // 4)
     tasks = [np.tile(of[:PER_TASK], times) for of in recording.by_task()]
     found = REPLAY["Replay"](recording, num_streams, sources).run(np.concatenate(tasks))
-    plain = num_streams / float(recording.costs().verify(num_streams))
-    return {task: t.num_tokens / t.seconds / plain for task, t in found.items()}
+    plain = recording.plain_pace(num_streams)
+    return {task: tally.pace / plain for task, tally in found.items()}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vllm_selfspec.draft_length.best_lengths import (
     verify_seconds,
     within_room,
 )
-from vllm_selfspec.draft_length.costs import Costs, StepCosts
+from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.draft_length.goodput import (
     EXPLORE_SHARE,
     TRIED_TOKENS,
@@ -101,19 +101,14 @@ class BatchGoodput(Goodput):
     def _plan_of(self, source: PlannedSource, batch: Batch) -> Plan:
         """The best of one source's; nothing where that is best."""
         survival = source.acceptance.survival(batch.slots)
-        room, costs = np.minimum(batch.room, source.most), self._costs_of(batch)
+        room = np.minimum(batch.room, source.most)
         if self._uniform:
-            how = costs, batch.prompts, source.is_free
-            return self._uniform_plan(survival, room, *how)
+            return self._uniform_plan(survival, room, batch, source.is_free)
         chances, none = within_room(survival, room), np.zeros((len(batch), 0))
         model, free = (none, chances) if source.is_free else (chances, none)
-        mix = best_mix(model, free, costs, batch.prompts)
+        mix = best_mix(model, free, batch.costs, batch.prompts)
         is_free = np.full(len(batch), source.is_free)
         return Plan(mix.lengths, is_free=is_free, rate=mix.rate)
-
-    def _costs_of(self, batch: Batch) -> Costs:
-        """Within the contexts of its requests."""
-        return self.costs.within(len(batch), batch.contexts)
 
     def _worth_a_try(self, plan: Plan, batch: Batch) -> Plan:
         """What to draft to find out about a source that was passed over: its own plan,
@@ -134,7 +129,7 @@ class BatchGoodput(Goodput):
         survival = self._acceptance_of(plan).survival(batch.slots)
         gain = within_room(survival, plan.lengths).sum()
         num_reqs, num_drafts = len(batch), int(plan.lengths.sum())
-        costs = self._costs_of(batch)
+        costs = batch.costs
         verify = float(verify_seconds(costs, num_reqs, num_drafts, batch.prompts))
         seconds = verify + plan.num_steps * float(costs.draft(num_reqs))
         return seconds - (num_reqs + float(gain)) / usual_rate
@@ -145,8 +140,8 @@ class BatchGoodput(Goodput):
         of_copies = len(sources) > 1 and not self._tried_copies
         return sources[-1] if of_copies else sources[0]
 
-    def _trial(self, batch: Batch, reads: int, costs: Costs) -> Plan:
-        plan = super()._trial(batch, reads, costs)
+    def _trial(self, batch: Batch) -> Plan:
+        plan = super()._trial(batch)
         if plan.is_trial:
             self._tried_copies = bool(plan.is_free.any())
         return plan

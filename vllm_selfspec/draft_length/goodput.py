@@ -72,17 +72,22 @@ class Batch:
         room: The most each may draft, `[num_reqs]`.
         prompts: What may be computed beside.
         proposed: For free; None where there is nothing.
-        contexts: Of these requests.
+        readings: What drafts may read, and what steps cost then; first the usual.
     """
 
     slots: Slots
     room: Ints
-    prompts: Prompts = NO_PROMPTS
-    proposed: Proposed | None = None
-    contexts: Contexts = NO_CONTEXT
+    prompts: Prompts
+    proposed: Proposed | None
+    readings: Sequence[tuple[int, Costs]]
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    @property
+    def costs(self) -> Costs:
+        """What steps cost where drafts read the usual."""
+        return self.readings[0][1]
 
 
 @dataclass
@@ -210,15 +215,23 @@ class Goodput:
         proposed: Proposed | None = None,
         contexts: Contexts = NO_CONTEXT,
     ) -> Plan:
-        """Lengths of a batch, and which of them are free proposals'. What the arguments
-        are, see `Batch`."""
-        batch, num_reqs = Batch(slots, room, prompts, proposed, contexts), len(slots)
+        """Lengths of a batch, and which of them are free proposals'.
+
+        Args:
+            slots: Its requests, `[num_reqs]`.
+            room: The most each may draft, `[num_reqs]`.
+            prompts: What may be computed beside.
+            proposed: For free; None where there is nothing.
+            contexts: Of these requests.
+        """
+        num_reqs = len(slots)
         if not num_reqs:
             return Plan(np.zeros(0, np.int64))
         if proposed is None and self._resting == slots.tobytes() and self.rest():
             return Plan(np.zeros(num_reqs, np.int64))
-        reads, costs = self._readings(batch)[0]
-        self.plain = float(costs.verify(num_reqs))
+        readings = self._readings(num_reqs, contexts)
+        batch = Batch(slots, room, prompts, proposed, readings)
+        self.plain = float(batch.costs.verify(num_reqs))
         found = self._found(batch)
         if found.lengths.any() and self._is_time_to_look():
             self._rest = 0
@@ -229,7 +242,7 @@ class Goodput:
             return found
         self._resting, self._rest = slots.tobytes(), REST
         self._drafting = 0
-        return self._trial(batch, reads, costs)
+        return self._trial(batch)
 
     @property
     def rests(self) -> bool:
@@ -254,46 +267,43 @@ class Goodput:
         self._drafting, self._look_after = 0, min(2 * self._look_after, LAST_LOOK)
         return True
 
-    def _readings(self, batch: Batch) -> list[tuple[int, Costs]]:
-        """What drafts may read, and what steps cost then; first the usual."""
-        of, reads = batch.contexts, WINDOW
-        if self._has_window and of.drafted >= of.whole:
-            reads = WHOLE
-        readings = [(reads, self.costs.within(len(batch), of))]
-        if self._has_window and reads == WINDOW:
-            whole = Contexts(of.whole, of.whole)
-            readings.append((WHOLE, self.costs.within(len(batch), whole)))
-        return readings
+    def _readings(self, num_reqs: int, of: Contexts) -> list[tuple[int, Costs]]:
+        """See `Batch`; for so many requests with such contexts."""
+        usual = self.costs.within(num_reqs, of)
+        if not self._has_window:
+            return [(WINDOW, usual)]
+        if of.drafted >= of.whole:
+            return [(WHOLE, usual)]
+        whole = Contexts(of.whole, of.whole)
+        return [(WINDOW, usual), (WHOLE, self.costs.within(num_reqs, whole))]
 
     def _found(self, batch: Batch) -> Plan:
         """What is best by what is believed; nothing where no draft is worth it."""
         if not self._uniform:
             return self._best(batch)
         room = np.minimum(batch.room, self.acceptance.most)
-        ((_, costs), *_) = self._readings(batch)
         survival = self.acceptance.survival(batch.slots)
-        return self._uniform_plan(survival, room, costs, batch.prompts)
+        return self._uniform_plan(survival, room, batch)
 
     def _uniform_plan(
         self,
         survival: Floats,
         room: Ints,
-        costs: Costs,
-        prompts: Prompts,
+        batch: Batch,
         is_free: bool = False,
     ) -> Plan:
         """One length for all, out of those that such drafts may have."""
         most = survival.shape[1]
         lengths = [length for length in self._uniform if length <= most]
-        mix = best_uniform(survival, room, costs, lengths, prompts, is_free)
+        how = batch.costs, lengths, batch.prompts, is_free
+        mix = best_uniform(survival, room, *how)
         return Plan(mix.lengths, is_free=mix.is_free, rate=mix.rate)
 
     def _best(self, batch: Batch) -> Plan:
         """The best over what drafts may read. What is passed over is tried once in a
         while: it may be better for other texts."""
-        free, readings = self._free_chances(batch), self._readings(batch)
-        plans = []
-        for reads, costs in readings:
+        free, plans = self._free_chances(batch), []
+        for reads, costs in batch.readings:
             kinds = np.full(len(batch), reads)
             model = within_room(
                 self.acceptance.survival(batch.slots, kinds), batch.room
@@ -303,7 +313,7 @@ class Goodput:
             plans.append(Plan(mix.lengths, is_free=is_free, reads=reads, rate=mix.rate))
         found = max(plans, key=lambda plan: plan.rate)
         if batch.proposed is not None:
-            self._try_free(found, batch, batch.proposed, readings[0][1])
+            self._try_free(found, batch, batch.proposed)
         if len(plans) > 1 and found.num_steps:
             other = 1 - found.reads
             self._not_read[other] += 1
@@ -320,9 +330,7 @@ class Goodput:
         survival = self.free.survival(batch.slots, batch.proposed.kinds)
         return within_room(survival, np.minimum(batch.proposed.num_tokens, batch.room))
 
-    def _try_free(
-        self, plan: Plan, batch: Batch, proposed: Proposed, costs: Costs
-    ) -> None:
+    def _try_free(self, plan: Plan, batch: Batch, proposed: Proposed) -> None:
         """Puts free proposals that were passed over often enough into a plan, as far as
         that was saved up for."""
         num_free, kinds = np.minimum(proposed.num_tokens, batch.room), proposed.kinds
@@ -336,15 +344,18 @@ class Goodput:
         row, before = int(due[0]), plan.lengths.sum()
         length = int(min(num_free[row], TRIED_TOKENS))
         tried = np.array([before, before - plan.lengths[row] + length])
-        price = np.diff(verify_seconds(costs, len(kinds), tried, NO_PROMPTS)).item()
+        price = np.diff(
+            verify_seconds(batch.costs, len(kinds), tried, NO_PROMPTS)
+        ).item()
         if self._owed_free >= price:
             self._owed_free -= max(price, 0.0)
             self._passed_over[kinds[row]] = 0
             plan.lengths[row], plan.is_free[row] = length, True
 
-    def _trial(self, batch: Batch, reads: int, costs: Costs) -> Plan:
+    def _trial(self, batch: Batch) -> Plan:
         """One token for everybody, where that was saved up for; else nothing."""
         source, num_reqs = self._source_to_try(), len(batch)
+        reads, costs = batch.readings[0]
         tried = np.minimum(batch.room, min(source.most, 1))
         self._owed += EXPLORE_SHARE * self.plain
         if self._owed < self._price or not tried.any():
