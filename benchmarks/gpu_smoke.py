@@ -72,6 +72,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     PLAIN: None,
     "synchronous": None,
     "bare flag": own(),
+    "bare flag, 30% of memory": own(draft_memory="30%"),
     "exit_layer 3": fixed(exit_layer=3),
     "probabilistic": fixed(exit_layer=3, draft_sample_method="probabilistic"),
     "int8": fixed(draft_weights="int8", skip_layers={}),
@@ -91,6 +92,13 @@ GROUPS = {
     "copies": ("copies", "int4 and copies", "n-grams"),
     "synchronous": ("synchronous", "int4 and copies", "int4 beside copies"),
     "short": ("bare flag", "int4", "int4, goodput", "n-grams on the device"),
+    "turns": (
+        "bare flag",
+        "int4, goodput",
+        "int4 and copies",
+        "n-grams on the device",
+    ),
+    "flag": ("bare flag", "bare flag, 30% of memory"),
     "big": ("int4", "int4, goodput", "int4 and copies"),
     "demo": ("exit_layer 3", "probabilistic", "bare flag", "int4", "copies"),
 }
