@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,27 @@ def test_where_the_fast_kernel_is_missing_vllm_chooses_another(
     found, counts = run(llm, prompts, greedy(MAX_TOKENS))
     assert token_ids(found) == token_ids(expected)
     assert counts.accepted_at[0] > LIKE * counts.drafts
+
+
+@pytest.mark.skipif(IS_V2, reason="the same for both runners")
+def test_what_graphs_point_to_stays_when_another_engine_starts() -> None:
+    """vLLM's workspace, where Marlin has its locks. An int4 engine whose graphs were
+    run when another had started brought an H200 down."""
+    from vllm.v1.worker import workspace
+
+    before = workspace._manager
+    try:
+        workspace.init_workspace_manager(torch.device("cpu"))
+        method = Int4(torch.bfloat16, 128)
+        used = weakref.ref(workspace.current_workspace_manager())
+        workspace.init_workspace_manager(torch.device("cpu"))
+        gc.collect()
+        assert used() is not None
+        del method
+        gc.collect()
+        assert used() is None, "and no longer than the copy"
+    finally:
+        workspace._manager = before
 
 
 @pytest.mark.skipif(IS_V2, reason="the same for both runners")

@@ -17,9 +17,10 @@ from helpers.engines import (
 from helpers.environment import IS_V2
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.draft_length.arrivals import Arrivals, foreseen
+from vllm_selfspec.draft_length.batch_goodput import BatchGoodput
 from vllm_selfspec.draft_length.best_lengths import Prompts
 from vllm_selfspec.draft_length.costs import ContextCosts, StepCosts
-from vllm_selfspec.draft_length.goodput import WHOLE, WINDOW, Goodput
+from vllm_selfspec.draft_length.goodput import WHOLE, WINDOW
 from vllm_selfspec.draft_length.options import captured_lengths, schedule_of_all
 from vllm_selfspec.engine.draft_planner import DraftPlanner
 from vllm_selfspec.engine.scheduler import PlanningScheduler
@@ -43,7 +44,7 @@ class Config:
 
 
 def planner(costs: tuple[Any, Any, Any] = CHEAP, **kwargs: Any) -> DraftPlanner:
-    goodput = Goodput(2, NUM_DRAFTS, StepCosts(*costs), **kwargs)
+    goodput = BatchGoodput(2, NUM_DRAFTS, StepCosts(*costs), **kwargs)
     return DraftPlanner(goodput, 2, DraftStats(Config()))
 
 

@@ -13,6 +13,7 @@ from helpers.engines import (
     Engines,
     drafter_of,
     greedy,
+    planner_of,
     prompts_of,
     run,
     scheduler_of,
@@ -22,6 +23,8 @@ from helpers.engines import (
 )
 from helpers.environment import IS_V2, TESTS
 from helpers.models import DEMO_MODEL
+from vllm_selfspec.draft_length.batch_goodput import PlannedSource
+from vllm_selfspec.engine import hindsight
 
 pytestmark = [
     pytest.mark.v2,
@@ -284,6 +287,30 @@ def test_the_model_and_copies_take_turns_where_steps_run_ahead(
             assert stats.accepted["model"] == stats.drafted["model"] > 10
         assert sum(stats.drafted.values()) == counts.draft_tokens
     assert certain and set(certain) == {True} or method == "greedy"
+
+
+def test_copies_are_learnt_of_while_the_model_drafts(
+    tiny_models: dict[str, str],
+    engines: Engines,
+    cpu_schedules_as_configured: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From what requests have said."""
+    path, params = tiny_models["llama"], greedy(48)
+    prompts = [{"prompt_token_ids": [n, 9, 7, 3, 8, 1] * 3} for n in (4, 5, 6)]
+    spec = {"skip_layers": {}, "draft_length": "goodput", "draft_source": "auto"}
+    spec |= {"num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    llm = engines.get(path, spec)
+    with_costs(llm, ((1, 64), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+    goodput = planner_of(llm).goodput
+    model = PlannedSource(goodput.acceptance)
+    monkeypatch.setattr(goodput, "_sources", lambda: [model])
+    monkeypatch.setattr(hindsight, "LOOK_SHARE", 1.0)
+    found, counts = run(llm, prompts, params)
+    expected, _ = run(engines.get(path), prompts, params)
+    assert token_ids(found) == token_ids(expected)
+    assert counts.accepted_tokens == counts.draft_tokens > 0, "of the model"
+    assert goodput.free.num_tried(0) > 5
 
 
 def test_requests_that_end_while_their_next_step_is_under_way(

@@ -26,6 +26,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.worker.workspace import (
+    current_workspace_manager,
+    is_workspace_manager_initialized,
+)
 
 from vllm_selfspec.plan.axis_draft_weights import GROUP_SIZE, INT8
 
@@ -147,6 +151,11 @@ class Int4(OfScheme):
         scheme = CompressedTensorsWNA16(QuantizationStrategy.GROUP, 4, group_size)
         super().__init__(dtype, scheme)
         self.group_size = group_size
+        # Marlin's locks are there, and CUDA graphs know them by address. vLLM lets go
+        # of it when another engine starts in the process.
+        self._workspace = (
+            current_workspace_manager() if is_workspace_manager_initialized() else None
+        )
 
     def fill(self, layer: Any, weight: torch.Tensor) -> None:
         rounded, scales = rounded_to(weight, MAX_INT4, self.group_size)

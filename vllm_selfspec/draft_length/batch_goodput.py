@@ -5,6 +5,7 @@ ahead of the device nobody knows which requests have a match; what is known is h
 the copies of each were right, and by that they are planned, as the model's drafts are.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,10 +16,12 @@ from vllm_selfspec.draft_length.best_lengths import (
     verify_seconds,
     within_room,
 )
-from vllm_selfspec.draft_length.costs import StepCosts
+from vllm_selfspec.draft_length.costs import Contexts, StepCosts
 from vllm_selfspec.draft_length.goodput import (
     EXPLORE_SHARE,
+    FEW_TRIALS,
     TRIED_TOKENS,
+    WINDOW,
     Batch,
     Goodput,
     Plan,
@@ -60,11 +63,44 @@ class BatchGoodput(Goodput):
         self._until_compared = 0  # steps
         self._owed_other = 0.0  # seconds that trials of the other source may take
         self._tried_copies = False  # in the last trial where nothing was worth it
+        self._step_before: tuple[bool, int] | None = None  # its kind
 
     def admit(self, slot: int) -> None:
         """A new request takes the place `slot`."""
         super().admit(slot)
         self._until_compared = 0
+
+    def observe_step(
+        self,
+        num_verified: int,
+        num_reqs: int,
+        num_steps: int,
+        seconds: float,
+        contexts: Contexts,
+    ) -> None:
+        """Learns what steps take, from one of the same kind as the one before it.
+
+        Results come while the device is busy with the next step. So between two of them
+        run the draft steps that followed the former, and where the host is slower than
+        the device, what it does for a step shows in the time of another. Steps that are
+        alike may be taken for each other.
+
+        Args:
+            num_verified: Token rows of the target's forward.
+            num_reqs: Its requests, all of which decode.
+            num_steps: Draft steps after it.
+            seconds: From the former step's result to this one's.
+            contexts: Of its requests.
+        """
+        kind = num_verified > num_reqs, num_steps
+        if kind == self._step_before:
+            how = num_verified, num_reqs, num_steps, seconds, num_reqs, contexts
+            self.costs.observe(*how)
+        self._step_before = kind
+
+    def observe_other_step(self) -> None:
+        """Nothing is learnt of a step that computes prompts, nor of the next."""
+        self._step_before = None
 
     def _found(self, batch: Batch) -> Plan:
         """The better source's. Planning takes the host's time, so which that is is
@@ -87,7 +123,8 @@ class BatchGoodput(Goodput):
             return found
         self._copies, self._until_compared = bool(found.is_free.any()), COMPARE_EVERY
         tried = self._worth_a_try(other, batch)
-        if self._owed_other < self._price_of(tried, batch, found.rate):
+        is_known = self._acceptance_of(tried).num_tried(WINDOW) >= FEW_TRIALS
+        if is_known and self._owed_other < self._price_of(tried, batch, found.rate):
             return found
         self._owed_other = 0.0
         return tried
@@ -135,12 +172,20 @@ class BatchGoodput(Goodput):
         return seconds - (num_reqs + float(gain)) / usual_rate
 
     def _source_to_try(self) -> PlannedSource:
-        """By turns."""
+        """By turns; one that was hardly tried comes first."""
         sources = self._sources()
+        for source in sources:
+            if source.acceptance.num_tried(WINDOW) < FEW_TRIALS:
+                return source
         of_copies = len(sources) > 1 and not self._tried_copies
         return sources[-1] if of_copies else sources[0]
 
     def _trial(self, batch: Batch) -> Plan:
+        """Until a source is known it is tried without saving up: what that takes is
+        bounded, and may be little beside what a good one brings."""
+        source = self._source_to_try()
+        if source.acceptance.num_tried(WINDOW) < FEW_TRIALS:
+            self._owed = math.inf
         plan = super()._trial(batch)
         if plan.is_trial:
             self._tried_copies = bool(plan.is_free.any())

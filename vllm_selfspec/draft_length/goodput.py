@@ -42,9 +42,9 @@ TRY_READING_EVERY, FEW_TRIALS = 5, 20.0
 # What drafts of a plan with a window read; as kinds of `Acceptance`.
 WINDOW, WHOLE = 0, 1
 # Where steps run ahead of the device, their times at start-up, when each is waited for,
-# say little of what a plain one takes; so one is run after so many that draft, then
-# after twice as many each time.
-FIRST_LOOK, LAST_LOOK = 4, 256
+# say little of what a plain one takes; so some are run after so many that draft, then
+# after twice as many each time. Of these the first is still slow from those before it.
+FIRST_LOOK, LAST_LOOK, LOOK_STEPS = 4, 256, 4
 # Where drafting was not worth it, it is not asked again for so many steps of the same
 # requests: what is believed moves slowly while nothing is verified.
 REST = 8
@@ -175,7 +175,7 @@ class Goodput:
             max_free: The longest free proposal.
             free_guesses: Of free proposals, by kind: see `Acceptance`.
             has_window: Whether the draft plan has one, which need not be used.
-            looks_at_plain_steps: Whether one is run once in a while where all draft.
+            looks_at_plain_steps: Whether some are run once in a while where all draft.
         """
         self._uniform = tuple(uniform)
         self._has_window = has_window
@@ -193,6 +193,7 @@ class Goodput:
         self._owed_free = 0.0  # seconds that trials of free proposals may take by now
         self._looks_at_plain_steps = looks_at_plain_steps
         self._look_after, self._drafting = FIRST_LOOK, 0  # steps that draft
+        self._looking = 0  # plain steps of a look that are still to come
         self._resting: bytes = b""  # the requests that draft nothing
         self._rest = 0  # for so many steps
 
@@ -241,7 +242,7 @@ class Goodput:
             self._rest = 0
             return found
         self._resting, self._rest = slots.tobytes(), REST
-        self._drafting = 0
+        self._drafting = self._looking = 0
         return self._trial(batch)
 
     @property
@@ -261,10 +262,14 @@ class Goodput:
 
     def _is_time_to_look(self) -> bool:
         """Whether a step that would draft is to be plain, to see what that takes."""
+        if self._looking:
+            self._looking -= 1
+            return True
         self._drafting += 1
         if not self._looks_at_plain_steps or self._drafting <= self._look_after:
             return False
         self._drafting, self._look_after = 0, min(2 * self._look_after, LAST_LOOK)
+        self._looking = LOOK_STEPS - 1
         return True
 
     def _readings(self, num_reqs: int, of: Contexts) -> list[tuple[int, Costs]]:

@@ -1,4 +1,4 @@
-"""`DraftPlanner`: `Goodput` in the terms of vLLM's scheduler.
+"""`DraftPlanner`: `BatchGoodput` in the terms of vLLM's scheduler.
 
 One rule: requests come and go by their names here, and have places there.
 """
@@ -8,9 +8,9 @@ from collections.abc import Collection
 import numpy as np
 
 from vllm_selfspec.draft.stats import DraftStats
+from vllm_selfspec.draft_length.batch_goodput import BatchGoodput
 from vllm_selfspec.draft_length.best_lengths import NO_PROMPTS, Prompts
 from vllm_selfspec.draft_length.costs import NO_CONTEXT, Contexts
-from vllm_selfspec.draft_length.goodput import Goodput
 from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.plan.sources import MODEL
 
@@ -28,7 +28,7 @@ class DraftPlanner:
 
     def __init__(
         self,
-        goodput: Goodput,
+        goodput: BatchGoodput,
         max_num_reqs: int,
         stats: DraftStats,
         device_source: str = "",
@@ -109,6 +109,15 @@ class DraftPlanner:
                 own = tried * is_of, taken * is_of
                 acceptance.observe(slots, *own, num_steps=num_steps)
                 self.stats.verified(name, *own)
+
+    def would_have_copied(self, num_right: dict[str, int]) -> None:
+        """Learns from copies that nobody drafted: how many tokens of each longest one
+        would have been right, by request."""
+        known = [req_id for req_id in num_right if req_id in self._slots]
+        if known:
+            right = np.array([num_right[req_id] for req_id in known], np.int64)
+            most = np.full(len(known), self.goodput.free.most)
+            self.goodput.free.observe(self._slots.of(known), most, right)
 
     def publish(self) -> None:
         """Shows the statistics, if it is time."""

@@ -2,7 +2,8 @@
 
 One rule: what is timed is what will run, on the live engine: the target's forward and
 LM head, without and with draft steps after it, at growing numbers of rows; and, for one
-request, at two lengths of context.
+request, at two lengths of context. Where steps are scheduled ahead of the device some
+are run in a row, and waited for once.
 """
 
 import time
@@ -29,6 +30,8 @@ NUM_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 51
 MAX_ROWS_GPU, MAX_ROWS_CPU = 768, 64
 # One time says enough where it is long.
 REPEATS, MAX_ROWS_REPEATED = 3, 16
+# Of steps that are scheduled ahead of the device.
+NUM_IN_A_ROW = 4
 NUM_DRAFTS = 2
 # Of plans, that few sublayers' cost stands out from the noise of the target's forward.
 NUM_DRAFTS_PLAN = 6
@@ -61,7 +64,7 @@ def measure_costs(worker: Any) -> tuple[list[int], list[float], list[float]]:
         repeats = REPEATS if n <= MAX_ROWS_REPEATED else 1
         step = partial(drafter.dummy_step, runner, n)
         runs = [partial(step, 0), *[partial(step, NUM_DRAFTS)] * drafts]
-        alone, *drafting = seconds_of(runs, repeats)
+        alone, *drafting = seconds_of(runs, repeats, num_in_a_row(config))
         verify.append(alone)
         # Noise must not make a draft step cost nothing; where there is none it does.
         least = MIN_SHARE if drafts else NO_SHARE
@@ -98,7 +101,8 @@ def measure_context(worker: Any) -> ContextCosts:
         for context in (SHORT_CONTEXT, longest)
         for rows, drafts in shapes
     ]
-    seconds = np.array(seconds_of(runs, REPEATS)).reshape(2, len(shapes))
+    times = seconds_of(runs, REPEATS, num_in_a_row(config))
+    seconds = np.array(times).reshape(2, len(shapes))
     num_tokens = longest - SHORT_CONTEXT
     alone, two, many, *drafting = np.maximum(seconds[1] - seconds[0], 0.0)
     read = plan_of(config).tokens_read(np.array([SHORT_CONTEXT, longest]))
@@ -164,24 +168,39 @@ def measure_sublayers(
     return float(head), float(attention), float(mlp)
 
 
-def seconds_of(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+def num_in_a_row(vllm_config: Any) -> int:
+    """Steps that are timed as one: the host goes on where it does so in service."""
+    on_device = torch.cuda.is_available()
+    is_ahead = vllm_config.scheduler_config.async_scheduling
+    return NUM_IN_A_ROW if on_device and is_ahead else 1
+
+
+def seconds_of(
+    runs: Sequence[Callable[[], Any]], repeats: int, in_a_row: int = 1
+) -> list[float]:
     """Medians of `repeats` times of each, after one that is not counted.
 
     They take turns: a machine that is slow for a while is so for all of them, and only
     their ratios matter.
+
+    Args:
+        runs: What to time.
+        repeats: Times of each.
+        in_a_row: Of these, as many runs as one time is the mean of.
     """
     for run in runs:
         run()  # kernels and caches of its size
-    times = [[_seconds_of(run) for run in runs] for _ in range(repeats)]
+    times = [[_seconds_of(run, in_a_row) for run in runs] for _ in range(repeats)]
     return [median(of_run) for of_run in zip(*times, strict=True)]
 
 
-def _seconds_of(run: Callable[[], Any]) -> float:
+def _seconds_of(run: Callable[[], Any], in_a_row: int) -> float:
     _wait()
     started = time.perf_counter()
-    run()
+    for _ in range(in_a_row):
+        run()
     _wait()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / in_a_row
 
 
 def _wait() -> None:

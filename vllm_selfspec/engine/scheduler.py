@@ -35,6 +35,7 @@ from vllm_selfspec.draft_length.costs import (
     cleaned,
 )
 from vllm_selfspec.engine.draft_planner import DraftPlanner
+from vllm_selfspec.engine.hindsight import Hindsight
 from vllm_selfspec.engine.measure import (
     measure_context,
     measure_costs,
@@ -42,6 +43,7 @@ from vllm_selfspec.engine.measure import (
 )
 from vllm_selfspec.engine.plain_steps import OfScheduler, PlainSteps
 from vllm_selfspec.engine.workers import use_costs
+from vllm_selfspec.plan.sources import SOURCES
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 # What drafting takes beside forwards, over a plain step, and for each request: until
@@ -177,6 +179,7 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
             DraftStats(config),
             served_config.source_on_device(config) or "",
         )
+        self._hindsight = hindsight_of(config)
         # Steps that verify copies, and whose they are, until they are told of.
         self._copied: deque[tuple[SchedulerOutput, frozenset[str]]] = deque()
         self._arrivals = Arrivals()
@@ -277,6 +280,7 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
     ) -> Any:
         """vLLM's; what came of the drafts is told to the planner first."""
         self._observe(scheduler_output, model_runner_output)
+        self._look_back()
         found = super().update_from_output(scheduler_output, model_runner_output)
         self._updated = time.perf_counter() if self.requests else None
         if self.log_stats:
@@ -304,16 +308,26 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         # Data-parallel ranks in lockstep wait for each other: a step's time is that of
         # the slowest, with as many draft steps as any of them planned.
         is_own = self.vllm_config.parallel_config.data_parallel_size == 1
+        goodput = self.planner.goodput
+        if not (is_decode and is_own and self._updated is not None):
+            goodput.observe_other_step()
+            return
         num_draft_steps = output.num_spec_tokens_to_schedule
-        if is_decode and is_own and self._updated is not None:
-            self.planner.goodput.costs.observe(
-                output.total_num_scheduled_tokens,
-                len(drafted),
-                num_draft_steps if num_draft_steps <= self._num_model_tokens else 0,
-                time.perf_counter() - self._updated,
-                len(drafted),
-                self._contexts(drafted),
-            )
+        goodput.observe_step(
+            output.total_num_scheduled_tokens,
+            num_scheduled,
+            num_draft_steps if num_draft_steps <= self._num_model_tokens else 0,
+            time.perf_counter() - self._updated,
+            self._contexts(drafted),
+        )
+
+    def _look_back(self) -> None:
+        """Of requests that did not copy, finds out whether that had been better."""
+        if self._hindsight is None or self._updated is None:
+            return
+        passed = time.perf_counter() - self._updated
+        others = [r for r in self.running if r.request_id not in self.planner.copying]
+        self.planner.would_have_copied(self._hindsight.look(others, passed))
 
     def _copied_in(self, output: SchedulerOutput) -> frozenset[str]:
         """Requests whose drafts, which this step verified, were copies."""
@@ -322,6 +336,16 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         while self._copied[0][0] is not output:  # one that nobody was told of
             self._copied.popleft()
         return self._copied.popleft()[1]
+
+
+def hindsight_of(vllm_config: Any) -> Hindsight | None:
+    """Of an engine whose copies are matched on the device."""
+    name = served_config.source_on_device(vllm_config)
+    if name is None:
+        return None
+    proposer = SOURCES.named(name).proposer(served_config.sources_of(vllm_config)[name])
+    most = served_config.num_device_tokens(vllm_config)
+    return None if proposer is None else Hindsight(proposer, most)
 
 
 def _samples(request: Request, num_tokens: int) -> bool:
