@@ -8,8 +8,9 @@
   drafting accepts. (A graph that replays stale metadata shows as lost acceptance, never
   as another text: verification hides it.)
 - memory: weights, KV blocks and device memory in use, beside plain vLLM's.
-- speed: tokens/s by task at 1, 8, 32 and 128 streams, engines in turns, medians of
-  ratios; what a draft step costs, and so the bound E / (v + k c).
+- speed: the pace of a server that has 1, 8, 32 or 128 requests at a time, by task,
+  engines in turns, medians of ratios; what a draft step costs, and so the bound
+  E / (v + k c).
 
 Models are widened, because a small one would time the engine around it: a widened model
 writes what the small one writes, at the cost of a big one.
@@ -19,6 +20,7 @@ machine that goes away leaves what was measured; a part that is in the file is n
 measured again.
 """
 
+import itertools
 import json
 import os
 import random
@@ -36,6 +38,9 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from vllm_selfspec import whole_file
+from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
+from vllm_selfspec.bench.long_documents import documents
+from vllm_selfspec.bench.methods import Method
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import load
 from vllm_selfspec.bench.widen import widen
@@ -47,7 +52,7 @@ DEMO_MODEL = REPOSITORY / "benchmarks" / "demo_model"
 CACHE = REPOSITORY / ".cache"
 PLAIN = "plain vLLM"
 ALONE = "plain vLLM, one request at a time"
-NUM_DRAFTS = 4
+NUM_DRAFTS, WINDOW = 4, 512
 NGRAMS = {"prompt_lookup_max": 4, "num_speculative_tokens": 5}
 
 
@@ -78,6 +83,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "int8": fixed(draft_weights="int8", skip_layers={}),
     "int4": fixed(draft_weights="int4", skip_layers={}),
     "int4, goodput": own(draft_source="model", draft_weights="int4", skip_layers={}),
+    "int4, window": fixed(draft_weights="int4", draft_window=WINDOW),
+    # Whether a step looks at the window or at all of the cache is chosen there.
+    "int4 and copies, window": own(draft_weights="int4", draft_window=WINDOW),
     "copies": own(draft_source="context"),
     "int4 and copies": own(draft_weights="int4", skip_layers={}),  # by turns
     "int4 beside copies": own(draft_weights="int4", skip_layers={}),
@@ -100,6 +108,7 @@ GROUPS = {
     ),
     "flag": ("bare flag", "bare flag, 30% of memory"),
     "big": ("int4", "int4, goodput", "int4 and copies"),
+    "long": ("bare flag", "int4", "int4, window", "int4 and copies, window"),
     "demo": ("exit_layer 3", "probabilistic", "bare flag", "int4", "copies"),
 }
 AGREEING = (
@@ -121,6 +130,7 @@ PARTS = ("agreement", "memory", "speed")
 PROMPT_CHARACTERS = 400
 CONTEXT_LENGTH = 1024
 DEMO_TASK = "held-out source"
+LEAST_CHARACTERS = 6  # no tokenizer here makes fewer of a token of code
 
 
 class Scale(BaseModel, frozen=True):
@@ -151,6 +161,8 @@ class Setup(BaseModel, frozen=True):
         scale: How much is run.
         tasks: Shipped prompts; the demo model goes on with source files.
         backend: vLLM's attention backend, if not its own choice.
+        context: Tokens of the document that each request goes on from; 0 for the
+            shipped prompts.
     """
 
     model: Path
@@ -158,6 +170,7 @@ class Setup(BaseModel, frozen=True):
     scale: Scale
     tasks: tuple[str, ...]
     backend: str | None
+    context: int = 0
 
     @property
     def is_demo(self) -> bool:
@@ -173,7 +186,12 @@ class Setup(BaseModel, frozen=True):
         )
 
     def prompts(self, task: str, num: int, tokenizer: Any, seed: int = 0) -> list[str]:
-        """Of a task; pieces of files that the demo model was not trained on."""
+        """Of a task; pieces of files that the demo model was not trained on; the
+        beginnings of long documents."""
+        if self.context:
+            every = itertools.cycle(documents(LEAST_CHARACTERS * self.context))
+            long = map(tokenizer.encode, itertools.islice(every, seed, seed + num))
+            return [tokenizer.decode(tokens[: self.context]) for tokens in long]
         if task != DEMO_TASK:
             found = [prompt.render(tokenizer) for prompt in load(task).prompts]
             return [found[i % len(found)] for i in range(seed, seed + num)]
@@ -187,13 +205,23 @@ class Setup(BaseModel, frozen=True):
         return pieces
 
 
-class Engine(MeasuredLLM):
+def engine(method: str, settings: dict[str, Any]) -> MeasuredLLM:
     """One of `METHODS`."""
+    return MeasuredLLM(
+        speculative_config=METHODS[method], **settings | scheduled(method)
+    )
 
-    def __init__(self, method: str, settings: dict[str, Any]) -> None:
-        if method in SYNCHRONOUS:
-            settings = {**settings, "async_scheduling": False}
-        super().__init__(speculative_config=METHODS[method], **settings)
+
+def timed(method: str, settings: dict[str, Any]) -> VllmEngine:
+    """The same, driven step by step."""
+    settings = settings | scheduled(method)
+    model = settings.pop("model")
+    return VllmEngine(Method(method, method, METHODS[method]), model, settings)
+
+
+def scheduled(method: str) -> dict[str, Any]:
+    """How, where that is not vLLM's own choice."""
+    return {"async_scheduling": False} if method in SYNCHRONOUS else {}
 
 
 def gaps_of(output: Any) -> list[float]:
@@ -213,7 +241,7 @@ def settings_of(
     settings: dict[str, Any] = {
         "model": str(setup.widened(factor, dtype)),
         "dtype": dtype,
-        "max_model_len": CONTEXT_LENGTH,
+        "max_model_len": CONTEXT_LENGTH + setup.context,
         "max_num_seqs": max(setup.scale.streams),
         "seed": 0,
         **MODES[mode],
@@ -239,7 +267,7 @@ def agreement(setup: Setup, mode: str) -> dict[str, Any]:
         if setup.is_demo or method not in GROUPS["demo"][:2]
     ]
     settings = settings_of(setup, mode, 1, "float32", 1 + len(methods))
-    engines = {method: Engine(method, settings) for method in (PLAIN, *methods)}
+    engines = {method: engine(method, settings) for method in (PLAIN, *methods)}
     report: dict[str, Any] = {method: {} for method in (*methods, ALONE)}
     num_tokens = setup.scale.num_tokens
     for num_streams in setup.scale.streams:
@@ -284,14 +312,14 @@ def memory(setup: Setup, mode: str, method: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     num_engines = 0 if on_gpu else 1
     settings = settings_of(setup, mode, setup.factor, "bfloat16", num_engines)
-    engine = Engine(method, settings)
+    started = engine(method, settings)
     streams = max(setup.scale.streams)
-    batch = setup.prompts(setup.tasks[0], streams, engine.tokenizer)
-    engine.generate(batch, setup.scale.num_tokens)
+    batch = setup.prompts(setup.tasks[0], streams, started.tokenizer)
+    started.generate(batch, setup.scale.num_tokens)
     report = {
-        "weight_bytes": weight_bytes(engine.runner),
-        "kv_blocks": engine.vllm_config.cache_config.num_gpu_blocks,
-        "start_up_seconds": round(engine.start_up, 1),
+        "weight_bytes": weight_bytes(started.runner),
+        "kv_blocks": started.vllm_config.cache_config.num_gpu_blocks,
+        "start_up_seconds": round(started.start_up, 1),
     }
     if on_gpu:
         free, total = torch.cuda.mem_get_info()
@@ -318,12 +346,11 @@ def speed(setup: Setup, mode: str, group: str) -> dict[str, Any]:
     """Tokens per second and the median ratio to plain vLLM, run in turns."""
     methods = (PLAIN, *GROUPS[group])
     settings = settings_of(setup, mode, setup.factor, "bfloat16", len(methods))
-    engines = {method: Engine(method, settings) for method in methods}
+    engines = {method: timed(method, settings) for method in methods}
+    started = {method: engine.measured for method, engine in engines.items()}
     report: dict[str, Any] = {
-        "start_up_seconds": {
-            method: round(e.start_up, 1) for method, e in engines.items()
-        },
-        "costs": {method: costs_of(engine) for method, engine in engines.items()},
+        "start_up_seconds": {m: round(e.start_up, 1) for m, e in started.items()},
+        "costs": {method: costs_of(engine) for method, engine in started.items()},
         "cells": {},
     }
     for task in setup.tasks:
@@ -334,7 +361,7 @@ def speed(setup: Setup, mode: str, group: str) -> dict[str, Any]:
     return report
 
 
-def costs_of(engine: Engine) -> dict[str, Any] | None:
+def costs_of(engine: MeasuredLLM) -> dict[str, Any] | None:
     """Milliseconds of a verification and of a draft step by rows, without a context."""
     from vllm_selfspec.draft.v2_speculator import SelfSpecSpeculator
     from vllm_selfspec.engine.measure import measure_costs
@@ -354,36 +381,39 @@ def costs_of(engine: Engine) -> dict[str, Any] | None:
 
 
 def in_turns(
-    setup: Setup, engines: dict[str, Engine], task: str, num_streams: int
+    setup: Setup, engines: dict[str, VllmEngine], task: str, num_streams: int
 ) -> dict[str, Any]:
-    """One cell: every engine runs every batch, in an order that rotates."""
+    """One cell: every engine runs the same prompts, in an order that rotates; of
+    several streams two prompts each, so that those that end make room for others."""
     scale, names = setup.scale, list(engines)
-    samples: dict[str, list[Batch]] = {method: [] for method in names}
+    num_prompts = num_streams if num_streams == 1 else 2 * num_streams
+    samples: dict[str, list[Run]] = {method: [] for method in names}
     for turn in range(1 + scale.rounds):
-        batch = setup.prompts(
-            task, num_streams, engines[PLAIN].tokenizer, seed=turn * num_streams
-        )
+        tokenizer, seed = engines[PLAIN].tokenizer, turn * num_prompts
+        prompts = setup.prompts(task, num_prompts, tokenizer, seed)
         for i in range(len(names)):
             method = names[(turn + i) % len(names)]
-            sample = engines[method].generate(batch, scale.num_tokens)
+            sampling = Sampling(0.0, scale.num_tokens)
+            sample = engines[method].run(prompts, num_streams, sampling)
             if turn:  # the first one warms up
                 samples[method].append(sample)
     return {method: cell_of(found, samples[PLAIN]) for method, found in samples.items()}
 
 
-def cell_of(samples: Sequence[Batch], plain: Sequence[Batch]) -> dict[str, Any]:
+def cell_of(samples: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     """Medians over the turns."""
-    ratios = [b.seconds / a.seconds for a, b in zip(samples, plain, strict=True)]
-    num_tokens = sum(map(len, samples[0].token_ids))
+    pairs = [*zip(samples, plain, strict=True)]
+    ratios = [b.steady / a.steady for a, b in pairs]
     same = [
-        a == b
-        for one, other in zip(samples, plain, strict=True)
-        for a, b in zip(one.token_ids, other.token_ids, strict=True)
+        a.token_ids == b.token_ids
+        for one, other in pairs
+        for a, b in zip(one.requests, other.requests, strict=True)
     ]
     return {
-        "tokens_per_second": round(num_tokens / median(s.seconds for s in samples), 1),
+        "tokens_per_second": round(1 / median(s.steady for s in samples), 1),
         "speed_up": round(median(ratios), 4),
         "speed_ups": [round(ratio, 4) for ratio in ratios],
+        "speed_up_whole": round(median(b.seconds / a.seconds for a, b in pairs), 4),
         "acceptance": [sample.counts.acceptance for sample in samples],
         "tokens_per_verification": [emitted(sample.counts) for sample in samples],
         "same_texts": round(sum(same) / len(same), 4),  # in bfloat16 they may differ
@@ -463,6 +493,9 @@ def main(
     kv_gib: Annotated[
         int, typer.Option(help="KV cache of an engine that shares the device.")
     ] = 6,
+    context: Annotated[
+        int, typer.Option(help="Tokens of a document, in place of the short prompts.")
+    ] = 0,
     attention_backend: Annotated[
         str | None, typer.Option(help="vLLM's, such as TRITON_ATTN; its choice.")
     ] = None,
@@ -501,18 +534,22 @@ def main(
                 f"one of {', '.join(known)} is needed, but it is {', '.join(unknown)}"
             )
     is_demo = model == DEMO_MODEL
+    tasks = (DEMO_TASK,) if is_demo else ("code", "chat", "summarization")
+    tasks = ("continuation",) if context else tasks
     full = Scale(streams=numbers(streams), kv_cache_bytes=kv_gib << 30)
     chosen = Setup(
         model=model,
         factor=1 if rehearse else factor,
         scale=SMALL if rehearse else full,
-        tasks=(DEMO_TASK,) if is_demo else ("code", "chat", "summarization"),
+        tasks=tasks,
         backend=attention_backend,
+        context=context,
     )
     report: dict[str, Any] = {
         **provenance(command_line()),
         "attention_backend": attention_backend,
         "factor": factor,
+        "context": context,
         "scale": chosen.scale.model_dump(),
         "results": {},
     }
