@@ -10,12 +10,15 @@ saved up for.
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from vllm.v1.request import Request
 
 from vllm_selfspec.draft_length.looks import LOOK_SHARE, NUM_TIMED
 from vllm_selfspec.plan.source import Proposer
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 
 class Hindsight:
@@ -29,7 +32,7 @@ class Hindsight:
         self._took: deque[float] = deque([0.0], maxlen=NUM_TIMED)  # seconds
         self._seen: dict[str, int] = {}  # tokens that were looked at already
 
-    def look(self, running: Sequence[Request], seconds: float) -> dict[str, int]:
+    def look(self, running: Sequence["Request"], seconds: float) -> dict[str, int]:
         """How many of the last tokens of a request a copy would have had right: of one
         of those that `running` lists, or of none.
 
@@ -47,7 +50,7 @@ class Hindsight:
         self._owed = 0.0
         return found
 
-    def _newest(self, running: Sequence[Request]) -> dict[str, int]:
+    def _newest(self, running: Sequence["Request"]) -> dict[str, int]:
         """Of the request that has said most since it was looked at."""
         self._seen = {
             request.request_id: self._seen.get(
