@@ -126,7 +126,8 @@ def gpu(*documents: Document) -> str:
 
 
 def _gpu_run(document: Document) -> str:
-    (found,) = document["results"].values()
+    ((step, found),) = document["results"].items()
+    how = "compiled" if "/compiled/" in step else "nothing compiled"
     cells, streams = found["cells"], document["scale"]["streams"]
     tasks = [*dict.fromkeys(cell.split(", ")[0] for cell in cells)]
     methods = [*next(iter(cells.values()))][1:]  # after plain vLLM
@@ -138,7 +139,7 @@ def _gpu_run(document: Document) -> str:
     commit = f", commit {document['commit']}" if "commit" in document else ""
     head = (
         f"{document['model']}; {document['hardware']}, vLLM {document['vllm']}, "
-        f"{document['date']}{commit}; T = 0, bfloat16; CUDA graphs, nothing compiled"
+        f"{document['date']}{commit}; T = 0, bfloat16; CUDA graphs, {how}"
     )
     table: str = SUPPORT["table"](("", "", *map(str, streams)), rows)
     return f"{head}:\n\n{table}"
@@ -236,7 +237,11 @@ TABLES: dict[str, Table] = {
         script("window_on_paper.py")["markdown"],
         "benchmarks/window_on_paper.py",
     ),
-    "gpu": Table(BENCHMARKS, ("gpu/speed-7b-before.json", "gpu/speed-7b.json"), gpu),
+    "gpu": Table(
+        BENCHMARKS,
+        ("gpu/speed-7b-before.json", "gpu/speed-7b.json", "gpu/flag-7b.json"),
+        gpu,
+    ),
     "seeds": Table(BENCHMARKS, ("seeds.json",), script("seeds.py")["markdown"]),
     "tune": Table(BENCHMARKS, ("tune/tune.json",), script("tune.py")["markdown"]),
     "online": Table(
