@@ -227,6 +227,7 @@ TABLES: dict[str, Table] = {
     "float32": _bench("float32"),
     "lengths": _bench("draft_length"),
     "real": Table(BENCHMARKS, REAL_RUNS, REAL["markdown"]),
+    "twin": Table(BENCHMARKS, ("real/plain-twin.json",), REAL["markdown"]),
     "replay": Table(
         BENCHMARKS, ("replay/replay.json",), script("replay.py")["markdown"]
     ),

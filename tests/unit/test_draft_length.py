@@ -26,6 +26,7 @@ from vllm_selfspec.draft_length.costs import (
     cleaned,
 )
 from vllm_selfspec.draft_length.goodput import (
+    LONGEST_REST,
     LOOK_STEPS,
     REST,
     TRY_EVERY,
@@ -649,11 +650,15 @@ def test_what_is_not_worth_it_is_asked_again_now_and_then(
 
     monkeypatch.setattr(goodput, "best_mix", nothing)
     plan = Goodput(2, 8, costs())
-    for _ in range(1 + REST):
-        assert not plan.plan(at(0), np.array([8])).is_trial
-    assert asked == [1]
+    for rest in (REST, 2 * REST, LONGEST_REST, LONGEST_REST):  # longer and longer
+        asked.clear()
+        plan._owed = -np.inf  # for a trial
+        for _ in range(1 + rest):
+            assert not plan.plan(at(0), np.array([8])).is_trial
+        assert asked == [1]
     plan.plan(at(0), np.array([8]))
     assert asked == [1, 1]
+    plan._owed = 0.0
     plan.plan(at(1), np.array([8]))
     plan.plan(at(0, 1), np.array([8, 8]))
     assert asked == [1, 1, 1, 2]

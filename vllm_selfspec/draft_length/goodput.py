@@ -46,8 +46,9 @@ WINDOW, WHOLE = 0, 1
 # after twice as many each time. Of these the first is still slow from those before it.
 FIRST_LOOK, LAST_LOOK, LOOK_STEPS = 4, 256, 4
 # Where drafting was not worth it, it is not asked again for so many steps of the same
-# requests: what is believed moves slowly while nothing is verified.
-REST = 8
+# requests, and then for twice as many each time: what is believed moves slowly while
+# nothing is verified, and asking takes the host's time.
+REST, LONGEST_REST = 8, 32
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ class Goodput:
         self._looking = 0  # plain steps of a look that are still to come
         self._resting: bytes = b""  # the requests that draft nothing
         self._rest = 0  # for so many steps
+        self._next_rest = REST
 
     @property
     def is_uniform(self) -> bool:
@@ -234,14 +236,15 @@ class Goodput:
         batch = Batch(slots, room, prompts, proposed, readings)
         self.plain = float(batch.costs.verify(num_reqs))
         found = self._found(batch)
-        if found.lengths.any() and self._is_time_to_look():
-            self._rest = 0
-            return Plan(np.zeros(num_reqs, np.int64))
         if found.lengths.any():
+            self._resting, self._rest = b"", 0
+            if self._is_time_to_look():
+                return Plan(np.zeros(num_reqs, np.int64))
             self._patience = 1.0 if found.num_steps else self._patience
-            self._rest = 0
             return found
-        self._resting, self._rest = slots.tobytes(), REST
+        is_same = self._resting == slots.tobytes()
+        self._next_rest = min(2 * self._next_rest, LONGEST_REST) if is_same else REST
+        self._resting, self._rest = slots.tobytes(), self._next_rest
         self._drafting = self._looking = 0
         return self._trial(batch)
 
