@@ -1,5 +1,6 @@
 """What is timed at start-up is what will run."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from helpers.engines import Engines, drafter_of, planner_of
 from helpers.environment import IS_V2
 from vllm_selfspec.draft_length.costs import ContextCosts
-from vllm_selfspec.engine import scheduler
+from vllm_selfspec.engine import measure, scheduler
 from vllm_selfspec.engine.measure import measure_context
 
 LONG: dict[str, Any] = {"max_model_len": 512, "block_size": 32}
@@ -137,3 +138,32 @@ def test_what_was_measured_is_what_is_planned_by(
     monkeypatch.setattr(scheduler, "measure_context", lambda _: costs)
     llm = engines.get(tiny_models["llama"], SPEC, **LONG, max_num_seqs=5)
     assert planner_of(llm).goodput.costs.of_context == pytest.approx(costs)
+
+
+def test_steps_in_a_row_are_timed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host goes on while the device is busy."""
+    now, done = 0.0, []
+
+    def run() -> None:
+        nonlocal now
+        now += 2.0
+        done.append("run")
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "_wait", lambda: done.append("wait"))
+    assert measure.seconds_of([run], repeats=2, in_a_row=3) == [2.0]
+    timed = ["wait", "run", "run", "run", "wait"]
+    assert done == ["run", "wait", *timed, *timed]
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+@pytest.mark.parametrize("has_device", [True, False])
+def test_steps_run_in_a_row_where_they_are_scheduled_ahead_of_a_device(
+    is_ahead: bool, has_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=is_ahead)
+    )
+    assert (measure.num_in_a_row(config) > 1) is (is_ahead and has_device)

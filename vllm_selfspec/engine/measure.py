@@ -190,6 +190,7 @@ def seconds_of(
     """
     for run in runs:
         run()  # kernels and caches of its size
+        _wait()  # what the next one writes may be read until then
     times = [[_seconds_of(run, in_a_row) for run in runs] for _ in range(repeats)]
     return [median(of_run) for of_run in zip(*times, strict=True)]
 
