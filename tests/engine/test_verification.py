@@ -233,3 +233,28 @@ def test_what_skips_nothing_is_drafted_with_the_target_s_penalties(
     _, counts = run(llm, prompts, params)
     assert counts.draft_tokens > 20
     assert counts.accepted_tokens == counts.draft_tokens
+
+
+def test_a_draft_is_as_sure_as_the_target_is_after_penalties(
+    tiny_models: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows stop by it. Of logits without them the largest would be another token."""
+    from vllm import SamplingParams
+
+    from vllm_selfspec.draft import v1_proposer
+
+    seen: list[bool] = []
+
+    def noting(token_ids: Any, logits: Any, probs: Any) -> Any:
+        seen.append(bool((logits.argmax(dim=-1) == token_ids).all()))
+        return confidence_of(token_ids, logits, probs)
+
+    confidence_of = v1_proposer.confidence_of
+    monkeypatch.setattr(v1_proposer, "confidence_of", noting)
+    spec = {"skip_layers": {}, "draft_length": "threshold"}
+    llm = engines.get(tiny_models["llama"], spec)
+    asked = {"repetition_penalty": 1.8, "frequency_penalty": 0.9}
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, **asked)
+    _, counts = run(llm, [{"prompt_token_ids": [5, 6, 7]}], params)
+    assert counts.accepted_tokens == counts.draft_tokens
+    assert len(seen) > 5 and all(seen)

@@ -53,18 +53,15 @@ class Penalties:
         logits[place] -= presence
         return logits
 
+    def of_step(
+        self, logits: torch.Tensor, before: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The logits of a draft step, `[num_reqs, vocab_size]`, float32.
 
-def penalized(
-    logits: torch.Tensor, sampling: SamplingMetadata, before: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """The logits of a draft step, `[num_rows, vocab_size]`, float32.
-
-    Args:
-        logits: Of the same.
-        sampling: Of those rows.
-        before: The draft tokens of former steps, `[num_rows]` each.
-    """
-    penalties = Penalties(sampling)
-    drafted = [*zip(*(tokens.tolist() for tokens in before), strict=True)]
-    rows = zip(logits, drafted or [()] * len(logits), strict=True)
-    return torch.stack([penalties.applied(req, *row) for req, row in enumerate(rows)])
+        Args:
+            logits: Of the same.
+            before: The draft tokens of former steps, `[num_reqs]` each.
+        """
+        drafted = [*zip(*(tokens.tolist() for tokens in before), strict=True)]
+        rows = zip(logits, drafted or [()] * len(logits), strict=True)
+        return torch.stack([self.applied(req, *row) for req, row in enumerate(rows)])

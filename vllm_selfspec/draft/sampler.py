@@ -6,7 +6,7 @@ temperature, top-k and top-p, and on a CPU to its penalties, and those of a requ
 a seed are drawn with the very noise that the target's tokens will be.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_selfspec.draft import seeded
 from vllm_selfspec.draft.drawing import drawn, largest
-from vllm_selfspec.draft.penalties import penalized
+from vllm_selfspec.draft.penalties import Penalties
 from vllm_selfspec.draft.seeded import for_rows
 from vllm_selfspec.draft.truncation import (
     SAMPLING_EPS,
@@ -27,6 +27,23 @@ from vllm_selfspec.draft.truncation import (
     scaled,
     truncated,
 )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The draft tokens of a step.
+
+    Attributes:
+        token_ids: int32, `[num_rows]`.
+        probs: What they were drawn from, `[num_rows, vocab_size]`; None where all are
+            their maximum.
+        logits: What that, or the largest, is of: after penalties. Those that were drawn
+            from on a GPU have been written to.
+    """
+
+    token_ids: torch.Tensor
+    probs: torch.Tensor | None
+    logits: torch.Tensor
 
 
 class DraftSampler:
@@ -38,6 +55,13 @@ class DraftSampler:
             speculative_config.draft_sample_method == "probabilistic"
         )
         self._use_fp64_gumbel = vllm_config.model_config.use_fp64_gumbel
+        self._penalties: Penalties | None = None  # of the rows that are drafted for
+        self._steps: list[torch.Tensor] = []  # their tokens so far
+
+    def begin(self) -> None:
+        """Before the first draft step of some rows."""
+        self._penalties = None
+        self._steps.clear()
 
     def draws(self, sampling: SamplingMetadata) -> bool:
         """Whether any row is drawn at random; the others are their maximum."""
@@ -48,20 +72,34 @@ class DraftSampler:
         logits: torch.Tensor,
         sampling: SamplingMetadata,
         target_sampler: Sampler,
-        before: Sequence[torch.Tensor] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The next draft token of each row, int32, and what it was drawn from.
+    ) -> Drawn:
+        """The next draft token of each row.
 
         Args:
             logits: `[num_rows, vocab_size]`; may be written to.
-            sampling: Of those rows. Each seeded row's generator goes one draw on.
+            sampling: Of those rows, the same in each step. Each seeded row's generator
+                goes one draw on.
             target_sampler: The sampler that draws the target's tokens.
-            before: The drafts of those rows before, `[num_rows]` each.
         """
         if not sampling.no_penalties and logits.device.type == "cpu":
-            logits = penalized(logits, sampling, before)
-        if not self.draws(sampling):
-            return largest(logits).int(), None
+            if self._penalties is None:
+                self._penalties = Penalties(sampling)
+            logits = self._penalties.of_step(logits, self._steps)
+        if self.draws(sampling):
+            found = Drawn(*self._at_random(logits, sampling, target_sampler), logits)
+        else:
+            found = Drawn(largest(logits).int(), None, logits)
+        self._steps.append(found.token_ids)
+        return found
+
+    def _at_random(
+        self,
+        logits: torch.Tensor,
+        sampling: SamplingMetadata,
+        target_sampler: Sampler,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens, int32, and what they were drawn from, those of rows with a seed by
+        their own noise."""
         rows = [*sampling.generators]
         # A copy: vLLM's function divides the logits themselves.
         seeded_logits = logits[rows]

@@ -28,7 +28,7 @@ from vllm_selfspec.draft.dp_ranks import DPRanks
 from vllm_selfspec.draft.drawing import confidence_of, largest
 from vllm_selfspec.draft.row_planner import RowPlanner
 from vllm_selfspec.draft.row_stops import RowStops
-from vllm_selfspec.draft.sampler import DraftSampler
+from vllm_selfspec.draft.sampler import DraftSampler, Drawn
 from vllm_selfspec.draft.seeded import for_rows, rewound
 from vllm_selfspec.draft.v1_drafts import Drafts, spread
 from vllm_selfspec.draft.v1_step import (
@@ -339,24 +339,22 @@ class SelfSpecProposer:
         self, batch: DraftBatch, sampling: SamplingMetadata, target_sampler: Sampler
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens `[num_rows, num_steps]`, probabilities of the same or None."""
-        token_ids, steps_probs = batch.token_ids, []
-        steps: list[torch.Tensor] = []
+        token_ids = batch.token_ids
+        steps: list[Drawn] = []
+        self.sampler.begin()
         for step in range(batch.num_steps):
             hidden_states = self._forward(self._view, batch, step, token_ids)
             logits = self._view.compute_logits(hidden_states)
-            token_ids, probs = self.sampler.sample(
-                logits, sampling, target_sampler, steps
-            )
-            steps.append(token_ids)
-            steps_probs.append(probs)
+            drawn = self.sampler.sample(logits, sampling, target_sampler)
+            token_ids = drawn.token_ids
+            steps.append(drawn)
             if self._stops is not None:
-                confidence = confidence_of(token_ids, logits, probs)
+                confidence = confidence_of(token_ids, drawn.logits, drawn.probs)
                 if not self._stops.after(step, confidence):
                     break
-        drafted = torch.stack(steps, dim=1)
-        if not self.sampler.draws(sampling):
-            return drafted, None
-        return drafted, torch.stack([p for p in steps_probs if p is not None], dim=1)
+        drafted = torch.stack([drawn.token_ids for drawn in steps], dim=1)
+        probs = [drawn.probs for drawn in steps if drawn.probs is not None]
+        return drafted, torch.stack(probs, dim=1) if probs else None
 
     def _forward(
         self, view: DraftView, batch: DraftBatch, step: int, token_ids: torch.Tensor
