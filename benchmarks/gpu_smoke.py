@@ -39,7 +39,7 @@ from rich.console import Console
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
-from vllm_selfspec.bench.long_documents import documents
+from vllm_selfspec.bench.long_documents import documents_of
 from vllm_selfspec.bench.methods import Method
 from vllm_selfspec.bench.provenance import command_line, provenance
 from vllm_selfspec.bench.tasks import load
@@ -130,7 +130,6 @@ PARTS = ("agreement", "memory", "speed")
 PROMPT_CHARACTERS = 400
 CONTEXT_LENGTH = 1024
 DEMO_TASK = "held-out source"
-LEAST_CHARACTERS = 6  # no tokenizer here makes fewer of a token of code
 
 
 class Scale(BaseModel, frozen=True):
@@ -189,9 +188,8 @@ class Setup(BaseModel, frozen=True):
         """Of a task; pieces of files that the demo model was not trained on; the
         beginnings of long documents."""
         if self.context:
-            every = itertools.cycle(documents(LEAST_CHARACTERS * self.context))
-            long = map(tokenizer.encode, itertools.islice(every, seed, seed + num))
-            return [tokenizer.decode(tokens[: self.context]) for tokens in long]
+            every = itertools.cycle(documents_of(self.context, tokenizer))
+            return [*itertools.islice(every, seed, seed + num)]
         if task != DEMO_TASK:
             found = [prompt.render(tokenizer) for prompt in load(task).prompts]
             return [found[i % len(found)] for i in range(seed, seed + num)]
@@ -205,7 +203,7 @@ class Setup(BaseModel, frozen=True):
         return pieces
 
 
-def engine(method: str, settings: dict[str, Any]) -> MeasuredLLM:
+def measured(method: str, settings: dict[str, Any]) -> MeasuredLLM:
     """One of `METHODS`."""
     return MeasuredLLM(
         speculative_config=METHODS[method], **settings | scheduled(method)
@@ -267,7 +265,7 @@ def agreement(setup: Setup, mode: str) -> dict[str, Any]:
         if setup.is_demo or method not in GROUPS["demo"][:2]
     ]
     settings = settings_of(setup, mode, 1, "float32", 1 + len(methods))
-    engines = {method: engine(method, settings) for method in (PLAIN, *methods)}
+    engines = {method: measured(method, settings) for method in (PLAIN, *methods)}
     report: dict[str, Any] = {method: {} for method in (*methods, ALONE)}
     num_tokens = setup.scale.num_tokens
     for num_streams in setup.scale.streams:
@@ -312,14 +310,14 @@ def memory(setup: Setup, mode: str, method: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     num_engines = 0 if on_gpu else 1
     settings = settings_of(setup, mode, setup.factor, "bfloat16", num_engines)
-    started = engine(method, settings)
+    engine = measured(method, settings)
     streams = max(setup.scale.streams)
-    batch = setup.prompts(setup.tasks[0], streams, started.tokenizer)
-    started.generate(batch, setup.scale.num_tokens)
+    batch = setup.prompts(setup.tasks[0], streams, engine.tokenizer)
+    engine.generate(batch, setup.scale.num_tokens)
     report = {
-        "weight_bytes": weight_bytes(started.runner),
-        "kv_blocks": started.vllm_config.cache_config.num_gpu_blocks,
-        "start_up_seconds": round(started.start_up, 1),
+        "weight_bytes": weight_bytes(engine.runner),
+        "kv_blocks": engine.vllm_config.cache_config.num_gpu_blocks,
+        "start_up_seconds": round(engine.start_up, 1),
     }
     if on_gpu:
         free, total = torch.cuda.mem_get_info()

@@ -40,7 +40,7 @@ import make_tasks
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench.engines import Forwards, Run, Sampling, VllmEngine
-from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents
+from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents_of
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
 from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
@@ -79,8 +79,6 @@ NAMES = (
 NOT_USUAL = ("int8", "window", "int4, window", "useless drafts")
 USUAL = tuple(name for name in NAMES if name not in NOT_USUAL)
 LIMITS = {"top_k": "top-k", "top_p": "top-p"}
-# A token of any tokenizer here has fewer characters of code.
-LEAST_CHARACTERS = 6
 # What an engine takes, counted on models of 0.5 B and 1.5 B: so much, and the bytes of
 # its weights so often (packed beside the file that they are read from).
 ENGINE_BYTES, WEIGHTS_HELD = 1.5e9, 1.5
@@ -345,7 +343,7 @@ def _turns(
     streams = key["concurrency"]
     num = streams if streams == 1 or "context" in key else 2 * streams
     if "context" in key:
-        texts = _long_documents(key["context"], tokenizer)
+        texts = documents_of(key["context"], tokenizer)
         samples_of = itertools.islice(texts, samples)
         return [_long_prompts(key["task"], text, num) for text in samples_of]
     seed = f"{key['task']} {streams} {key['temperature']}"
@@ -366,12 +364,6 @@ def prompts_of(
 @cache
 def _sources(held_out: bool) -> dict[str, str]:
     return make_tasks.sources_of(held_out)
-
-
-def _long_documents(context: int, tokenizer: Any) -> Iterator[str]:
-    """Of so many tokens each, of Python's own library."""
-    for text in documents(LEAST_CHARACTERS * context):
-        yield tokenizer.decode(tokenizer.encode(text)[:context])
 
 
 def _long_prompts(task: str, document: str, num: int) -> list[Prompt]:

@@ -234,8 +234,8 @@ def test_where_the_fast_kernel_is_missing_vllm_chooses_another(
 
 @pytest.mark.skipif(IS_V2, reason="the same for both runners")
 def test_what_graphs_point_to_stays_when_another_engine_starts() -> None:
-    """vLLM's workspace, where Marlin has its locks. An int4 engine whose graphs were
-    run when another had started brought an H200 down."""
+    """vLLM's workspace, where Marlin has its locks: on an H200 an int4 engine came
+    down when another had started."""
     from vllm.v1.worker import workspace
 
     before = workspace._manager

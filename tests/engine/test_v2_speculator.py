@@ -23,8 +23,8 @@ from helpers.engines import (
 )
 from helpers.environment import IS_V2, TESTS
 from helpers.models import DEMO_MODEL
+from vllm_selfspec.draft_length import looks
 from vllm_selfspec.draft_length.batch_goodput import PlannedSource
-from vllm_selfspec.engine import hindsight
 
 pytestmark = [
     pytest.mark.v2,
@@ -33,6 +33,9 @@ pytestmark = [
 SPEC: dict[str, Any] = {"exit_layer": 2, "num_speculative_tokens": 3}
 NUM_PROMPTS = 3
 MAX_TOKENS = 14
+# Verifying more rows costs nothing, drafting next to nothing.
+CHEAP = (1, 64), (1.0, 1.0), (0.001, 0.001)
+REPEATING = [{"prompt_token_ids": [n, 9, 7, 3, 8, 1] * 3} for n in (4, 5, 6)]
 
 
 def runner_of(llm: Any) -> Any:
@@ -206,8 +209,7 @@ def test_copies_are_matched_on_the_device_where_steps_run_ahead(
     from vllm import SamplingParams
 
     path, params = tiny_models["llama"], greedy(16)
-    prompts = [{"prompt_token_ids": [n, 9, 7, 3, 8, 1] * 3} for n in (4, 5, 6)]
-    prompts += prompts_of(2)
+    prompts = [*REPEATING, *prompts_of(2)]
     expected, _ = run(engines.get(path), prompts, params)
     spec = {"draft_source": source, "draft_length": policy, "prompt_lookup_max": 3}
     llm = engines.get(path, spec)
@@ -215,7 +217,7 @@ def test_copies_are_matched_on_the_device_where_steps_run_ahead(
     assert config.scheduler_config.async_scheduling
     assert config.additional_config["selfspec"]["on_device"] == "context"
     if policy == "goodput":
-        with_costs(llm, ((1, 64), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+        with_costs(llm, CHEAP, monkeypatch)
     found, counts = run(llm, prompts, params)
     assert token_ids(found) == token_ids(expected)
     assert counts.accepted_tokens > 5, "text that repeats itself is copied"
@@ -261,8 +263,7 @@ def test_the_model_and_copies_take_turns_where_steps_run_ahead(
     from vllm import SamplingParams
 
     path, num_tokens = tiny_models["llama"], 16
-    prompts = [{"prompt_token_ids": [n, 9, 7, 3, 8, 1] * 3} for n in (4, 5, 6)]
-    prompts += prompts_of(2)
+    prompts = [*REPEATING, *prompts_of(2)]
     spec = {"skip_layers": {}, "draft_length": "goodput", "draft_source": "auto"}
     spec |= {"num_speculative_tokens": 3, "draft_sample_method": method}
     llm = engines.get(path, {**spec, "prompt_lookup_max": 3})
@@ -270,7 +271,7 @@ def test_the_model_and_copies_take_turns_where_steps_run_ahead(
     own = config.additional_config["selfspec"]
     assert config.scheduler_config.async_scheduling
     assert (own["on_device"], {*own["sources"]}) == ("context", {"model", "context"})
-    with_costs(llm, ((1, 64), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+    with_costs(llm, CHEAP, monkeypatch)
     source_by_turns(monkeypatch)
     certain = noted_certainty(monkeypatch)
     stats = scheduler_of(llm).planner.stats
@@ -297,17 +298,16 @@ def test_copies_are_learnt_of_while_the_model_drafts(
 ) -> None:
     """From what requests have said."""
     path, params = tiny_models["llama"], greedy(48)
-    prompts = [{"prompt_token_ids": [n, 9, 7, 3, 8, 1] * 3} for n in (4, 5, 6)]
     spec = {"skip_layers": {}, "draft_length": "goodput", "draft_source": "auto"}
     spec |= {"num_speculative_tokens": 3, "prompt_lookup_max": 3}
     llm = engines.get(path, spec)
-    with_costs(llm, ((1, 64), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+    with_costs(llm, CHEAP, monkeypatch)
     goodput = planner_of(llm).goodput
     model = PlannedSource(goodput.acceptance)
     monkeypatch.setattr(goodput, "_sources", lambda: [model])
-    monkeypatch.setattr(hindsight, "LOOK_SHARE", 1.0)
-    found, counts = run(llm, prompts, params)
-    expected, _ = run(engines.get(path), prompts, params)
+    monkeypatch.setattr(looks, "LOOK_SHARE", 1.0)
+    found, counts = run(llm, REPEATING, params)
+    expected, _ = run(engines.get(path), REPEATING, params)
     assert token_ids(found) == token_ids(expected)
     assert counts.accepted_tokens == counts.draft_tokens > 0, "of the model"
     assert goodput.free.num_tried(0) > 5
@@ -326,7 +326,7 @@ def test_requests_that_end_while_their_next_step_is_under_way(
     expected, _ = run(engines.get(path), prompts, params)
     spec = {"draft_source": "context", "draft_length": "goodput"}
     llm = engines.get(path, {**spec, "prompt_lookup_max": 3})
-    with_costs(llm, ((1, 64), (1.0, 1.0), (0.001, 0.001)), monkeypatch)
+    with_costs(llm, CHEAP, monkeypatch)
     found, counts = run(llm, prompts, params)
     assert token_ids(found) == token_ids(expected)
     assert counts.accepted_tokens

@@ -3,6 +3,7 @@
 `benchmarks/gpu_smoke.py` has the figures: memory, speed, acceptance of a trained model.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,15 +61,11 @@ def test_text_is_plain_vllms_and_acceptance_that_of_eager_drafting(
         _, eager_counts = run(eager, prompts, greedy(MAX_TOKENS))
         found, counts = run(llm, prompts, greedy(MAX_TOKENS))
         assert token_ids(found) == token_ids(expected)
-        # A graph must not replay stale metadata. Marlin, which multiplies in four
-        # bits, rounds otherwise for the rows that a batch is padded with.
-        if plan == "int4":
-            assert counts.draft_tokens == pytest.approx(
-                eager_counts.draft_tokens, rel=0.1
+        if plan == "int4":  # on an H200 one of 46 was accepted at another position
+            counts, eager_counts = (
+                replace(each, accepted_at=()) for each in (counts, eager_counts)
             )
-            assert counts.acceptance == pytest.approx(eager_counts.acceptance, rel=0.1)
-        else:
-            assert counts == eager_counts
+        assert counts == eager_counts, "a graph must not replay stale metadata"
         if plan == "empty":
             assert counts.accepted_tokens == counts.draft_tokens > 0
 

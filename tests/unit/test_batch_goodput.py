@@ -13,9 +13,12 @@ MAX_DRAFTS, MAX_COPIED = 4, 8
 
 
 def goodput(
-    uniform: Any = (), max_drafts: int = MAX_DRAFTS, draft: float = 0.2
+    uniform: Any = (),
+    max_drafts: int = MAX_DRAFTS,
+    draft: float = 0.2,
+    costs: StepCosts | None = None,
 ) -> BatchGoodput:
-    costs = StepCosts((1, 8, 64), (1.0, 1.2, 4.0), [draft] * 3)
+    costs = costs or StepCosts((1, 8, 64), (1.0, 1.2, 4.0), [draft] * 3)
     found = BatchGoodput(2, max_drafts, costs, uniform, MAX_COPIED)
     for slot in SLOTS:
         found.admit(slot)
@@ -128,10 +131,7 @@ def told_late(plan: BatchGoodput, num: int, late: int, chance: float) -> list[An
 
 def by_flat_costs(max_drafts: int) -> BatchGoodput:
     costs = StepCosts((1, 64), (1.3, 1.31), (0.2, 0.2), beside=BesideCosts(0.04))
-    found = BatchGoodput(2, max_drafts, costs, (1, 2, 4, 8), MAX_COPIED)
-    for slot in SLOTS:
-        found.admit(slot)
-    return found
+    return goodput((1, 2, 4, 8), max_drafts, costs=costs)
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -159,6 +159,6 @@ def test_draft_steps_that_run_after_the_result_are_not_thought_cheap(late: int) 
 def test_a_source_that_nobody_knows_is_tried_at_once() -> None:
     """At a chance of a half, as with nothing known, its drafts are not worth it."""
     costs = StepCosts((1, 64), (1.0, 1.1), (0.6, 0.6), beside=BesideCosts(0.1))
-    plan = BatchGoodput(2, MAX_DRAFTS, costs, (1, 2, 4, 8), MAX_COPIED)
+    plan = goodput((1, 2, 4, 8), costs=costs)
     model, _ = shares(steps(plan, 150, model=0.97, copies=0.01)[50:])
     assert model > 0.8

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_selfspec.draft_length.looks import LOOK_SHARE
 from vllm_selfspec.engine import hindsight
 from vllm_selfspec.engine.hindsight import Hindsight
 from vllm_selfspec.plan.source_context import Copier
@@ -70,4 +71,4 @@ def test_takes_no_more_than_a_share_of_the_time(monkeypatch: Any) -> None:
     for step in range(3000):
         said = [*said, *range(step, step + NUM_TOKENS)]
         looks += bool(found.look([request("a", said)], seconds=10.0))
-    assert 0.5 < looks / (3000 * 10.0 * hindsight.LOOK_SHARE) < 1.1
+    assert 0.5 < looks / (3000 * 10.0 * LOOK_SHARE) < 1.1

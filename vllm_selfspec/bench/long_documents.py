@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 MODULES = (
     "argparse",
@@ -47,6 +48,8 @@ QUESTIONS = {
     "summary": "Summarise the text above in {number} sentences.",
     "continuation": "",
 }
+# A token of any tokenizer here has fewer characters of code.
+MOST_CHARACTERS = 6
 # Characters that continuations of one document are apart.
 APART = 300
 
@@ -64,6 +67,12 @@ def documents(num_characters: int) -> Iterator[str]:
     text = library()
     for start in range(0, len(text) - num_characters + 1, num_characters):
         yield text[start : start + num_characters]
+
+
+def documents_of(num_tokens: int, tokenizer: Any) -> Iterator[str]:
+    """The same, each of so many tokens."""
+    for text in documents(MOST_CHARACTERS * num_tokens):
+        yield tokenizer.decode(tokenizer.encode(text)[:num_tokens])
 
 
 def asked(task: str, document: str, num: int) -> list[str]:

@@ -19,6 +19,8 @@ Guesses = Sequence[tuple[float, float]]
 NO_GUESS: Guesses = (UNKNOWN,)
 # Of the weight of few trials, so that a bad draft is found out within few steps.
 GUESS_TRIALS = 2.0
+# With fewer of a first token hardly anything is known of a kind.
+FEW_TRIALS = 20.0
 # Before a position was seen: that of the one before it, of the weight of more, because
 # one bad trial would otherwise keep it from ever being tried again.
 NEIGHBOUR_TRIALS = 10.0
@@ -108,6 +110,10 @@ class Acceptance:
     def num_tried(self, kind: int) -> float:
         """How often a first token of that kind was verified, as far as is known."""
         return float(self._tried[kind, 0]) if self._tried.size else 0.0
+
+    def is_known(self, kind: int = 0) -> bool:
+        """Whether that was often enough to go by."""
+        return self.num_tried(kind) >= FEW_TRIALS
 
     def _estimate(self, kinds: Iterable[int]) -> None:
         """Anew from what was seen of those kinds. In plain Python: numpy takes longer

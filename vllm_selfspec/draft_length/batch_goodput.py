@@ -19,9 +19,7 @@ from vllm_selfspec.draft_length.best_lengths import (
 from vllm_selfspec.draft_length.costs import Contexts, StepCosts
 from vllm_selfspec.draft_length.goodput import (
     EXPLORE_SHARE,
-    FEW_TRIALS,
     TRIED_TOKENS,
-    WINDOW,
     Batch,
     Goodput,
     Plan,
@@ -123,7 +121,7 @@ class BatchGoodput(Goodput):
             return found
         self._copies, self._until_compared = bool(found.is_free.any()), COMPARE_EVERY
         tried = self._worth_a_try(other, batch)
-        is_known = self._acceptance_of(tried).num_tried(WINDOW) >= FEW_TRIALS
+        is_known = self._acceptance_of(tried).is_known()
         if is_known and self._owed_other < self._price_of(tried, batch, found.rate):
             return found
         self._owed_other = 0.0
@@ -175,17 +173,18 @@ class BatchGoodput(Goodput):
         """By turns; one that was hardly tried comes first."""
         sources = self._sources()
         for source in sources:
-            if source.acceptance.num_tried(WINDOW) < FEW_TRIALS:
+            if not source.acceptance.is_known():
                 return source
         of_copies = len(sources) > 1 and not self._tried_copies
         return sources[-1] if of_copies else sources[0]
 
-    def _trial(self, batch: Batch) -> Plan:
+    def _owed_for(self, source: PlannedSource) -> float:
         """Until a source is known it is tried without saving up: what that takes is
         bounded, and may be little beside what a good one brings."""
-        source = self._source_to_try()
-        if source.acceptance.num_tried(WINDOW) < FEW_TRIALS:
-            self._owed = math.inf
+        is_known = source.acceptance.is_known()
+        return super()._owed_for(source) if is_known else math.inf
+
+    def _trial(self, batch: Batch) -> Plan:
         plan = super()._trial(batch)
         if plan.is_trial:
             self._tried_copies = bool(plan.is_free.any())

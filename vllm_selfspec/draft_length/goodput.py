@@ -36,9 +36,9 @@ MOST_PATIENCE = 8.0
 # and so many tokens of it: its kind may have turned good. That, too, takes no more than
 # the share above: on a busy machine a row costs more than many of them bring.
 TRY_EVERY, TRIED_TOKENS = 50, 4
-# The same of drafts that read more of the context, or less; more often as long as that
-# many of them are not known.
-TRY_READING_EVERY, FEW_TRIALS = 5, 20.0
+# The same of drafts that read more of the context, or less; more often as long as they
+# are hardly known.
+TRY_READING_EVERY = 5
 # What drafts of a plan with a window read; as kinds of `Acceptance`.
 WINDOW, WHOLE = 0, 1
 # Where steps run ahead of the device, their times at start-up, when each is waited for,
@@ -325,7 +325,7 @@ class Goodput:
         if len(plans) > 1 and found.num_steps:
             other = 1 - found.reads
             self._not_read[other] += 1
-            is_known = self.acceptance.num_tried(other) >= FEW_TRIALS
+            is_known = self.acceptance.is_known(other)
             if self._not_read[other] >= (TRY_EVERY if is_known else TRY_READING_EVERY):
                 self._not_read[other], found.reads = 0, other
         return found
@@ -366,12 +366,13 @@ class Goodput:
         reads, costs = batch.readings[0]
         tried = np.minimum(batch.room, min(source.most, 1))
         self._owed += EXPLORE_SHARE * self.plain
-        if self._owed < self._price or not tried.any():
+        owed = self._owed_for(source)
+        if owed < self._price or not tried.any():
             return Plan(np.zeros(num_reqs, np.int64))
         seconds = verify_seconds(costs, num_reqs, int(tried.sum()), batch.prompts)
         draft = 0.0 if source.is_free else float(costs.draft(num_reqs))
         self._price = (float(seconds) - self.plain + draft) * self._patience
-        if self._owed < self._price:
+        if owed < self._price:
             return Plan(np.zeros(num_reqs, np.int64))
         self._owed = self._price = 0.0
         self._rest = 0
@@ -381,6 +382,10 @@ class Goodput:
         self._hope[source.is_free] = hope
         is_free = np.full(num_reqs, source.is_free)
         return Plan(tried, is_trial=True, is_free=is_free, reads=reads)
+
+    def _owed_for(self, source: PlannedSource) -> float:
+        """Seconds that a trial of this source may take by now."""
+        return self._owed
 
     def _source_to_try(self) -> PlannedSource:
         """Whose drafts are tried where none are worth it."""

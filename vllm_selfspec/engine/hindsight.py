@@ -8,13 +8,12 @@ saved up for.
 """
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_selfspec.draft_length.looks import LOOK_SHARE, NUM_TIMED
+from vllm_selfspec.draft_length.looks import Looks
 from vllm_selfspec.plan.source import Proposer
 
 if TYPE_CHECKING:
@@ -28,26 +27,24 @@ class Hindsight:
         """With the source on the host that the device's is like, and the most that the
         latter drafts."""
         self._proposer, self._num_tokens = proposer, num_tokens
-        self._owed = 0.0  # seconds that looks may take by now
-        self._took: deque[float] = deque([0.0], maxlen=NUM_TIMED)  # seconds
+        self._looks = Looks()
         self._seen: dict[str, int] = {}  # tokens that were looked at already
 
-    def look(self, running: Sequence["Request"], seconds: float) -> dict[str, int]:
+    def look(self, running: Iterable["Request"], seconds: float) -> dict[str, int]:
         """How many of the last tokens of a request a copy would have had right: of one
-        of those that `running` lists, or of none.
+        of those that `running` has, or of none.
 
         Args:
-            running: Requests.
+            running: Requests; not asked for where no look is due.
             seconds: That went by since the last call.
         """
-        self._owed += LOOK_SHARE * seconds
-        if not running or self._owed < min(self._took):
+        self._looks.passed(seconds)
+        if not self._looks.is_due(1) or not (requests := [*running]):
             return {}
         started = time.perf_counter()
-        found = self._newest(running)
-        took = time.perf_counter() - started
-        self._took.append(took)
-        self._owed = 0.0
+        found = self._newest(requests)
+        self._looks.took(time.perf_counter() - started, 1)
+        self._looks.brought(0.0)  # it saves nothing by itself
         return found
 
     def _newest(self, running: Sequence["Request"]) -> dict[str, int]:

@@ -326,7 +326,8 @@ class PlanningScheduler(OfScheduler, AsyncScheduler):
         if self._hindsight is None or self._updated is None:
             return
         passed = time.perf_counter() - self._updated
-        others = [r for r in self.running if r.request_id not in self.planner.copying]
+        copying = self.planner.copying
+        others = (one for one in self.running if one.request_id not in copying)
         self.planner.would_have_copied(self._hindsight.look(others, passed))
 
     def _copied_in(self, output: SchedulerOutput) -> frozenset[str]:
