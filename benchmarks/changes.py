@@ -4,7 +4,8 @@ A load that swings from one request at a time to many and back, and texts that t
 summaries, which copy, to chat and back. Each method's engine goes through all phases in
 turn with the others', phase by phase, and remembers what it has learnt; rounds repeat
 all of that with new prompts. A figure is the median over rounds of the ratio to plain
-vLLM in that phase.
+vLLM in that phase, counted as in `real.py`, so that the bound beside it tells what was
+drafted from what the machine did.
 
     python benchmarks/changes.py MODEL -o FILE.json
 """
@@ -13,8 +14,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import real
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
+from vllm_selfspec.bench.engines import Sampling, VllmEngine, run_by_turns
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.provenance import provenance
 
@@ -49,7 +49,8 @@ def main(
     prepare_environment()
     chosen = [*real.methods(method, None, None)]
     settings = real.settings_of(model, eager=False)
-    engines = [VllmEngine(one, model, settings) for one in chosen]
+    engines = {one.name: VllmEngine(one, model, settings) for one in chosen}
+    engines[real.AGAIN] = engines[real.PLAIN]
     sampling, found = Sampling(0.0, max_tokens), []
     for change, phases in CHANGES.items():
         cells = [{"task": task, "concurrency": n} for task, n in phases]
@@ -58,37 +59,25 @@ def main(
             task: real.prompts_of(task, 1 << 10, f"{change} {task}")
             for task, _ in phases
         }
-        ratios: list[dict[str, list[float]]] = [{} for _ in phases]
-        for number, (which, (task, streams)) in itertools.product(
-            range(rounds), enumerate(phases)
+        of_phases: list[dict[str, real.Found]] = [{} for _ in phases]
+        for turn, (of_phase, (task, streams)) in itertools.product(
+            range(rounds), zip(of_phases, phases, strict=True)
         ):
-            texts = [*itertools.islice(prompts[task], NUM_REQUESTS[streams])]
-            runs = _by_turns(engines, texts, streams, sampling, number)
-            plain = runs[real.PLAIN].steady
+            prompts_now = itertools.islice(prompts[task], NUM_REQUESTS[streams])
+            texts = [one.render(engines[real.PLAIN].tokenizer) for one in prompts_now]
+            runs = run_by_turns(engines, texts, streams, sampling, turn)
             for name, run in runs.items():
-                ratio = plain / run.steady
-                ratios[which].setdefault(name, []).append(ratio)
-        for which, (cell, of_phase) in enumerate(zip(cells, ratios, strict=True)):
-            medians = {name: round(median(r), 3) for name, r in of_phase.items()}
-            spread = {name: [round(x, 3) for x in r] for name, r in of_phase.items()}
-            found.append({"change": change, "phase": which, **cell, **medians})
+                of_phase.setdefault(name, real.Found()).add(run, runs[real.PLAIN])
+        for which, (cell, of_phase) in enumerate(zip(cells, of_phases, strict=True)):
+            methods = {name: one.summary() for name, one in of_phase.items()}
+            found.append({"change": change, "phase": which, **cell, **methods})
             console.print(json.dumps(found[-1]))
-            found[-1]["rounds"] = spread
     document = {
         **provenance(f"python benchmarks/changes.py {Path(model).name}"),
         "model": Path(model).name,
         "phases": found,
     }
     whole_file.write_json(document, output)
-
-
-def _by_turns(
-    engines: list[VllmEngine], texts: list[Any], streams: int, sampling: Any, turn: int
-) -> dict[str, Run]:
-    """By method; who is first changes."""
-    order = engines[turn % len(engines) :] + engines[: turn % len(engines)]
-    rendered = [text.render(engines[0].tokenizer) for text in texts]
-    return {e.method.name: e.run(rendered, streams, sampling) for e in order}
 
 
 if __name__ == "__main__":

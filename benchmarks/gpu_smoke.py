@@ -38,7 +38,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine
+from vllm_selfspec.bench.engines import Run, Sampling, VllmEngine, run_by_turns
 from vllm_selfspec.bench.long_documents import documents_of
 from vllm_selfspec.bench.methods import Method
 from vllm_selfspec.bench.provenance import command_line, provenance
@@ -383,18 +383,15 @@ def in_turns(
 ) -> dict[str, Any]:
     """One cell: every engine runs the same prompts, in an order that rotates; of
     several streams two prompts each, so that those that end make room for others."""
-    scale, names = setup.scale, list(engines)
     num_prompts = num_streams if num_streams == 1 else 2 * num_streams
-    samples: dict[str, list[Run]] = {method: [] for method in names}
-    for turn in range(1 + scale.rounds):
+    sampling = Sampling(0.0, setup.scale.num_tokens)
+    samples: dict[str, list[Run]] = {method: [] for method in engines}
+    for turn in range(1 + setup.scale.rounds):
         tokenizer, seed = engines[PLAIN].tokenizer, turn * num_prompts
         prompts = setup.prompts(task, num_prompts, tokenizer, seed)
-        for i in range(len(names)):
-            method = names[(turn + i) % len(names)]
-            sampling = Sampling(0.0, scale.num_tokens)
-            sample = engines[method].run(prompts, num_streams, sampling)
-            if turn:  # the first one warms up
-                samples[method].append(sample)
+        runs = run_by_turns(engines, prompts, num_streams, sampling, turn)
+        for method, run in runs.items() if turn else ():  # the first one warms up
+            samples[method].append(run)
     return {method: cell_of(found, samples[PLAIN]) for method, found in samples.items()}
 
 

@@ -39,7 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_tasks
 
 from vllm_selfspec import whole_file
-from vllm_selfspec.bench.engines import Forwards, Run, Sampling, VllmEngine
+from vllm_selfspec.bench.engines import (
+    Forwards,
+    Run,
+    Sampling,
+    VllmEngine,
+    run_by_turns,
+)
 from vllm_selfspec.bench.long_documents import QUESTIONS, asked, documents_of
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import MODEL_ALONE, NGRAM, PLAIN, SUFFIX, Method
@@ -78,6 +84,9 @@ NAMES = (
 # Left out unless asked for: of the rest, on a small model, a machine has room for all.
 NOT_USUAL = ("int8", "window", "int4, window", "useless drafts")
 USUAL = tuple(name for name in NAMES if name not in NOT_USUAL)
+# Requests of all tasks in turn, as a server gets them: what no task alone shows is that
+# one of them pays for what another costs.
+MIXED = "mixed"
 LIMITS = {"top_k": "top-k", "top_p": "top-p"}
 # What an engine takes, counted on models of 0.5 B and 1.5 B: so much, and the bytes of
 # its weights so often (packed beside the file that they are read from).
@@ -120,7 +129,10 @@ def main(
         str, typer.Argument(help="Checkpoint directory, or demo or plain.")
     ],
     output: Annotated[Path, typer.Option("-o", help="The JSON, cell by cell.")],
-    task: Annotated[list[str], typer.Option(help="What is asked.")] = [*SHIPPED],  # noqa: B006
+    task: Annotated[
+        list[str],
+        typer.Option(help="What is asked; mixed for all four in turn."),
+    ] = [*SHIPPED],  # noqa: B006
     concurrency: Annotated[str, typer.Option(help="Requests at a time.")] = "1",
     temperature: Annotated[str, typer.Option(help="Of all requests.")] = "0",
     method: Annotated[list[str], typer.Option(help="Some of them.")] = [*USUAL],  # noqa: B006
@@ -338,17 +350,19 @@ def _turns(
     """The prompts of each sample, one more that is not measured first where no document
     has to be read: one, or two for each of several streams, as in `bench`. With one
     each, the time of a sample would be that of the slowest request, which others that
-    end sooner do not shorten. Nothing is asked twice, in any cell of short prompts:
-    suffix decoding remembers answers."""
-    streams = key["concurrency"]
-    num = streams if streams == 1 or "context" in key else 2 * streams
+    end sooner do not shorten. A sample of mixed tasks has as many of each. Nothing is
+    asked twice, in any cell of short prompts: suffix decoding remembers answers."""
+    streams, task = key["concurrency"], key["task"]
     if "context" in key:
-        texts = documents_of(key["context"], tokenizer)
-        samples_of = itertools.islice(texts, samples)
-        return [_long_prompts(key["task"], text, num) for text in samples_of]
-    seed = f"{key['task']} {streams} {key['temperature']}"
-    prompts = prompts_of(key["task"], num * (1 + samples), seed, held_out)
-    return [[*itertools.islice(prompts, num)] for _ in range(1 + samples)]
+        texts = itertools.islice(documents_of(key["context"], tokenizer), samples)
+        return [_long_prompts(task, text, streams) for text in texts]
+    tasks = SHIPPED if task == MIXED else (task,)
+    of_each = -(-(2 * streams if streams > 1 else 1) // len(tasks))
+    num, seed = of_each * (1 + samples), f"{task} {streams} {key['temperature']}"
+    by_task = [prompts_of(one, num, seed, held_out) for one in tasks]
+    in_turn = itertools.chain.from_iterable(zip(*by_task, strict=True))
+    size = of_each * len(tasks)
+    return [[*itertools.islice(in_turn, size)] for _ in range(1 + samples)]
 
 
 def prompts_of(
@@ -383,6 +397,16 @@ class Found:
     whole: list[float] = field(default_factory=list)  # of all the time of a sample
     bounds: list[float] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+
+    def add(self, run: Run, plain: Run, is_long: bool = False) -> None:
+        """One sample. Where prompts are long their forwards are most of the time, and
+        no bound of what follows them."""
+        seconds_of = _decode_seconds if is_long else attrgetter("steady")
+        self.runs.append(run)
+        self.ratios.append(seconds_of(plain) / seconds_of(run))
+        self.whole.append(plain.seconds / run.seconds)
+        if run.steady_forwards and plain.steady_forwards and not is_long:
+            self.bounds.append(plain.steady_forwards / run.steady_forwards)
 
     def summary(self) -> dict[str, Any]:
         """As it is saved."""
@@ -441,28 +465,17 @@ def _measured(
     first_measured: int,
     is_long: bool,
 ) -> dict[str, Any]:
-    """By method; who is first with a sample's prompts changes. Where prompts are long
-    their forwards are most of the time, and no bound of what follows them."""
-    seconds_of = _decode_seconds if is_long else attrgetter("steady")
-    order = [*engines, engines[0]]
-    names = [*(engine.method.name for engine in engines), AGAIN]
-    found = {name: Found() for name in names}
+    """By method."""
+    named = {engine.method.name: engine for engine in engines}
+    named[AGAIN] = engines[0]
+    found = {name: Found() for name in named}
     for turn, prompts in enumerate(turns):
         texts = [prompt.render(engines[0].tokenizer) for prompt in prompts]
-        runs = {}
-        for i in range(len(order)):
-            which = (i + turn) % len(order)
-            runs[names[which]] = order[which].run(texts, streams, sampling)
+        runs = run_by_turns(named, texts, streams, sampling, turn)
         if turn < first_measured:
             continue
         for name, run in runs.items():
-            plain = runs[PLAIN]
-            found[name].runs.append(run)
-            found[name].ratios.append(seconds_of(plain) / seconds_of(run))
-            found[name].whole.append(plain.seconds / run.seconds)
-            if run.steady_forwards and plain.steady_forwards and not is_long:
-                bound = plain.steady_forwards / run.steady_forwards
-                found[name].bounds.append(bound)
+            found[name].add(run, runs[PLAIN], is_long)
     return {name: one.summary() for name, one in found.items()}
 
 

@@ -32,6 +32,18 @@ def test_nothing_is_asked_twice() -> None:
     assert cells[0] == asked(task, 1), "the same on every run"
 
 
+@pytest.mark.parametrize("streams", [1, 4, 6])
+def test_a_sample_of_mixed_tasks_has_as_many_of_each(streams: int) -> None:
+    key = {"task": REAL["MIXED"], "concurrency": streams, "temperature": 0.0}
+    turns = REAL["_turns"](key, SAMPLES, tokenizer=None)
+    assert len(turns) == 1 + SAMPLES
+    num = {1: 4, 4: 8, 6: 12}[streams]
+    for turn in turns:
+        ids = [prompt.id for prompt in turn]
+        tasks = [task for one in ids for task in REAL["SHIPPED"] if task in one]
+        assert tasks == [*REAL["SHIPPED"]] * (num // 4), ids
+
+
 def test_own_models_are_asked_what_they_were_not_trained_on() -> None:
     key = {"task": "code", "concurrency": 1, "temperature": 0.0}
     theirs, ours = (REAL["_turns"](key, SAMPLES, None, held) for held in (False, True))

@@ -6,7 +6,7 @@ that every PyTorch module offers; nothing of vLLM is changed.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -343,3 +343,26 @@ class HuggingFaceEngine:
         return Request(
             tuple(token_ids), self.tokenizer.decode(token_ids), seconds, seconds
         )
+
+
+def run_by_turns(
+    engines: Mapping[str, Engine],
+    prompts: Sequence[str],
+    num_streams: int,
+    sampling: Sampling,
+    turn: int,
+) -> dict[str, Run]:
+    """Generates for the same prompts by each engine.
+
+    Args:
+        engines: By name; one may have several.
+        prompts: Texts.
+        num_streams: Requests at a time.
+        sampling: Of all of them.
+        turn: Who is first changes with it, so that nobody always has a machine that is
+            at rest, or prompts that are in its caches.
+    """
+    names = [*engines]
+    first = turn % len(names)
+    order = names[first:] + names[:first]
+    return {name: engines[name].run(prompts, num_streams, sampling) for name in order}
