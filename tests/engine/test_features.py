@@ -127,6 +127,35 @@ def test_priorities_with_preemption(
     assert counter(drafting, "vllm:num_preemptions") > before
 
 
+def test_more_urgent_requests_come_before_preempted_ones(
+    tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """A worker then knows of more requests than a step may have."""
+    settings = {**TIGHT, "scheduling_policy": "priority", "max_num_seqs": 4}
+    prompts, sampling = prompts_of(8, shortest=40), params(max_tokens=100)
+    plain = engines.get(tiny_models["llama"], **settings)
+    expected = [text for (text,) in token_ids(run(plain, prompts, sampling)[0])]
+    spec = {**PLAN, "draft_length": "goodput"}
+    llm = engines.get(tiny_models["llama"], spec, **settings)
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    known = getattr(runner, "requests", {})
+    engine, found, most = llm.llm_engine, {}, 0
+    for number, prompt in enumerate(prompts):
+        urgency = len(prompts) - number  # the last come first
+        engine.add_request(str(number), prompt, sampling, priority=urgency)
+        for _ in range(8 if number > 2 else 1):
+            finished = (out for out in engine.step() if out.finished)
+            found.update({out.request_id: out.outputs[0].token_ids for out in finished})
+            most = max(most, len(known))
+    while engine.has_unfinished_requests():
+        finished = (out for out in engine.step() if out.finished)
+        found.update({out.request_id: out.outputs[0].token_ids for out in finished})
+        most = max(most, len(known))
+    texts = [list(found[str(number)]) for number in range(len(prompts))]
+    assert texts == expected
+    assert most > 4 or not known, "there were more than places"
+
+
 @pytest.mark.shows("Requests", "aborted requests")
 def test_aborted_requests_leave_nothing_behind(pair: tuple[Any, Any]) -> None:
     llm = pair[1]

@@ -23,7 +23,11 @@ MODEL = {
     "uses_mrope": False,
     "runner_type": "generate",
 }
-PARALLEL = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1}
+PARALLEL = {
+    "pipeline_parallel_size": 1,
+    "decode_context_parallel_size": 1,
+    "enable_elastic_ep": False,
+}
 
 RECURRENT = (
     "recurrent layers change their state on every forward and cannot take a rejected "

@@ -36,6 +36,7 @@ from vllm_selfspec.draft_length.goodput import (
     Proposed,
 )
 from vllm_selfspec.draft_length.looks import LOOK_SHARE, NUM_TIMED, Looks
+from vllm_selfspec.draft_length.slots import Slots
 from vllm_selfspec.draft_length.stop_rules import (
     CalibratedThompson,
     Thompson,
@@ -826,3 +827,18 @@ def test_calibration_gains_on_thompson_wherever_drafting_pays(
 ) -> None:
     for scene in ("easy", "middling", "by request", "drifting"):
         assert shares["thompson-calibrated"][scene] > shares["thompson"][scene], scene
+
+
+def test_who_waits_gives_up_a_place_that_another_needs() -> None:
+    """A worker knows of preempted requests, too: more than a step may have."""
+    slots, begun = Slots(2), []
+    slots.admit(["a", "b"], ["a", "b"], begun.append)
+    place = int(slots.of(["b"])[0])
+    slots.admit(["a"], ["a", "b"], begun.append)
+    assert "b" in slots, "it waits, and nobody needs its place"
+    slots.admit(["a", "c"], ["a", "b", "c"], begun.append)
+    assert "b" not in slots and int(slots.of(["c"])[0]) == place
+    slots.admit(["b", "c"], ["a", "b", "c"], begun.append)
+    assert len(begun) == 4 and "a" not in slots
+    with pytest.raises(IndexError):
+        slots.admit(["a", "b", "c"], ["a", "b", "c"], begun.append)

@@ -72,3 +72,21 @@ def test_takes_no_more_than_a_share_of_the_time(monkeypatch: Any) -> None:
         said = [*said, *range(step, step + NUM_TOKENS)]
         looks += bool(found.look([request("a", said)], seconds=10.0))
     assert 0.5 < looks / (3000 * 10.0 * LOOK_SHARE) < 1.1
+
+
+def test_what_was_not_looked_at_is_no_measure_of_a_look(monkeypatch: Any) -> None:
+    """Between two looks at one request nothing is there to be looked at."""
+    now = 0.0
+
+    def propose(*_: Any) -> Any:
+        nonlocal now
+        now += 1.0  # a long context
+        return SimpleNamespace(token_ids=np.zeros(0, np.int32))
+
+    monkeypatch.setattr(hindsight, "time", SimpleNamespace(perf_counter=lambda: now))
+    proposer: Any = SimpleNamespace(propose=propose)
+    found, looks, said, of_step = Hindsight(proposer, NUM_TOKENS), 0, [2], 0.5
+    for _ in range(4000):
+        said.append(2)
+        looks += bool(found.look([request("a", said)], of_step))
+    assert looks <= 4 + LOOK_SHARE * 4000 * of_step

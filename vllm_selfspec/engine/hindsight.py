@@ -43,8 +43,9 @@ class Hindsight:
             return {}
         started = time.perf_counter()
         found = self._newest(requests)
-        self._looks.took(time.perf_counter() - started, 1)
-        self._looks.brought(0.0)  # it saves nothing by itself
+        if found:  # else nothing was looked at, which takes no time
+            self._looks.took(time.perf_counter() - started, 1)
+            self._looks.brought(0.0)  # it saves nothing by itself
         return found
 
     def _newest(self, running: Sequence["Request"]) -> dict[str, int]:

@@ -9,7 +9,7 @@ for is answered as plain vLLM answers it. Which requests these are says
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_selfspec.draft.stats import DraftStats
 from vllm_selfspec.engine.request_fields import needs_plain_steps
@@ -63,7 +63,9 @@ class PlainSteps(OfScheduler):
     def _needs_plain_step(self) -> bool:
         """Whether a request that needs one runs, or may be admitted in this step."""
         if len(self.running) < self.max_num_running_reqs:
-            return bool(self._plain)
+            # The next turn of a session comes when it comes.
+            sleeping = RequestStatus.WAITING_FOR_STREAMING_REQ
+            return any(self.requests[one].status != sleeping for one in self._plain)
         return any(request.request_id in self._plain for request in self.running)
 
     def _schedule_plain_step(self, throttle_prefills: bool) -> SchedulerOutput:

@@ -45,6 +45,10 @@ def raise_if_unsupported(model_config: Any, parallel_config: Any) -> None:
         f"{parallel_config.decode_context_parallel_size}: use 1": (
             parallel_config.decode_context_parallel_size > 1
         ),
+        "data-parallel ranks agree on draft steps before each draft, which ranks that "
+        "come and go do not, and enable_elastic_ep is set: leave it out": (
+            parallel_config.enable_elastic_ep
+        ),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -64,6 +68,21 @@ def raise_if_model_cannot_draft(model_config: Any) -> None:
             "it: use draft_source 'context'"
         )
     family_of(model_config.architecture)
+
+
+def raise_if_loaded_beside(plan: DraftPlan) -> None:
+    """Refuses to exchange the weights of a target that others were loaded beside.
+
+    Raises:
+        NotImplementedError: With the first axis that has some.
+    """
+    for name, _ in plan.values:
+        if AXES.named(name).loader is not None:
+            raise NotImplementedError(
+                f"selfspec loads the weights of {name} with the target's, and they "
+                "would stay those of the former ones, or be lost where vLLM sleeps at "
+                f"level 2: leave out {name} to update or reload weights at run time"
+            )
 
 
 def raise_if_refused(plan: DraftPlan, deployment: Deployment) -> None:
