@@ -108,6 +108,14 @@ def test_the_text_is_plain_vllms_in_every_family(
     assert is_target is (exit_layer == WHOLE)
 
 
+def test_new_weights_are_refused(
+    models: dict[str, str], heads: dict[tuple[str, int], Path], engines: Engines
+) -> None:
+    llm = engines.get(models["llama"], spec_of(heads["llama", WHOLE]))
+    with pytest.raises(NotImplementedError, match="leave out trained_exit_layer"):
+        llm.collective_rpc("reload_weights")
+
+
 @pytest.mark.parametrize("policy", ["goodput", "threshold", "thompson-calibrated"])
 def test_the_text_is_plain_vllms_under_each_draft_length(
     policy: str,

@@ -42,6 +42,7 @@ DRAFTING = {
     "draft.v2_row_stops",
     "draft.v2_drawing",
     "draft.v2_graphs",
+    "draft.v2_penalties",
     "draft.v2_window",
     "draft.v2_speculator",
     "draft.v2_step",

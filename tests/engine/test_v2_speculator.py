@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from helpers.engines import (
     Engines,
@@ -386,3 +389,68 @@ def test_a_batch_of_any_length_finds_the_graph_of_its_own(
             assert graph.cg_mode == CUDAGraphMode.FULL, (num_rows, length)
             assert graph.uniform_token_count == length
             assert num_tokens <= graph.num_tokens < num_tokens + 8 + length
+
+
+@pytest.mark.parametrize("num_drafted", [0, 1, 3])
+def test_a_draft_is_penalised_as_its_verification_is(num_drafted: int) -> None:
+    """vLLM's kernel reads the drafts of a row from the rows before it."""
+    from vllm.v1.worker.gpu.sample.penalties import apply_penalties
+
+    from vllm_selfspec.draft.v2_penalties import DraftPenalties
+
+    num_slots, vocab_size = 3, 70
+    generator = torch.Generator().manual_seed(0)
+    penalties = [torch.tensor(p) for p in ([1.0, 1.7, 1.3], [0.0, 0.3, 0.0])]
+    penalties.append(torch.tensor([0.0, 0.9, 0.6]))
+    in_prompts = torch.randint(-(2**31), 2**31, (num_slots, 3), generator=generator)
+    counts = torch.randint(0, 3, (num_slots, vocab_size), generator=generator).int()
+    counted = in_prompts.int(), counts
+    names = "repetition_penalty", "frequency_penalty", "presence_penalty"
+    states: Any = SimpleNamespace(
+        use_penalty=np.array([False, True, True]),
+        prompt_bin_mask=counted[0],
+        output_bin_counts=counted[1],
+        **{n: SimpleNamespace(gpu=p) for n, p in zip(names, penalties, strict=True)},
+    )
+    ours = DraftPenalties(num_slots, torch.device("cpu"))
+    ours.use(states)
+    ours.read(np.array([2, 0, 1]))
+
+    # Row 1 repeats itself; row 2 stands for nobody.
+    drafted = torch.tensor([[0, 68, 33, 5], [0, 7, 7, 31], [0, 1, 2, 3], [0, 4, 4, 4]])
+    slots = torch.tensor([2, 1, -1, 0])
+    logits = torch.randn(len(slots), vocab_size, generator=generator) * 3
+    found = logits.clone()
+    ours.apply(found, slots, drafted, torch.tensor(1 + num_drafted))
+    for row in (0, 1, 3):
+        verified = logits[row].repeat(1 + num_drafted, 1)
+        rows = [slots[row].repeat(len(verified)), drafted[row]]
+        rows.append(torch.arange(len(verified), dtype=torch.int32))
+        apply_penalties(verified, *rows, *penalties, *counted)
+        torch.testing.assert_close(found[row], verified[-1], rtol=0, atol=1e-6)
+    assert torch.equal(found[3], logits[3]), "it has none"
+    assert not torch.equal(found[:2], logits[:2])
+
+    ours.read(np.array([0]))
+    again = logits.clone()
+    ours.apply(again, slots, drafted, torch.tensor(1 + num_drafted))
+    assert torch.equal(again, logits), "those of requests that left are taken back"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_skips_nothing_is_drafted_with_the_targets_penalties(
+    temperature: float, tiny_models: dict[str, str], engines: Engines
+) -> None:
+    """Whatever repeats itself would be rejected otherwise."""
+    from vllm import SamplingParams
+
+    spec = {"skip_layers": {}, "num_speculative_tokens": 3}
+    drawn = {"draft_sample_method": "probabilistic"}
+    llm = engines.get(tiny_models["llama"], {**spec, **drawn})
+    asked = {"repetition_penalty": 1.5, "frequency_penalty": 0.5}
+    plain = {"temperature": temperature, "max_tokens": 13, "ignore_eos": True}
+    params = [SamplingParams(**plain, **keys) for keys in (asked, {}, asked)]
+    _, counts = run(llm, prompts_of(len(params)), params)
+    assert counts.draft_tokens > 20
+    # Rounding of p / q may cost a token in a thousand.
+    assert counts.accepted_tokens >= counts.draft_tokens - (temperature > 0)

@@ -106,6 +106,10 @@ def test_drafting_never_waits_for_the_device(
     monkeypatch.setattr(type(speculator), "propose", watched)
     run(llm, prompts_of(8), greedy(MAX_TOKENS))
     assert num_calls > 0
+    from vllm import SamplingParams
+
+    drawn = {"temperature": 1.0, "top_k": 9, "repetition_penalty": 1.2, "seed": 7}
+    run(llm, prompts_of(8), SamplingParams(max_tokens=MAX_TOKENS, **drawn))
 
 
 def test_weights_and_kv_blocks_are_those_of_plain_vllm(

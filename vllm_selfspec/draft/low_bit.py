@@ -32,7 +32,7 @@ from vllm_selfspec.plan.axis_draft_weights import HEAD, SAME, DraftWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
 from vllm_selfspec.plan.skip_set import SUBLAYERS
-from vllm_selfspec.served_config import plan_of, tunes_online
+from vllm_selfspec.served_config import tunes_online
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
@@ -123,16 +123,6 @@ def copies_of(
             "processed ones: use another, or leave out draft_weights"
         )
     return copies
-
-
-def raise_if_copied(vllm_config: VllmConfig) -> None:
-    """Refuses to exchange the weights of a target that has been copied."""
-    if "draft_weights" in dict(plan_of(vllm_config).values):
-        raise NotImplementedError(
-            "selfspec's low-bit copies are made when the target is loaded, and would "
-            "stay those of the former weights: leave out draft_weights to update or "
-            "reload weights at run time"
-        )
 
 
 def _key(target: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from vllm_selfspec.served_config import (
     needs_host_tokens,
     needs_v1_runner,
     num_model_tokens,
+    plan_of,
     uses_selfspec,
 )
 
@@ -161,9 +162,9 @@ def take_weights(original: Function) -> Function:
 def refuse_new_weights(original: Function) -> Function:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         if uses_selfspec(self.vllm_config):
-            from vllm_selfspec.draft.low_bit import raise_if_copied
+            from vllm_selfspec.engine.support import raise_if_loaded_beside
 
-            raise_if_copied(self.vllm_config)
+            raise_if_loaded_beside(plan_of(self.vllm_config))
         return original(self, *args, **kwargs)
 
     return refuse
@@ -193,7 +194,7 @@ def share_request_states(original: Function) -> Function:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if uses_selfspec(self.vllm_config):
-            self.speculator.use_sampling_states(self.sampler.sampling_states)
+            self.speculator.use_states_of(self.sampler)
             self.speculator.use_loras_of(self)
             self.speculator.use_request_states(self.req_states)
 

@@ -134,7 +134,7 @@ SEAMS: tuple[Seam, ...] = (
         target="Worker.reload_weights",
         parameters=("self", "args", "kwargs"),
         replace=replacements.refuse_new_weights,
-        why="Weights that were exchanged at run time leave a copy of the former ones.",
+        why="Weights that are exchanged at run time leave those beside them behind.",
         remove_when="a drafter is told of new weights before they are processed.",
     ),
     Seam(
@@ -142,7 +142,7 @@ SEAMS: tuple[Seam, ...] = (
         target="Worker.start_weight_update",
         parameters=("self",),
         replace=replacements.refuse_new_weights,
-        why="Weights that were exchanged at run time leave a copy of the former ones.",
+        why="Weights that are exchanged at run time leave those beside them behind.",
         remove_when="a drafter is told of new weights before they are processed.",
     ),
     Seam(
@@ -168,9 +168,9 @@ SEAMS: tuple[Seam, ...] = (
         target="GPUModelRunner.load_model",
         parameters=("self", "load_dummy_weights", "args", "model", "kwargs"),
         replace=replacements.share_request_states,
-        why="A speculator is told the requests' temperatures, and neither top-k and "
-        "top-p, outside of which drafts are never accepted, nor the adapters.",
-        remove_when="propose gets the sampling states and the LoRA state.",
+        why="A speculator is told temperatures, and neither penalties, nor the limits "
+        "outside of which drafts are never accepted, nor the adapters.",
+        remove_when="propose gets the sampler's states and the LoRA state.",
     ),
     Seam(
         module=_V2_RUNNER,
