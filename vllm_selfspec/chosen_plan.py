@@ -143,7 +143,7 @@ def _start(
 def _auto_plan(
     config: SelfSpecConfig, target: TargetModel, known: Known, word: str
 ) -> ChosenPlan:
-    if known.calibrated is not None:
+    if known.calibrated is not None and known.calibrated.is_for(target):
         source = f"{word}: found at this model's first start"
         found = _plan_of_profile(known.calibrated, target.num_layers, source)
         return replace(found, is_calibrated=True)

@@ -5,13 +5,16 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_selfspec import chosen_plan
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.engine import first_start
 from vllm_selfspec.plan import calibrated
 from vllm_selfspec.plan.calibrated import Circumstances
+from vllm_selfspec.plan.cost import CheckpointError
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.step_cost import StepCost
@@ -106,6 +109,47 @@ def test_auto_takes_it() -> None:
     assert found.acceptance == pytest.approx((0.8, 0.75)), "the second given the first"
     guess = chosen_plan.resolve_plan(SelfSpecConfig.parse({}), TargetModel(4, "m"))
     assert guess.is_guess and not guess.acceptance
+
+
+def test_what_was_found_for_another_model_is_not_taken() -> None:
+    kept()
+    HERE.keep({**PLAN.to_dict(), "figures": FIGURES, "architecture": {"vocab_size": 8}})
+    known = chosen_plan.Known(HERE.find())
+    others = TargetModel(6), TargetModel(4, architecture={"vocab_size": 9})
+    for other in others:
+        found = chosen_plan.resolve_plan(SelfSpecConfig.parse({}), other, known=known)
+        assert found.is_guess and not found.is_calibrated
+
+
+def test_weights_are_told_apart_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those on the Hub nothing but their configuration may be here."""
+    commits = {"main": "1" * 40, "old": "2" * 40}
+
+    def locate(model: str, files: object, revision: str | None) -> Path:
+        if model == "gone":
+            raise CheckpointError("offline")
+        return tmp_path / f"models--{model}" / "snapshots" / commits[revision or "main"]
+
+    monkeypatch.setattr(first_start, "locate", locate)
+
+    def place(model: str, revision: str | None = None) -> Path | None:
+        model_config = SimpleNamespace(model=model, revision=revision, dtype="bfloat16")
+        parallel = SimpleNamespace(tensor_parallel_size=1)
+        found = first_start._circumstances(model_config, parallel, 0)
+        return None if found is None else found.file
+
+    assert place("a/model") == place("a/model", "main") is not None
+    assert place("a/model") != place("a/model", "old")
+    assert place("gone") is None
+    monkeypatch.setattr(first_start, "locate", lambda model, *_: Path(model))
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_model.bin").write_text(name)
+        assert place(str(tmp_path / name)) is None, "only safetensors are read"
+        (tmp_path / name / "model.safetensors").write_text(name)
+    assert place(str(tmp_path / "x")) != place(str(tmp_path / "y"))
 
 
 def test_what_the_user_says_comes_first() -> None:

@@ -26,10 +26,10 @@ from vllm_selfspec.plan.cost import (
 )
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import family_of
-from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
+from vllm_selfspec.plan.hub import DESCRIPTION, identity_of, locate, read_weights
 from vllm_selfspec.plan.skip_set import SUBLAYERS
 from vllm_selfspec.plan.sources import MODEL, SOURCES
-from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
+from vllm_selfspec.plan.target_model import TargetModel
 
 TABLE_K = (1, 2, 4, 8)
 TABLE_ACCEPTANCE = (0.6, 0.8, 0.9, 1.0)
@@ -88,7 +88,8 @@ class Preview:
         found = None
         if config.is_auto:
             memory = config.memory_beside(weights.step.total)
-            found = newest_of(weights_fingerprint(path), memory)
+            identity = identity_of(model, path)
+            found = None if identity is None else newest_of(identity, memory)
         chosen = resolve_plan(config, target, known=Known(found, weights.step))
         plan, source = chosen.plan, chosen.source
         usable = [one for one in SOURCES if config.may_use(one) and not one.refusal()]

@@ -6,7 +6,6 @@ where nobody has said how to draft; the next starts read it (`plan.calibrated`).
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from vllm_selfspec import __version__
@@ -19,9 +18,9 @@ from vllm_selfspec.engine.versions import vllm_version
 from vllm_selfspec.plan.axis_skip_layers import AUTO
 from vllm_selfspec.plan.calibrated import Circumstances
 from vllm_selfspec.plan.cost import CheckpointError
-from vllm_selfspec.plan.hub import DESCRIPTION, locate, read_weights
+from vllm_selfspec.plan.hub import DESCRIPTION, identity_of, locate, read_weights
 from vllm_selfspec.plan.step_cost import StepCost
-from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
+from vllm_selfspec.plan.target_model import TargetModel
 
 logger = logging.getLogger("vllm.selfspec")  # below vLLM's logger, so it is shown
 
@@ -59,7 +58,7 @@ class FirstStart:
         found = _circumstances(model_config, parallel_config, memory)
         self._circumstances = found
         is_wanted = config.calibration_seconds and not is_ahead
-        calibrated = found.find() if is_wanted else None
+        calibrated = found.find() if found and is_wanted else None
         self.known = Known(calibrated, step)
 
     def request(self, chosen: ChosenPlan, is_able: bool) -> dict[str, Any] | None:
@@ -119,9 +118,13 @@ def circumstances_from(request: dict[str, Any]) -> Circumstances:
 
 def _circumstances(
     model_config: Any, parallel_config: Any, memory: int
-) -> Circumstances:
+) -> Circumstances | None:
+    """None where the weights cannot be told from others."""
     import torch
 
+    weights = _identity(model_config)
+    if weights is None:
+        return None
     ranks = parallel_config.tensor_parallel_size
     num = num_cores() if on_cpu() else ranks
     versions = {
@@ -131,7 +134,7 @@ def _circumstances(
     }
     return Circumstances(
         TargetModel(0, str(model_config.model)).short_name,
-        _fingerprint(model_config),
+        weights,
         f"{model_config.dtype}".removeprefix("torch."),
         f"{num} x {device_name()}",
         tuple(versions.items()),
@@ -139,18 +142,19 @@ def _circumstances(
     )
 
 
-def _fingerprint(model_config: Any) -> str:
-    """Of the weights; of those on the Hub, which may not be here yet, their commit."""
-    path = Path(model_config.model)
-    if path.is_dir():
-        return weights_fingerprint(path)
-    return str(getattr(model_config.hf_config, "_commit_hash", None))[:16]
+def _identity(model_config: Any) -> str | None:
+    model = str(model_config.model)
+    try:
+        return identity_of(model, locate(model, DESCRIPTION, model_config.revision))
+    except CheckpointError:
+        return None
 
 
 def step_of(model_config: Any) -> StepCost | None:
     """Bytes that a decode step reads; None where they cannot be found out."""
     model = str(model_config.model)
     try:
-        return read_weights(model, locate(model, DESCRIPTION)).step
+        path = locate(model, DESCRIPTION, model_config.revision)
+        return read_weights(model, path).step
     except CheckpointError:
         return None

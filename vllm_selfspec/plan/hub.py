@@ -12,12 +12,15 @@ from vllm_selfspec.plan.cost import (
     read_headers,
     weight_files,
 )
+from vllm_selfspec.plan.target_model import weights_fingerprint
 
 DESCRIPTION = ["*.json"]
 WHOLE = [*DESCRIPTION, "*.safetensors"]
 
 
-def locate(model: str, files: list[str] | None = None) -> Path:
+def locate(
+    model: str, files: list[str] | None = None, revision: str | None = None
+) -> Path:
     """Directory of a model: itself if it is one, else that of its Hub snapshot.
 
     Args:
@@ -25,6 +28,7 @@ def locate(model: str, files: list[str] | None = None) -> Path:
             which is downloaded unless it is in the local cache.
         files: Patterns of the files that are wanted of a repository; the weights and
             what describes them if none are given.
+        revision: Of a repository; the newest of its main branch if none is given.
 
     Raises:
         CheckpointError: If it is neither, or the Hub cannot be reached.
@@ -35,11 +39,24 @@ def locate(model: str, files: list[str] | None = None) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, allow_patterns=files or WHOLE))
+        wanted = files or WHOLE
+        found = snapshot_download(model, revision=revision, allow_patterns=wanted)
+        return Path(found)
     except (ImportError, OSError) as error:  # the latter: offline, or no such model
         raise _not_found(model, error) from error
     except ValueError as error:
         raise _not_found(model, "it cannot be a name there") from error
+
+
+def identity_of(model: str, path: Path) -> str | None:
+    """What tells the weights of `model` from others, of which `path` holds the
+    config.json: a fingerprint of local ones; of those on the Hub, which may not be here
+    yet, their commit. None where nothing does: only safetensors have a fingerprint.
+    """
+    if not Path(model).is_dir():
+        return path.name[:16]  # a snapshot's directory is named for it
+    has_weights = any(path.glob("*.safetensors"))
+    return weights_fingerprint(path) if has_weights else None
 
 
 def read_weights(model: str, path: Path) -> ModelWeights:

@@ -170,6 +170,7 @@ class Calibration:
 
     Attributes:
         num_layers: Of the model.
+        start: The plan that others are made from.
         has_texts: Whether there is anything to try plans on.
         verify: v for 1, 2, ... draft tokens of one request.
     """
@@ -184,7 +185,7 @@ class Calibration:
             start: With what may be kept beside the target, and nothing skipped.
             deadline: Of `time.monotonic`.
         """
-        self._ask, self._start, self._deadline = ask, start, deadline
+        self._ask, self.start, self._deadline = ask, start, deadline
         self.num_layers = start.num_layers
         rows = [1 + k for k in range(1 + MAX_DRAFTS)]
         seconds = np.max(ask(probing.time_steps, rows, 1), axis=0)
@@ -229,19 +230,19 @@ class Calibration:
 
     def _candidates(self) -> Iterator[DraftPlan]:
         """Plans that differ from the target, as long as there is time."""
-        if self._start.values:
-            yield self._start
+        if self.start.values:
+            yield self.start
         for part in EXITS:
             if self.num_layers // part and self._time_left > 0:
                 skip_set = SkipSet.early_exit(self.num_layers, self.num_layers // part)
-                yield self._start.with_value("skip_layers", skip_set)
+                yield self.start.with_value("skip_layers", skip_set)
         yield from self._grown()
 
     def _grown(self) -> Iterator[DraftPlan]:
         """What leaves out more and more, the least missed first."""
         wanted = list(PATH_COSTS)
-        for plan in greedy_path(self._start, self._losses()):
-            share = plan.cost(self._parts).total / self._start.cost(self._parts).total
+        for plan in greedy_path(self.start, self._losses()):
+            share = plan.cost(self._parts).total / self.start.cost(self._parts).total
             if wanted and share <= wanted[0]:
                 wanted = [cost for cost in wanted if cost < share]
                 if self._time_left < 0:
@@ -252,10 +253,10 @@ class Calibration:
         """What making each single change loses, over what it saves: of as many as there
         is time for."""
         until = time.monotonic() + RANKING_SHARE * self._time_left
-        before = self._start.cost(self._parts).total
-        sure = self._share_right(self._start)
+        before = self.start.cost(self._parts).total
+        sure = self._share_right(self.start)
         found: dict[Choice, float] = {}
-        changes = [*single_changes(self._start).items()]
+        changes = [*single_changes(self.start).items()]
         random.Random(0).shuffle(changes)
         for choice, plan in changes:
             saved = before - plan.cost(self._parts).total
@@ -307,13 +308,13 @@ def _tell_what_memory_brings(
     step = step_of(model_config)
     if step is None or vllm_config.quant_config is not None:
         return
-    plan = DraftPlan(search.num_layers).within_memory(step, step.total)
-    if found is not None and found.plan.extra_bytes(step):
+    if search.start.extra_bytes(step):
         return
+    plan = DraftPlan(search.num_layers).within_memory(step, step.total)
     k = np.arange(1, MAX_DRAFTS + 1)
     emitted = 1 + np.cumsum(TYPICAL_ACCEPTANCE**k)
     most = float((emitted / (search.verify + k * plan.share(step))).max())
-    if most > (1.0 if found is None else found.score.speed_up):
+    if most > max(1.0, 0.0 if found is None else found.score.speed_up):
         share = plan.extra_bytes(step) / step.total
         logger.info(
             'selfspec: with "draft_memory": "%.0f%%" (%.0f MB) drafts in 4 bits are '
