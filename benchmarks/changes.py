@@ -42,7 +42,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Checkpoint directory.")],
     output: Annotated[Path, typer.Option("-o", help="The JSON.")],
     method: Annotated[list[str], typer.Option(help="Some of real.py's.")] = [*METHODS],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Of all phases.")] = 3,
+    rounds: Annotated[int, typer.Option(min=2, help="Of all phases.")] = 3,
     max_tokens: Annotated[int, typer.Option(help="Of a request.")] = 64,
 ) -> None:
     """Prints each phase, and saves all of them."""
@@ -52,6 +52,10 @@ def main(
     engines = {one.name: VllmEngine(one, model, settings) for one in chosen}
     engines[real.AGAIN] = engines[real.PLAIN]
     sampling, found = Sampling(0.0, max_tokens), []
+    document = {
+        **provenance(f"python benchmarks/changes.py {Path(model).name}"),
+        "model": Path(model).name,
+    }
     for change, phases in CHANGES.items():
         cells = [{"task": task, "concurrency": n} for task, n in phases]
         # The prompts of a task follow one another over phases and rounds.
@@ -72,12 +76,7 @@ def main(
             methods = {name: one.summary() for name, one in of_phase.items()}
             found.append({"change": change, "phase": which, **cell, **methods})
             console.print(json.dumps(found[-1]))
-    document = {
-        **provenance(f"python benchmarks/changes.py {Path(model).name}"),
-        "model": Path(model).name,
-        "phases": found,
-    }
-    whole_file.write_json(document, output)
+        whole_file.write_json({**document, "phases": found}, output)
 
 
 if __name__ == "__main__":

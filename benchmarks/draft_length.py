@@ -28,6 +28,7 @@ from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.bench.run import (
     KV_CACHE_BYTES,
+    MAX_MODEL_LEN,
     BenchOptions,
     conditions,
     describe,
@@ -169,7 +170,7 @@ def main(
         output=output,
     )
     path = find_model(model, None, console)
-    settings = engine_settings(options) | {
+    settings = engine_settings(options, MAX_MODEL_LEN) | {
         "disable_log_stats": False,
         "use_tqdm_on_load": False,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,

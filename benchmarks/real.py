@@ -154,7 +154,7 @@ def main(
             help="Tokens of a document, for the tasks question, summary, continuation."
         ),
     ] = "0",
-    samples: Annotated[int, typer.Option(help="Of a cell: ratios.")] = 6,
+    samples: Annotated[int, typer.Option(min=2, help="Of a cell: ratios.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="Of a request.")] = 64,
     top_k: Annotated[
         int, typer.Option(help="Of requests that are drawn; 0 for all tokens.")
@@ -184,7 +184,8 @@ def main(
         )
     ]
     plain, *others = methods(method, draft_model, profile, int4_profile, exit_layer)
-    saved = _saved(output)
+    same = {"model": Path(model).name, "eager": eager, "max_tokens": max_tokens}
+    saved = _saved(output, same)
     cells: list[dict[str, Any]] = saved["cells"]
     others = [o for o in others if any(_lacks(cells, key, o.name) for key in wanted)]
     if not others:
@@ -206,9 +207,7 @@ def main(
         engines.append(VllmEngine(one, model, settings))
     document = {
         **provenance(_command(model, draft_model, eager)),
-        "model": Path(model).name,
-        "eager": eager,
-        "max_tokens": max_tokens,
+        **same,
         "extra_bytes": saved["extra_bytes"]
         | {one.name: _extra_bytes(one, model) for one in chosen},
         "byte_costs": saved["byte_costs"]
@@ -253,12 +252,20 @@ def _again_with(names: Sequence[str]) -> list[str]:
     return [sys.executable, *kept, *(f"--method={name}" for name in names)]
 
 
-def _saved(output: Path) -> dict[str, Any]:
-    """What former commands have measured."""
+def _saved(output: Path, same: dict[str, Any]) -> dict[str, Any]:
+    """What former commands have measured, which must be of the same."""
     nothing: dict[str, Any] = {"cells": [], "extra_bytes": {}, "byte_costs": {}}
     if not output.exists():
         return nothing
-    return {**nothing, **json.loads(output.read_text())}
+    found = json.loads(output.read_text())
+    for key, value in same.items():
+        if found.get(key) != value:
+            raise typer.BadParameter(
+                f"the cells of a file are of one model and as many tokens, but those "
+                f"of {str(output)!r} have {key} {found.get(key)!r} in place of "
+                f"{value!r}: name another file"
+            )
+    return {**nothing, **found}
 
 
 def _keep(
@@ -399,13 +406,15 @@ class Found:
     runs: list[Run] = field(default_factory=list)
 
     def add(self, run: Run, plain: Run, is_long: bool = False) -> None:
-        """One sample. Where prompts are long their forwards are most of the time, and
-        no bound of what follows them."""
+        """One sample. Where prompts are long their forwards are most of the time: no
+        bound of what follows them, and none where another has just read the same."""
         seconds_of = _decode_seconds if is_long else attrgetter("steady")
         self.runs.append(run)
         self.ratios.append(seconds_of(plain) / seconds_of(run))
+        if is_long:
+            return
         self.whole.append(plain.seconds / run.seconds)
-        if run.steady_forwards and plain.steady_forwards and not is_long:
+        if run.steady_forwards and plain.steady_forwards:
             self.bounds.append(plain.steady_forwards / run.steady_forwards)
 
     def summary(self) -> dict[str, Any]:
@@ -417,9 +426,9 @@ class Found:
         depths = itertools.zip_longest(*(c.accepted_at for c in counts), fillvalue=0)
         return {
             "speed_up": round(median(self.ratios), 3),
-            "quartiles": [round(q, 3) for q in quantiles(self.ratios, n=4)[::2]],
+            "quartiles": [round(q, 3) for q in _quartiles(self.ratios)],
             "samples": len(self.ratios),
-            "speed_up_whole": round(median(self.whole), 3),
+            "speed_up_whole": round(median(self.whole), 3) if self.whole else None,
             "bound": round(median(self.bounds), 3) if self.bounds else None,
             "drafts, drafted, accepted": [drafts, drafted, accepted],
             "accepted_at": [round(sum(d) / drafts, 3) for d in depths if drafts][:8],
@@ -449,6 +458,11 @@ class Found:
             for key, seconds in run.forwards.items():
                 times.setdefault(key, []).extend(seconds)
         return times
+
+
+def _quartiles(ratios: Sequence[float]) -> list[float]:
+    """Of a few samples: never beyond the least and the greatest of them."""
+    return quantiles(ratios, n=4, method="inclusive")[::2]
 
 
 def _decode_seconds(run: Run) -> float:

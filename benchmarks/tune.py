@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -35,6 +35,7 @@ from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
+from vllm_selfspec.plan.step_cost import StepCost
 from vllm_selfspec.tuning.offline.search import Search
 from vllm_selfspec.tuning.offline.tuning_engine import Known, TuningEngine
 from vllm_selfspec.tuning.score import Score, best_score, walk
@@ -113,11 +114,15 @@ def known_costs(costly: TuningEngine, file: Path) -> Known:
     """Of the widened model, measured once: a search that goes on needs the same."""
     if file.exists():
         kept = json.loads(file.read_text())
-        verify, (head, attention, mlp) = kept["verify_costs"], kept["draft_costs"]
-        costs = {"verify_costs": tuple(verify), "draft_costs": (head, attention, mlp)}
-        return replace(costly.known, **costs)
-    names = ("verify_costs", "draft_costs")
-    costs = {name: getattr(costly.known, name) for name in names}
+        parts = kept["draft_costs"].items()
+        draft = {k: tuple(v) if isinstance(v, list) else v for k, v in parts}
+        costs = {"verify_costs": tuple(kept["verify_costs"])}
+        return replace(costly.known, **costs, draft_costs=StepCost(**draft))
+    known = costly.known
+    costs = {
+        "verify_costs": known.verify_costs,
+        "draft_costs": asdict(known.draft_costs),
+    }
     file.write_text(json.dumps(costs) + "\n")
     return costly.known
 
@@ -223,7 +228,7 @@ def searches(
                 "measured_all": ratios,
                 "measured_first": runs[0][which].walk.acceptance[0],
                 "verify_costs": known.verify_costs,
-                "draft_costs": known.draft_costs,
+                "draft_costs": asdict(known.draft_costs),
             }
         )
     for file in (kept, *studies):

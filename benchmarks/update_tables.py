@@ -205,6 +205,7 @@ REAL_RUNS = (
     "real/qwen2.5-coder-1.5b.json",
     "real/smollm2-135m.json",
 )
+MIXED_RUNS = ("real/mixed/qwen2.5-coder-0.5b.json",)
 # By the name of the place.
 TABLES: dict[str, Table] = {
     "speed-ups": Table(
@@ -227,6 +228,7 @@ TABLES: dict[str, Table] = {
     "float32": _bench("float32"),
     "lengths": _bench("draft_length"),
     "real": Table(BENCHMARKS, REAL_RUNS, REAL["markdown"]),
+    "mixed": Table(BENCHMARKS, MIXED_RUNS, REAL["markdown"]),
     "twin": Table(BENCHMARKS, ("real/plain-twin.json",), REAL["markdown"]),
     "replay": Table(
         BENCHMARKS, ("replay/replay.json",), script("replay.py")["markdown"]

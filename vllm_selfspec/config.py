@@ -90,8 +90,8 @@ class SelfSpecConfig(Keys):
         description="vLLM's: how draft tokens are drawn where the target samples. "
         "'probabilistic' draws from the draft's own distribution, of which far more "
         "are accepted; 'greedy' takes the likeliest, and saves the memory of the "
-        "distributions: with the V2 runner max_num_seqs x num_speculative_tokens x "
-        "vocabulary x 4 bytes.",
+        "distributions: with the V2 runner max_num_seqs x the longest draft or copy x "
+        "vocabulary x 2 bytes, or 4 in float32.",
     )
     draft_length: DraftLength = Field(
         default_factory=ByGoodput,

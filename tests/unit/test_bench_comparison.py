@@ -121,6 +121,15 @@ def test_each_load_takes_prompts_that_no_other_has() -> None:
     assert alone, "it was run"
 
 
+def test_each_temperature_takes_prompts_that_no_other_has() -> None:
+    log: list[Any] = []
+    loads, samplings = [Load(1, 4), Load(1, 3)], [GREEDY, Sampling(1.0, 10)]
+    plain = [Scripted(PLAIN, log)]
+    compare(plain, [TASK], loads, samplings, lambda p: p.content, lambda what: None)
+    asked = [prompt for _, _, prompts in log[::2] for prompt in prompts]
+    assert asked == [f"p{n}" for n in range(14)]
+
+
 def test_an_engine_is_not_asked_for_more_streams_than_it_has() -> None:
     log: list[Any] = []
     single = Scripted(OURS, log, max_streams=1)

@@ -16,7 +16,7 @@ ROOT = Path(vllm_selfspec.__file__).parent
 NAME = ROOT.name
 # Folders and modules, each of which may import those of its own line and above.
 ORDER = (
-    ("whole_file",),
+    ("whole_file", "packages"),
     ("plan",),
     ("draft_length",),
     ("config", "chosen_plan", "served_config"),

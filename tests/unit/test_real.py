@@ -1,6 +1,8 @@
 """The script that compares on real models: what it asks, and what it counts."""
 
+import json
 import runpy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,3 +102,17 @@ def test_a_cell_grows_by_the_methods_it_lacks() -> None:
     assert cells == [{**key, "plain vLLM": 1, "suffix": 2, "int4": 4}]
     REAL["_keep"](cells, key | {"concurrency": 8}, {"int4": 5})
     assert len(cells) == 2
+
+
+def test_a_file_is_of_one_model_and_as_many_tokens(tmp_path: Path) -> None:
+    file, same = tmp_path / "f.json", {"model": "m", "eager": False, "max_tokens": 64}
+    assert REAL["_saved"](file, same)["cells"] == []
+    file.write_text(json.dumps({**same, "cells": [{"task": "code"}]}))
+    assert REAL["_saved"](file, same)["cells"] == [{"task": "code"}]
+    with pytest.raises(typer.BadParameter, match="have max_tokens 64 in place of 256"):
+        REAL["_saved"](file, {**same, "max_tokens": 256})
+
+
+def test_quartiles_lie_among_the_samples() -> None:
+    assert REAL["_quartiles"]([1.0, 2.0]) == [1.25, 1.75]
+    assert REAL["_quartiles"]([3.0, 1.0, 2.0]) == [1.5, 2.5]

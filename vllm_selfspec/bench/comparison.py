@@ -292,8 +292,9 @@ def compare(
     Args:
         engines: Plain vLLM first.
         tasks: What to run.
-        loads: How many requests at a time; every load takes other prompts of a task, so
-            that what remembers answers (suffix decoding) has not seen them.
+        loads: How many requests at a time. Every load and temperature takes other
+            prompts of a task, as far as there are some, so that what remembers answers
+            (suffix decoding) has not seen them.
         samplings: How to generate.
         render: The text of a `Prompt`.
         advance: Called before each group that a method runs, with what it is.
@@ -306,10 +307,10 @@ def compare(
         KeyboardInterrupt: If that came before the first was.
     """
     comparison = Comparison([engine.method for engine in engines])
+    first = 0
     for sampling in samplings:
-        for load_index, load in enumerate(loads):
+        for load in loads:
             for task in tasks:
-                first = sum(other.num_prompts for other in loads[:load_index])
                 block = _empty_block(engines, task, load, sampling, first)
                 try:
                     _run_block(engines, block, render, advance)
@@ -319,6 +320,7 @@ def compare(
                     return comparison
                 comparison.blocks.append(block)
                 save(comparison)
+            first += load.num_prompts
     return comparison
 
 

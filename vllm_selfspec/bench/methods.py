@@ -5,12 +5,13 @@ and KV cache as ours; where its documentation leaves a choice, a small grid is r
 every point of it is reported.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_selfspec.chosen_plan import resolve_plan
+from vllm_selfspec.chosen_plan import Known, resolve_plan
 from vllm_selfspec.config import METHOD, SelfSpecConfig
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
@@ -97,7 +98,8 @@ def methods_of(
     found = [Method(PLAIN, "plain")]
     if "selfspec" in groups:
         target = TargetModel.read(model, str(model))
-        found += [_configured(keys, target) for keys in configs]
+        known = Known(step=weights.step)
+        found += _named_apart(_configured(keys, target, known) for keys in configs)
         usual = _few_of_ours if is_short else _ours
         found += [] if configs else usual(target, lengths)
     if "ngram" in groups:
@@ -179,10 +181,19 @@ def _own(
     return Method(f"selfspec {name}, k {k}", "selfspec", config, plan)
 
 
-def _configured(keys: Mapping[str, Any], target: TargetModel) -> Method:
-    """What a user configured, under a name that tells it from others."""
+def _named_apart(methods: Iterable[Method]) -> Iterator[Method]:
+    """Under other names where some have the same: runs are kept by name."""
+    seen: Counter[str] = Counter()
+    for method in methods:
+        seen[method.name] += 1
+        num = seen[method.name]
+        yield method if num == 1 else replace(method, name=f"{method.name} ({num})")
+
+
+def _configured(keys: Mapping[str, Any], target: TargetModel, known: Known) -> Method:
+    """What a user configured, under a name that tells of it."""
     config = SelfSpecConfig.parse(keys)
-    chosen = resolve_plan(config, target)
+    chosen = resolve_plan(config, target, known=known)
     k = config.num_speculative_tokens
     if "num_speculative_tokens" not in keys and chosen.num_speculative_tokens:
         k = chosen.num_speculative_tokens

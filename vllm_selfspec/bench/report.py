@@ -145,11 +145,16 @@ def columns_and_rows(
     lines = []
     for (num_streams, method), rows in by_method(document, temperature).items():
         values = [str(num_streams), method]
-        values += [f"{rows[name]['speed_up']:.2f}x" for name in names]
+        values += [_speed_up(rows.get(name)) for name in names]
         values += _summary(list(rows.values()), document, method)
         values += [_quality(list(rows.values()))] if has_scores else []
         lines.append(values)
     return columns, lines
+
+
+def _speed_up(row: Row | None) -> str:
+    """Empty where Ctrl-C came before it was run."""
+    return "" if row is None else f"{row['speed_up']:.2f}x"
 
 
 def by_method(
@@ -254,8 +259,12 @@ def _speed_ups(document: Report, temperature: float) -> Any:
             rows = found.get((num_streams, method))
             if rows is None:
                 continue
-            at = [-(task * (len(methods) + 1) + index) for task in range(len(names))]
-            values = [rows[name]["speed_up"] for name in names]
+            at = [
+                -(task * (len(methods) + 1) + index)
+                for task, name in enumerate(names)
+                if name in rows
+            ]
+            values = [rows[name]["speed_up"] for name in names if name in rows]
             axis.barh(at, values, color=color(method, methods), label=method)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{num_streams} at a time")

@@ -35,11 +35,13 @@ from vllm_selfspec.bench.run import (
     engine_settings,
     find_draft_model,
     find_methods,
+    positions_for,
     prepare,
     progress_bar,
 )
-from vllm_selfspec.bench.tasks import Task, load
+from vllm_selfspec.bench.tasks import Task, load_all
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.packages import raise_if_lacking
 
 START_DEADLINE_S = 900.0  # a large model under CUDA graphs takes minutes
 STOP_DEADLINE_S = 60.0
@@ -121,33 +123,42 @@ def run_serve(options: BenchOptions, serve: ServeOptions) -> None:
     # The server has a process of its own for the engine, as a user's has.
     os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # what it asks is here
-    tasks = [load(words) for words in options.tasks]
+    tasks = load_all(options.tasks)
+    raise_if_lacking("bench --serve", ["matplotlib", "pandas"], "bench")
     model = find_model(options.model, options.widen, console)
     draft = find_draft_model(options, console)
     groups = [group for group in options.groups if group != "hf"]
     methods = find_methods(options, groups, model, draft)
     assert options.output is not None, "a server's requests and logs need a place"
     whole_file.make_directory(options.output)
-    bench = _ServeBench(options, serve, model, options.output)
+    num_asked = serve.num_prompts * len(serve.rates)
+    max_model_len = positions_for(tasks, num_asked, options, model)
+    bench = _ServeBench(options, serve, model, options.output, max_model_len)
     bench.write_requests(tasks)
-    points = _counted(_in_turns(bench, methods, console))
-    document = {
+    of_all = {
         **conditions(options, model),
         "rates": serve.rates,
         "num_prompts": serve.num_prompts,
         "goodput": serve.goodput,
         "temperature": options.temperatures[0],
         "methods": [describe(method) for method in methods],
-        "points": points,
     }
-    serve_report.write(document, options.output, console)
-
-
-def _in_turns(
-    bench: "_ServeBench", methods: list[Method], console: Console
-) -> list[dict[str, Any]]:
-    """What was measured, a row for each turn and rate; after Ctrl-C what there is."""
     points: list[dict[str, Any]] = []
+    try:
+        _take_turns(bench, methods, points, console)
+    finally:
+        if points:  # also where a server has failed
+            document = {**of_all, "points": _counted(points)}
+            serve_report.write(document, options.output, console)
+
+
+def _take_turns(
+    bench: "_ServeBench",
+    methods: list[Method],
+    points: list[dict[str, Any]],
+    console: Console,
+) -> None:
+    """Adds what is measured to `points`, a row for each turn and rate."""
     total = bench.serve.repeats * len(methods) * len(bench.serve.rates)
     try:
         with progress_bar(console) as progress:
@@ -166,7 +177,6 @@ def _in_turns(
         if not points:
             raise
         console.print("Stopped; this is what was finished.")
-    return points
 
 
 def _counted(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -194,6 +204,7 @@ class _ServeBench:
     serve: ServeOptions
     model: Path
     output: Path
+    max_model_len: int
 
     def requests_file(self, rate: float) -> Path:
         return self.output / "requests" / f"{rate:g}.jsonl"
@@ -239,7 +250,7 @@ class _ServeBench:
 
     def command(self, method: Method) -> list[str]:
         """`vllm serve` for `method`, its port left out."""
-        settings = engine_settings(self.options)
+        settings = engine_settings(self.options, self.max_model_len)
         words = [str(Path(sys.executable).with_name("vllm")), "serve", str(self.model)]
         words += ["--host", "127.0.0.1", "--served-model-name", SERVED_NAME]
         for key, value in settings.items():
@@ -322,8 +333,11 @@ class _Server:
             json.dumps({**body, "ignore_eos": True}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            answer.read()
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                answer.read()
+        except OSError as error:
+            raise self.failed(f"did not answer the first ({error})") from error
 
     def failed(self, what: str) -> ServerError:
         tail = self.log.read_text(errors="replace").strip().splitlines()[-20:]

@@ -10,6 +10,7 @@ import gzip
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ class Prompt:
 
 
 def token_ids(
-    prompts: Sequence[Prompt], model: Path, most: int
+    prompts: Sequence[Prompt], model: Path, most: int = sys.maxsize
 ) -> list[dict[str, Any]]:
     """The last `most` tokens of each prompt, as vLLM takes them.
 
@@ -208,7 +209,25 @@ def load(words: str) -> Task:
             f"a task's format is one of {', '.join(FORMATS)}, but it is {name!r}: use "
             f"jsonl={path} for a file of your own"
         )
-    return Task(name, _prompts(Path(path), FORMATS[name]), FORMATS[name].metric)
+    prompts = _prompts(Path(path), FORMATS[name])
+    own = Path(path).name.partition(".")[0] if name == "jsonl" else name
+    return Task(own, prompts, FORMATS[name].metric)
+
+
+def load_all(words: Sequence[str]) -> list[Task]:
+    """Several, each with a name of its own, by which results are kept.
+
+    Raises:
+        TaskError: If one cannot be read, or two have the same name.
+    """
+    found = [load(one) for one in words]
+    twice = [name for name, num in Counter(t.name for t in found).items() if num > 1]
+    if twice:
+        raise TaskError(
+            "results are told apart by a set's name, which of a file of your own is "
+            f"its own, but two are {twice[0]!r}: rename a file, or name each set once"
+        )
+    return found
 
 
 def _long() -> Iterator[Prompt]:

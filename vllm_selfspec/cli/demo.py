@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from vllm_selfspec.cli.errors import errors_in_one_line
-from vllm_selfspec.cli.packages import raise_if_no_vllm
 from vllm_selfspec.config import DEFAULT_NUM_SPECULATIVE_TOKENS
+from vllm_selfspec.packages import raise_if_no_vllm
 from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS
 
 EPILOG = "Example: vllm-selfspec demo my_model --max-tokens 64"

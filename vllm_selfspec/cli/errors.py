@@ -7,9 +7,10 @@ import typer
 
 from vllm_selfspec.bench.serve import ServerError
 from vllm_selfspec.bench.tasks import TaskError
-from vllm_selfspec.cli.packages import MissingPackageError
+from vllm_selfspec.bench.widen import WidenError
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.engine import versions
+from vllm_selfspec.packages import MissingPackageError
 from vllm_selfspec.plan.cost import CheckpointError
 from vllm_selfspec.plan.errors import PlanError
 from vllm_selfspec.plan.families import UnsupportedModelError
@@ -19,7 +20,7 @@ from vllm_selfspec.tuning.offline.tune import TuneError
 from vllm_selfspec.whole_file import WriteError
 
 # What the user wrote is wrong, like an unknown option; the rest is the model's fault.
-USAGE_ERRORS = (ConfigError, PlanError, ProfileError, TaskError)
+USAGE_ERRORS = (ConfigError, PlanError, ProfileError, TaskError, WidenError)
 FAILURES = (
     MissingPackageError,
     ServerError,

@@ -8,7 +8,7 @@ import typer
 from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
 from vllm_selfspec.cli.options import numbers, parse_exit_layer
-from vllm_selfspec.cli.packages import raise_if_no_vllm
+from vllm_selfspec.packages import raise_if_no_vllm
 
 EPILOG = (
     "Example: vllm-selfspec train-exit my_model --prompts my_prompts.jsonl "

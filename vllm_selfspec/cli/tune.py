@@ -7,7 +7,7 @@ import typer
 
 from vllm_selfspec.bench.tasks import PROMPTS_HELP
 from vllm_selfspec.cli.errors import errors_in_one_line
-from vllm_selfspec.cli.packages import raise_if_no_vllm
+from vllm_selfspec.packages import raise_if_no_vllm
 from vllm_selfspec.plan.profile import MAX_NUM_SPECULATIVE_TOKENS
 
 EPILOG = (

@@ -3,7 +3,6 @@
 One rule: whatever stops it, the same command goes on where it was stopped.
 """
 
-import importlib.util
 import os
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import prepare, progress_bar
 from vllm_selfspec.bench.tasks import Prompt, load, token_ids
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.packages import raise_if_lacking
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.exit_card import write_exit_layer
@@ -25,7 +25,6 @@ from vllm_selfspec.plan.hub import locate
 from vllm_selfspec.plan.skip_set import SkipSet
 from vllm_selfspec.plan.target_model import TargetModel, weights_fingerprint
 from vllm_selfspec.training import report
-from vllm_selfspec.training.errors import TrainError
 
 # By share of the layers, what `auto` compares.
 AUTO_SHARES = (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)
@@ -80,9 +79,11 @@ def run_train_exit(options: TrainOptions) -> None:
         TaskError: If the prompts cannot be read.
         UnsupportedModelError: If the model cannot be cut after so many layers.
         TextsError: If vLLM cannot generate.
-        TrainError: If a package is missing, or the checkpoint is of another run.
+        MissingPackageError: If a package is missing.
+        TrainError: If the checkpoint is of another run.
     """
-    _check_packages(options)
+    packages = ("matplotlib", "safetensors", *["ray"] * bool(options.ray))
+    raise_if_lacking("train-exit", packages, "train")
     console = Console(highlight=False)
     prepare()
     # As for the tuner: the engine in the process that asks it.
@@ -111,15 +112,6 @@ def candidates(num_layers: int) -> list[int]:
     """The exit layers that `auto` compares."""
     found = {max(1, round(share * num_layers)) for share in AUTO_SHARES}
     return sorted(n for n in found if n < num_layers)
-
-
-def _check_packages(options: TrainOptions) -> None:
-    for package in ("matplotlib", "safetensors", *["ray"] * bool(options.ray)):
-        if importlib.util.find_spec(package) is None:
-            raise TrainError(
-                f"train-exit needs the package {package}, which is not installed: "
-                "pip install 'vllm-selfspec[train]'"
-            )
 
 
 def _prompts(options: TrainOptions, model: Path) -> tuple[list[Any], list[Any]]:
@@ -156,7 +148,11 @@ def _texts(options: TrainOptions, model: Path, prompts: Any, console: Console) -
         bar = progress.add_task("vLLM generates", total=len(prompts))
 
         def say(done: int, of: int) -> None:
+            is_new = done != progress.tasks[0].completed
             progress.update(bar, completed=done)
+            if is_new and not console.is_terminal:  # a log has no bar
+                spent = time.monotonic() - started
+                console.print(f"{spent:.0f} s: {done} of {of} texts")
 
         found = make_texts(model, prompts, options.texts, options.cache, say)
     seconds = time.monotonic() - started

