@@ -25,6 +25,7 @@ from vllm_selfspec.draft_length.costs import StepCosts
 from vllm_selfspec.plan import calibrated
 from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.profile import read_profile
+from vllm_selfspec.served_config import plan_of
 from vllm_selfspec.tuning import calibration, probing
 
 BARE = {"draft_length": "goodput", "draft_source": "auto"}
@@ -116,6 +117,28 @@ def test_useless_drafts_are_left_to_copies(
         assert not planner_of(llm).stats.drafted["model"]
         assert not planner_of(llm).stats.steps["trial"]
     assert counts.draft_tokens, "copies"
+
+
+def test_without_time_nothing_is_found_and_nothing_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not looked at is not what brings nothing."""
+    costs_are(1.0, monkeypatch)
+    llm = start({"calibration_seconds": 0.01}, max_num_seqs=3)
+    assert not [*cache.glob("*")]
+    run(llm, PROMPTS, greedy(8))
+    start(max_num_seqs=3)
+    assert read_profile(only_file(cache)).plan(12).skip_set.num_skipped
+
+
+def test_nothing_is_copied_for_drafts_that_nobody_makes(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs_are(12.0, monkeypatch)
+    spec = {"draft_memory": "30%"}
+    first, second = (start(spec, max_num_seqs=n) for n in (3, 2))
+    assert plan_of(first.llm_engine.vllm_config).values, "it was tried"
+    assert not plan_of(second.llm_engine.vllm_config).values
 
 
 def test_a_source_alone_drafts_all_the_same(

@@ -1,5 +1,6 @@
 """Planning draft lengths, in the scheduler or in the worker."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,3 +289,19 @@ def test_what_was_planned_is_shown_among_vllms_metrics(
     assert samples["vllm:selfspec_steps_total", "drafting", "shown"] > 0
     assert samples["vllm:selfspec_draft_seconds_total", "shown"] > 0
     assert 0 < samples["vllm:selfspec_controller", "acceptance_1", "shown"] < 1
+
+
+def test_a_session_between_two_turns_keeps_nobody_from_drafting() -> None:
+    from vllm.v1.request import RequestStatus
+
+    from vllm_selfspec.engine.plain_steps import PlainSteps
+
+    scheduler: Any = PlainSteps.__new__(PlainSteps)
+    session = SimpleNamespace(status=RequestStatus.WAITING, request_id="s")
+    scheduler.requests, scheduler.running = {"s": session}, []
+    scheduler.max_num_running_reqs, scheduler._plain = 2, {"s"}
+    assert scheduler._needs_plain_step(), "it may be admitted"
+    session.status = RequestStatus.WAITING_FOR_STREAMING_REQ
+    assert not scheduler._needs_plain_step()
+    scheduler._plain = set()
+    assert not scheduler._needs_plain_step()

@@ -187,6 +187,22 @@ def test_draft_memory_is_filled_and_not_more(
         assert not found.plan.skip_set.num_skipped
 
 
+def test_no_memory_is_planned_for_copies_of_experts() -> None:
+    config = SelfSpecConfig.parse({"draft_memory": "30%"})
+    known = chosen_plan.Known(step=replace(STEP, has_experts=True))
+    found = chosen_plan.resolve_plan(config, TargetModel(4, "m"), known=known)
+    words = found.plan["draft_weights"].by_part
+    assert words == {"attention": "int4", "mlp": "same", "head": "int4"}
+
+
+def test_a_search_while_serving_starts_from_it_too() -> None:
+    kept()
+    known = chosen_plan.Known(HERE.find())
+    config = SelfSpecConfig.parse({"skip_layers": "online"})
+    found = chosen_plan.resolve_plan(config, TargetModel(4, "m"), known=known)
+    assert found.plan == PLAN
+
+
 def test_without_sizes_there_is_no_share_of_them() -> None:
     config = SelfSpecConfig.parse({"draft_memory": "30%"})
     with pytest.raises(ConfigError, match="say draft_weights instead"):

@@ -51,7 +51,7 @@ class FirstStart:
         self._is_ahead = is_ahead
         self._config, self._circumstances = config, None
         self.known = Known()
-        if not config.is_auto:
+        if not (config.is_auto or config.is_online):
             return
         step = step_of(model_config) if config.draft_memory else None
         memory = 0 if step is None else config.memory_beside(step.total)
@@ -82,7 +82,7 @@ class FirstStart:
     def leaves_drafting_to_others(self, chosen: ChosenPlan, request: object) -> bool:
         """Whether the model drafts nothing, because that brings nothing, or because
         nobody knows whether it does, nor will know after this start."""
-        if self._config.draft_source != AUTO:
+        if self._config.draft_source != AUTO or self._config.is_online:
             return False
         if chosen.is_useless:
             return True
@@ -124,6 +124,12 @@ def _circumstances(
 
     weights = _identity(model_config)
     if weights is None:
+        logger.info(
+            "selfspec cannot tell the weights of %s from others, so no plan for them "
+            "is looked for or kept: it needs safetensors, or the name of a model that "
+            "is in the Hub's cache or can be had from there",
+            model_config.model,
+        )
         return None
     ranks = parallel_config.tensor_parallel_size
     num = num_cores() if on_cpu() else ranks

@@ -27,6 +27,7 @@ from vllm_selfspec.engine.support import (
 from vllm_selfspec.engine.used_sources import runs_ahead, used_sources
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_skip_layers import AUTO
+from vllm_selfspec.plan.draft_plan import DraftPlan
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.sources import MODEL, SOURCES
 from vllm_selfspec.plan.target_model import TargetModel
@@ -126,10 +127,12 @@ def _resolve(
     share_directory()
     _log(chosen, sources)
     num_model_tokens = _num_drafts(config, chosen) if MODEL in sources else 0
+    # Nothing is loaded for drafts that nobody makes.
+    plan = chosen.plan if num_model_tokens else DraftPlan(target.num_layers)
     engine_args.additional_config = {
         **engine_args.additional_config,
         METHOD: {
-            "plan": chosen.plan.to_dict(),
+            "plan": plan.to_dict(),
             "draft_length": config.draft_length.model_dump(),
             "online": _online(config),
             "sources": sources,

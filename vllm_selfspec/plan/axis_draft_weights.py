@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SAME: Final = "same"
 INT8: Final = "int8"
 INT4: Final = "int4"
-HEAD = "head"
+MLP, HEAD = "mlp", "head"
 WEIGHTS = (SAME, INT8, INT4)
 # int8 has a scale per output channel. int4 has for each group of weights a scale, and
 # as vLLM's CPU kernel keeps it a sum and a zero point, too; its GPU kernels need less.
@@ -154,7 +154,8 @@ class DraftWeightsAxis(Axis):
         self, plan: "DraftPlan", target: StepCost, most_bytes: float
     ) -> DraftWeights:
         """As many bytes of the target in 4 bits as there is room for."""
-        parts = [*DraftWeights().by_part]
+        left = {MLP} if target.has_experts else set()
+        parts = [part for part in DraftWeights().by_part if part not in left]
         some = [
             DraftWeights(**dict.fromkeys(chosen, INT4))
             for num in range(1, len(parts) + 1)

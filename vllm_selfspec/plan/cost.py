@@ -102,12 +102,14 @@ class ModelWeights:
         mlp: MLP sublayer and the norm before it, by layer.
         head: Final norm and LM head.
         weight_bytes: Bytes of one weight of a matrix; 0 where they are quantised.
+        has_experts: Whether MLPs are mixtures of experts.
     """
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
     head: int
     weight_bytes: float = 2.0
+    has_experts: bool = False
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> "ModelWeights":
@@ -150,6 +152,7 @@ class ModelWeights:
             mlp=tuple(sizes["mlp", i] for i in indices),
             head=(head or tied) + norm,
             weight_bytes=_weight_bytes(headers),
+            has_experts=any(map(EXPERT.search, headers)),
         )
 
     @property
@@ -161,7 +164,11 @@ class ModelWeights:
     def step(self) -> StepCost:
         """The bytes that one decode step of the whole model reads."""
         return StepCost(
-            self.attention, self.mlp, self.head, weight_bytes=self.weight_bytes
+            self.attention,
+            self.mlp,
+            self.head,
+            weight_bytes=self.weight_bytes,
+            has_experts=self.has_experts,
         )
 
     @property

@@ -23,6 +23,7 @@ class StepCost:
         copy_shares: By part, what it costs with the copy of its weights that a search
             may take, over what it costs with them; empty where that was not measured,
             and goes by bytes.
+        has_experts: Whether MLPs are mixtures of experts, which nobody copies.
     """
 
     attention: tuple[float, ...]
@@ -33,6 +34,7 @@ class StepCost:
     others: dict[str, float] = field(default_factory=dict)
     weight_bytes: float = 2.0
     copy_shares: Mapping[str, float] = field(default_factory=dict)
+    has_experts: bool = False
 
     @classmethod
     def uniform(

@@ -140,6 +140,14 @@ def calibrate(vllm_config: Any, executor: Any) -> None:
         logger.info("selfspec has no text to try plans on, or too small a KV cache")
         _go_on_without(vllm_config, executor)
         return
+    if found is None and not search.saw_exits:
+        logger.info(
+            "selfspec had no time to try plans within calibration_seconds %g, so it "
+            "will try again at the next start: raise calibration_seconds",
+            request["seconds"],
+        )
+        _go_on_without(vllm_config, executor)
+        return
     # Where nothing else drafts, whether it pays is decided step by step.
     must_draft = not has_free_sources(vllm_config)
     plan = guess if found is None else found.plan
@@ -172,10 +180,11 @@ class Calibration:
         num_layers: Of the model.
         start: The plan that others are made from.
         has_texts: Whether there is anything to try plans on.
+        saw_exits: Whether there was time for the plans that are tried first.
         verify: v for 1, 2, ... draft tokens of one request.
     """
 
-    has_texts = False
+    has_texts = saw_exits = False
 
     def __init__(self, ask: Ask, start: DraftPlan, deadline: float) -> None:
         """Times forwards.
@@ -236,6 +245,7 @@ class Calibration:
             if self.num_layers // part and self._time_left > 0:
                 skip_set = SkipSet.early_exit(self.num_layers, self.num_layers // part)
                 yield self.start.with_value("skip_layers", skip_set)
+        self.saw_exits = self._time_left > 0
         yield from self._grown()
 
     def _grown(self) -> Iterator[DraftPlan]:
