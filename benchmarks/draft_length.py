@@ -23,12 +23,12 @@ from rich.console import Console
 from vllm_selfspec.bench import report
 from vllm_selfspec.bench.comparison import Load, compare, num_turns, to_dict
 from vllm_selfspec.bench.engines import Engine, Sampling, VllmEngine
+from vllm_selfspec.bench.inputs import MAX_MODEL_LEN
 from vllm_selfspec.bench.methods import MODEL_ALONE, PLAIN, Method
 from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.page import new_plot
 from vllm_selfspec.bench.run import (
     KV_CACHE_BYTES,
-    MAX_MODEL_LEN,
     BenchOptions,
     conditions,
     describe,

@@ -184,7 +184,9 @@ def main(
         )
     ]
     plain, *others = methods(method, draft_model, profile, int4_profile, exit_layer)
-    same = {"model": Path(model).name, "eager": eager, "max_tokens": max_tokens}
+    same = {"model": Path(model).name, "eager": eager}
+    # How long requests are that run to their own ends their cells say themselves.
+    same |= {} if ends else {"max_tokens": max_tokens}
     saved = _saved(output, same)
     cells: list[dict[str, Any]] = saved["cells"]
     others = [o for o in others if any(_lacks(cells, key, o.name) for key in wanted)]
@@ -207,6 +209,7 @@ def main(
         engines.append(VllmEngine(one, model, settings))
     document = {
         **provenance(_command(model, draft_model, eager)),
+        "max_tokens": saved.get("max_tokens", max_tokens),
         **same,
         "extra_bytes": saved["extra_bytes"]
         | {one.name: _extra_bytes(one, model) for one in chosen},
@@ -261,8 +264,8 @@ def _saved(output: Path, same: dict[str, Any]) -> dict[str, Any]:
     for key, value in same.items():
         if found.get(key) != value:
             raise typer.BadParameter(
-                f"the cells of a file are of one model and as many tokens, but those "
-                f"of {str(output)!r} have {key} {found.get(key)!r} in place of "
+                "the cells of a file are of one model, run in one way, but those of "
+                f"{str(output)!r} have {key} {found.get(key)!r} in place of "
                 f"{value!r}: name another file"
             )
     return {**nothing, **found}
@@ -461,8 +464,11 @@ class Found:
 
 
 def _quartiles(ratios: Sequence[float]) -> list[float]:
-    """Of a few samples: never beyond the least and the greatest of them."""
-    return quantiles(ratios, n=4, method="inclusive")[::2]
+    """The first and the third; of less than four samples the least and the greatest,
+    beyond which `quantiles` would go."""
+    if len(ratios) < 4:
+        return [min(ratios), max(ratios)]
+    return quantiles(ratios, n=4)[::2]
 
 
 def _decode_seconds(run: Run) -> float:
@@ -479,7 +485,7 @@ def _measured(
     first_measured: int,
     is_long: bool,
 ) -> dict[str, Any]:
-    """By method."""
+    """What was found, by method."""
     named = {engine.method.name: engine for engine in engines}
     named[AGAIN] = engines[0]
     found = {name: Found() for name in named}

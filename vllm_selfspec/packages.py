@@ -1,6 +1,6 @@
 """Packages that a command needs and an installation may lack.
 
-One rule: a command that needs one says so before it does anything else.
+One rule: a command that needs one says so before it does anything that takes long.
 """
 
 import importlib.util

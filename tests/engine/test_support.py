@@ -115,6 +115,14 @@ def refusal(
             "use 1",
         ),
         refusal(
+            "elastic expert parallelism",
+            {"enable_elastic_ep": True},
+            "data-parallel ranks agree on draft steps before each draft, which ranks "
+            "that come and go do not",
+            "enable_elastic_ep is set",
+            "leave it out",
+        ),
+        refusal(
             "drafts of models that are not in this table",
             {"architecture": "BloomForCausalLM"},
             "selfspec must know where a model's sublayers are",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from helpers.models import DEMO_MODEL
 from vllm_selfspec import packages
-from vllm_selfspec.bench import report, run, serve
+from vllm_selfspec.bench import inputs, report, serve
 from vllm_selfspec.bench.comparison import Load
 from vllm_selfspec.bench.methods import PLAIN, Method, methods_of
 from vllm_selfspec.bench.run import BenchOptions
@@ -47,25 +47,32 @@ def test_files_of_ones_own_are_told_apart_by_their_names(tmp_path: Path) -> None
         load_all([words[0], own(tmp_path / "more", "chats")])
 
 
-def positions(*lengths: int, num_prompts: int = 9, max_tokens: int = 10) -> int:
+def positions(*lengths: int, max_tokens: int = 10) -> int:
     prompts = (Prompt(str(n), "a " * n) for n in lengths)
     options = replace(OPTIONS, max_tokens=max_tokens)
     task = Task("mine", tuple(prompts))
-    return run.positions_for([task], num_prompts, options, DEMO_MODEL)
+    return inputs.positions_for([task], options, DEMO_MODEL)
 
 
 def test_the_longest_request_has_room_or_is_refused() -> None:
     most = json.loads((DEMO_MODEL / "config.json").read_text())
     most = most["max_position_embeddings"]
     usual = positions(3)
-    assert usual == min(run.MAX_MODEL_LEN, most)
+    assert usual == min(inputs.MAX_MODEL_LEN, most)
     with pytest.raises(TaskError, match=f"the model's {most} positions.*'mine'"):
         positions(3, 3 * most)
-    assert positions(3, 3 * most, num_prompts=1) == usual, "the other is not asked"
+
+
+def test_a_server_is_asked_the_tasks_in_turn_and_no_more_than_that() -> None:
+    short = Task("short", tuple(Prompt(f"s{n}", "a") for n in range(3)))
+    long = Task("long", tuple(Prompt(f"l{n}", "b") for n in range(2)))
+    ids = [prompt.id for prompt in serve._mixed([short, long], 7).prompts]
+    assert ids == ["s0", "l0", "s1", "l1", "s2", "s0", "l0"]
+    assert len(serve._mixed([short, long], 3).prompts) == 3
 
 
 def test_a_request_may_be_longer_than_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "MAX_MODEL_LEN", 16)
+    monkeypatch.setattr(inputs, "MAX_MODEL_LEN", 16)
     longest = positions(30) - 10
     assert longest >= 30
     assert positions(30, max_tokens=20) == longest + 20
@@ -77,8 +84,8 @@ def test_who_is_asked_twice_or_left_out_is_told(
     few = Task("few", tuple(Prompt(str(n), "a") for n in range(11)))
     enough = Task("enough", (*few.prompts, Prompt("11", "a")))
     console = Console(width=200)
-    run._tell_what_is_asked_again(OPTIONS, [few, enough], console)
-    run._tell_what_is_left_out(OPTIONS, [Method("ours", "selfspec")], console)
+    inputs.tell_what_is_asked_again(OPTIONS, [few, enough], console)
+    inputs.tell_what_is_left_out(OPTIONS, [Method("ours", "selfspec")], console)
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
     assert told[0].startswith("few has 11 prompts for 12 requests")
@@ -91,8 +98,8 @@ def test_packages_are_looked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     scored = Task("mine", (Prompt("0", "a"),), "rouge")
     with pytest.raises(packages.MissingPackageError, match=r"rouge_score.*\[bench\]"):
-        run._check_packages(OPTIONS, [scored])
-    run._check_packages(OPTIONS, [replace(scored, metric=None)])
+        inputs.check_packages(OPTIONS, [scored])
+    inputs.check_packages(OPTIONS, [replace(scored, metric=None)])
 
 
 def test_configurations_are_told_apart_and_may_ask_for_memory() -> None:

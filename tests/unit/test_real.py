@@ -114,5 +114,5 @@ def test_a_file_is_of_one_model_and_as_many_tokens(tmp_path: Path) -> None:
 
 
 def test_quartiles_lie_among_the_samples() -> None:
-    assert REAL["_quartiles"]([1.0, 2.0]) == [1.25, 1.75]
-    assert REAL["_quartiles"]([3.0, 1.0, 2.0]) == [1.5, 2.5]
+    assert REAL["_quartiles"]([1.5, 1.0]) == [1.0, 1.5]
+    assert REAL["_quartiles"]([4.0, 1.0, 2.0, 3.0]) == [1.25, 3.75]

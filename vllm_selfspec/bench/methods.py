@@ -182,7 +182,7 @@ def _own(
 
 
 def _named_apart(methods: Iterable[Method]) -> Iterator[Method]:
-    """Under other names where some have the same: runs are kept by name."""
+    """Renames those that have the name of another: runs are kept by name."""
     seen: Counter[str] = Counter()
     for method in methods:
         seen[method.name] += 1

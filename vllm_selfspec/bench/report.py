@@ -153,7 +153,7 @@ def columns_and_rows(
 
 
 def _speed_up(row: Row | None) -> str:
-    """Empty where Ctrl-C came before it was run."""
+    """Shows nothing where Ctrl-C came before it was run."""
     return "" if row is None else f"{row['speed_up']:.2f}x"
 
 

@@ -5,10 +5,9 @@ settings.
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,24 @@ from vllm_selfspec.bench.engines import (
     Sampling,
     VllmEngine,
 )
+from vllm_selfspec.bench.inputs import (
+    MAX_MODEL_LEN,
+    check_packages,
+    num_asked,
+    positions_for,
+    tell_what_is_asked_again,
+    tell_what_is_left_out,
+)
 from vllm_selfspec.bench.machine import prepare_environment
 from vllm_selfspec.bench.methods import Method, methods_of
 from vllm_selfspec.bench.own_models import OWN_MODELS, find_model
 from vllm_selfspec.bench.provenance import command_line, provenance
-from vllm_selfspec.bench.tasks import Task, TaskError, load_all, token_ids
-from vllm_selfspec.packages import raise_if_lacking
+from vllm_selfspec.bench.tasks import Task, load_all
 from vllm_selfspec.plan.axis_exit_layer import by_present_names
 from vllm_selfspec.plan.cost import ModelWeights
 from vllm_selfspec.plan.hub import locate
 
 KV_CACHE_BYTES = 512 << 20
-MAX_MODEL_LEN = 1024  # or as much as the longest request needs
-# What methods need that are left out otherwise.
-NEEDS = {"suffix": "arctic-inference", "draft_model": "--draft-model"}
 SEED = 0
 
 
@@ -98,13 +101,15 @@ def run_bench(options: BenchOptions) -> None:
     console = Console(highlight=False)
     prepare()
     tasks = load_all(options.tasks)
-    _check_packages(options, tasks)
+    check_packages(options, tasks)
     model = find_model(options.model, options.widen, console)
-    max_model_len = positions_for(tasks, _num_asked(options), options, model)
+    num = num_asked(options)
+    asked = [replace(task, prompts=task.prompts[:num]) for task in tasks]
+    max_model_len = positions_for(asked, options, model)
     draft = find_draft_model(options, console)
     methods = find_methods(options, list(options.groups), model, draft)
-    _tell_what_is_left_out(options, methods, console)
-    _tell_what_is_asked_again(options, tasks, console)
+    tell_what_is_left_out(options, methods, console)
+    tell_what_is_asked_again(options, tasks, console)
     engines = start(methods, model, options, max_model_len, console)
     samplings = [
         Sampling(t, options.max_tokens, SEED if t else None)
@@ -135,67 +140,6 @@ def run_bench(options: BenchOptions) -> None:
     report.show(found, console)
     if options.output is not None:
         report.write(found, options.output, console)
-
-
-def _check_packages(options: BenchOptions, tasks: Sequence[Task]) -> None:
-    """At the end, after hours, would be late."""
-    packages = ["rouge_score"] * any(task.metric == "rouge" for task in tasks)
-    packages += ["matplotlib"] * (options.output is not None)
-    raise_if_lacking("bench", packages, "bench")
-
-
-def positions_for(
-    tasks: Sequence[Task], num_prompts: int, options: BenchOptions, model: Path
-) -> int:
-    """What vLLM's `max_model_len` must be for the first `num_prompts` of each task.
-
-    Raises:
-        TaskError: If the model has no such positions.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    found = min(MAX_MODEL_LEN, most)
-    for task in tasks:
-        prompts = task.prompts[:num_prompts]
-        lengths = (len(p["prompt_token_ids"]) for p in token_ids(prompts, model))
-        longest = max(lengths) + options.max_tokens
-        if longest > most:
-            raise TaskError(
-                f"a prompt and what follows must fit into the model's {most} "
-                f"positions, but one of {task.name!r} has "
-                f"{longest - options.max_tokens} tokens, and {options.max_tokens} "
-                "follow: leave it out, or lower --max-tokens"
-            )
-        found = max(found, longest)
-    return found
-
-
-def _num_asked(options: BenchOptions) -> int:
-    """Prompts of each task, where none is asked twice."""
-    return len(options.temperatures) * sum(load.num_prompts for load in options.loads)
-
-
-def _tell_what_is_asked_again(
-    options: BenchOptions, tasks: Sequence[Task], console: Console
-) -> None:
-    num = _num_asked(options)
-    for task in tasks:
-        if len(task.prompts) < num:
-            console.print(
-                f"{task.name} has {len(task.prompts)} prompts for {num} requests: some "
-                "are asked again, which flatters what remembers answers (suffix)."
-            )
-
-
-def _tell_what_is_left_out(
-    options: BenchOptions, methods: Sequence[Method], console: Console
-) -> None:
-    there = {method.group for method in methods}
-    for group, needs in NEEDS.items():
-        if group in options.groups and group not in there:
-            console.print(f"{group} is left out: it needs {needs}.")
 
 
 def prepare() -> None:
@@ -260,7 +204,7 @@ def start(
     """An engine for each method, in this process."""
     settings = {
         **engine_settings(options, max_model_len),
-        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "kv_cache_memory_bytes": _kv_cache_bytes(max_model_len),
         "gpu_memory_utilization": 0.8 / len(methods),  # checked even so
     }
     engines: list[Engine] = []
@@ -285,8 +229,14 @@ def engine_settings(options: BenchOptions, max_model_len: int) -> dict[str, Any]
         "seed": SEED,
     }
     if current_platform.is_cpu():
-        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+        cache = _kv_cache_bytes(max_model_len)
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": cache}
     return settings
+
+
+def _kv_cache_bytes(max_model_len: int) -> int:
+    """More where requests are longer than usual."""
+    return KV_CACHE_BYTES * -(-max_model_len // MAX_MODEL_LEN)
 
 
 def _hugging_face(

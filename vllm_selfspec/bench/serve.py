@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from vllm_selfspec import whole_file
 from vllm_selfspec.bench import serve_report
+from vllm_selfspec.bench.inputs import positions_for, tell_what_is_left_out
 from vllm_selfspec.bench.methods import PLAIN, Method
 from vllm_selfspec.bench.own_models import find_model
 from vllm_selfspec.bench.run import (
@@ -35,11 +36,10 @@ from vllm_selfspec.bench.run import (
     engine_settings,
     find_draft_model,
     find_methods,
-    positions_for,
     prepare,
     progress_bar,
 )
-from vllm_selfspec.bench.tasks import Task, load_all
+from vllm_selfspec.bench.tasks import Prompt, Task, load_all
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.packages import raise_if_lacking
 
@@ -110,11 +110,13 @@ def run_serve(options: BenchOptions, serve: ServeOptions) -> None:
     """Serves with every method in turn and writes `serve.json`, `.md` and `.html`.
 
     The requests are the prompts of all tasks, mixed, at the first of the temperatures.
-    Ctrl-C stops the server that runs, and reports the turns that were finished.
+    Ctrl-C stops the server that runs, and reports the turns that were finished; so does
+    a server that fails.
 
     Raises:
         CheckpointError: If a model cannot be found or read.
-        TaskError: If a task cannot be read.
+        MissingPackageError: If the report needs a package that is not installed.
+        TaskError: If a task cannot be read, or its prompts are too long.
         UnsupportedModelError: If the model cannot be drafted for.
         ServerError: If a server does not start, or ends before its turn does.
     """
@@ -131,10 +133,11 @@ def run_serve(options: BenchOptions, serve: ServeOptions) -> None:
     methods = find_methods(options, groups, model, draft)
     assert options.output is not None, "a server's requests and logs need a place"
     whole_file.make_directory(options.output)
-    num_asked = serve.num_prompts * len(serve.rates)
-    max_model_len = positions_for(tasks, num_asked, options, model)
+    tell_what_is_left_out(options, methods, console)
+    asked = _mixed(tasks, serve.num_prompts * len(serve.rates))
+    max_model_len = positions_for([asked], options, model)
     bench = _ServeBench(options, serve, model, options.output, max_model_len)
-    bench.write_requests(tasks)
+    bench.write_requests(asked.prompts)
     of_all = {
         **conditions(options, model),
         "rates": serve.rates,
@@ -150,6 +153,20 @@ def run_serve(options: BenchOptions, serve: ServeOptions) -> None:
         if points:  # also where a server has failed
             document = {**of_all, "points": _counted(points)}
             serve_report.write(document, options.output, console)
+
+
+def _mixed(tasks: Sequence[Task], num: int) -> Task:
+    """The first `num` prompts of the tasks in turn; from the first again where there
+    are fewer."""
+    longest = max(len(task.prompts) for task in tasks)
+    found = [
+        task.prompts[i]
+        for i in range(longest)
+        for task in tasks
+        if i < len(task.prompts)
+    ]
+    name = ", ".join(task.name for task in tasks)
+    return Task(name, tuple(found[i % len(found)] for i in range(num)))
 
 
 def _take_turns(
@@ -209,27 +226,18 @@ class _ServeBench:
     def requests_file(self, rate: float) -> Path:
         return self.output / "requests" / f"{rate:g}.jsonl"
 
-    def write_requests(self, tasks: list[Task]) -> None:
+    def write_requests(self, prompts: Sequence[Prompt]) -> None:
         """One file for each rate, with prompts that no other rate has where there are
         enough: what remembers answers (suffix decoding) has not seen them."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
-        longest = max(len(task.prompts) for task in tasks)
-        mixed = [
-            task.prompts[i].render(tokenizer)
-            for i in range(longest)
-            for task in tasks
-            if i < len(task.prompts)
-        ]
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
         num = self.serve.num_prompts
         for index, rate in enumerate(self.serve.rates):
-            chosen = [
-                mixed[i % len(mixed)] for i in range(index * num, (index + 1) * num)
-            ]
-            file = self.requests_file(rate)
-            lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in chosen)
-            whole_file.write("".join(lines), file)
+            chosen = prompts[index * num :][:num]
+            rows = ({"prompt": prompt.render(tokenizer)} for prompt in chosen)
+            lines = (json.dumps(row) + "\n" for row in rows)
+            whole_file.write("".join(lines), self.requests_file(rate))
 
     def turn(
         self, method: Method, say: Callable[[str], None]

@@ -83,7 +83,7 @@ class Task:
     """A set of prompts.
 
     Attributes:
-        name: As the user names it.
+        name: Of a shipped set, a format, or a file of the user's own.
         prompts: In the order they run in.
         metric: `rouge`, `pass@1`, or None where an answer has no score.
     """
@@ -210,7 +210,8 @@ def load(words: str) -> Task:
             f"jsonl={path} for a file of your own"
         )
     prompts = _prompts(Path(path), FORMATS[name])
-    own = Path(path).name.partition(".")[0] if name == "jsonl" else name
+    file = Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
+    own = file if name == "jsonl" else name
     return Task(own, prompts, FORMATS[name].metric)
 
 

@@ -12,7 +12,7 @@ from vllm_selfspec.plan.cost import (
     read_headers,
     weight_files,
 )
-from vllm_selfspec.plan.target_model import weights_fingerprint
+from vllm_selfspec.plan.target_model import IN_HUB_CACHE, weights_fingerprint
 
 DESCRIPTION = ["*.json"]
 WHOLE = [*DESCRIPTION, "*.safetensors"]
@@ -53,8 +53,9 @@ def identity_of(model: str, path: Path) -> str | None:
     config.json: a fingerprint of local ones; of those on the Hub, which may not be here
     yet, their commit. None where nothing does: only safetensors have a fingerprint.
     """
-    if not Path(model).is_dir():
-        return path.name[:16]  # a snapshot's directory is named for it
+    # A snapshot's directory is named for its commit. Offline vLLM takes it for a name.
+    if not Path(model).is_dir() or IN_HUB_CACHE.search(f"{path}/"):
+        return path.name[:16]
     has_weights = any(path.glob("*.safetensors"))
     return weights_fingerprint(path) if has_weights else None
 

@@ -53,7 +53,8 @@ def show(
             str(one.k),
             str(one.plan),
         )
-    console.print(table)
+    if measured:  # Ctrl-C did not come before
+        console.print(table)
     figures = document["figures"]
     console.print(
         f"Best: {_worth(figures)} of plain vLLM with "

@@ -139,16 +139,9 @@ def run_tune(options: TuneOptions) -> None:
             "a search must score one plan at least, but the budget was over before: "
             "raise --budget"
         )
-    console.print("Measuring the best of them in the engine ...")
-    finalists = _finalists(found, engines.known.num_layers)
-    plans = [(one.plan, one.k) for one in finalists]
-    try:
-        measured = [*zip(finalists, engines.measure(plans, every), strict=True)]
-    except KeyboardInterrupt:
-        console.print("Stopped; the plan that is expected to be best is kept.")
-        measured = []
+    measured = _measured(engines, found, every, console)
     ranked = sorted(measured, key=lambda pair: -pair[1].speed_up)
-    best, score = ranked[0] if ranked else (finalists[0], None)
+    best, score = ranked[0] if ranked else (found[0], None)
     document = _document(options, model, engines.known, best, score, search.num_tried)
     whole_file.write_json(document, options.output)
     report.write(document, found, options.output)
@@ -227,6 +220,20 @@ def _search(search: Search, budget_s: float, console: Console) -> None:
             search.run(budget_s, say)
         except KeyboardInterrupt:
             console.print("Stopped; the best so far is kept.")
+
+
+def _measured(
+    engines: Engines, found: Sequence[Found], numbers: Sequence[int], console: Console
+) -> list[tuple[Found, Score]]:
+    """The best as they generate; nothing after Ctrl-C."""
+    console.print("Measuring the best of them in the engine ...")
+    finalists = _finalists(found, engines.known.num_layers)
+    plans = [(one.plan, one.k) for one in finalists]
+    try:
+        return [*zip(finalists, engines.measure(plans, numbers), strict=True)]
+    except KeyboardInterrupt:
+        console.print("Stopped; the plan that is expected to be best is kept.")
+        return []
 
 
 def _finalists(found: Sequence[Found], num_layers: int) -> list[Found]:
