@@ -163,11 +163,15 @@ class SelfSpecConfig(Keys):
     def _schedule_asks_for_no_more_than_is_drafted(self) -> "SelfSpecConfig":
         schedule = self.num_speculative_tokens_per_batch_size or []
         most = max((num_drafts for _, _, num_drafts in schedule), default=0)
-        if most > self.num_speculative_tokens:
+        longest, key = self.num_speculative_tokens, "num_speculative_tokens"
+        if not self.may_use(SOURCES.named(MODEL)):
+            used = [one for one in SOURCES if self.may_use(one)]
+            longest = max(one.max_tokens(one.options(self)) for one in used)
+            key = f"the longest draft of draft_source {shown(self.draft_source)}"
+        if most > longest:
             raise ValueError(
                 f"num_speculative_tokens_per_batch_size asks for {shown(most)} tokens, "
-                f"more than num_speculative_tokens={self.num_speculative_tokens}: "
-                "lower it"
+                f"more than {key}={longest}: lower it"
             )
         return self
 
@@ -191,7 +195,7 @@ class SelfSpecConfig(Keys):
         for source in SOURCES:
             own = set(source.keys.model_fields) - used
             if source.name == MODEL:
-                own = keys_of_axes()
+                own = keys_of_axes() | {"draft_memory"}
             said = sorted(own & self.model_fields_set)
             if said and not self.may_use(source):
                 raise ValueError(

@@ -138,6 +138,19 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
             {"num_speculative_tokens_per_batch_size": [[1, 8, 5]]},
             "asks for 5 tokens, more than num_speculative_tokens=4: lower it",
         ),
+        (
+            {
+                "draft_source": "context",
+                "num_copied_tokens": 9,
+                "num_speculative_tokens_per_batch_size": [[1, 8, 10]],
+            },
+            "asks for 10 tokens, more than the longest draft of draft_source 'context'"
+            "=9: lower it",
+        ),
+        (
+            {"draft_source": "context", "draft_memory": "30%"},
+            "draft_memory is of source 'model', but draft_source is 'context'",
+        ),
         ({"method": "eagle"}, "is 'eagle', but must be 'selfspec': write that"),
         (
             {"skip_layers": [1, 2]},
@@ -282,3 +295,13 @@ def test_no_module_can_turn_data_into_code(module: Path) -> None:
             names = [ast.unparse(node.value)]
             assert names != ["torch"], f"line {node.lineno}: torch.load unpickles"
         assert not FORBIDDEN_MODULES & {*names}, f"{module.stem} imports {names}"
+
+
+def test_a_schedule_of_copies_alone_goes_as_far_as_they_do() -> None:
+    schedule = [[1, 8, 9], [9, 64, 0]]
+    keys = {"draft_source": "context", "num_copied_tokens": 9}
+    config = SelfSpecConfig.parse(
+        {**keys, "num_speculative_tokens_per_batch_size": schedule}
+    )
+    found = config.num_speculative_tokens_per_batch_size or []
+    assert [[*entry] for entry in found] == schedule
