@@ -34,11 +34,13 @@ from vllm_selfspec.bench.methods import methods_of
 from vllm_selfspec.bench.run import describe
 from vllm_selfspec.cli.preview import Preview
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.draft import exit_layer
 from vllm_selfspec.engine.support import raise_if_refused
 from vllm_selfspec.plan.axis import Deployment
 from vllm_selfspec.plan.axis_exit_layer import TrainedExitLayer
+from vllm_selfspec.plan.cost import CheckpointError
 from vllm_selfspec.plan.draft_plan import DraftPlan
-from vllm_selfspec.plan.exit_card import ExitLayerError
+from vllm_selfspec.plan.exit_card import ExitLayerError, read_exit_card
 from vllm_selfspec.plan.families import UnsupportedModelError
 from vllm_selfspec.plan.skip_set import SkipSet, SkipSetError
 
@@ -106,6 +108,28 @@ def test_the_text_is_plain_vllms_in_every_family(
     assert counts.draft_tokens
     is_target = counts.accepted_tokens == counts.draft_tokens
     assert is_target is (exit_layer == WHOLE)
+
+
+def test_weights_of_a_model_of_the_hub_are_compared_once_they_are_here(
+    models: dict[str, str],
+    heads: dict[tuple[str, int], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = read_exit_card(heads["llama", WHOLE])
+    named: Any = SimpleNamespace(model="nobody/model", revision=None)
+
+    def gone(*_: Any) -> Path:
+        raise CheckpointError("offline")
+
+    monkeypatch.setattr(exit_layer, "locate", gone)
+    exit_layer._check_weights(card, named)
+    monkeypatch.setattr(exit_layer, "locate", lambda *_: Path(models["llama"]))
+    exit_layer._check_weights(card, named)
+    other = build_tiny_model("llama", tmp_path, initializer_range=0.1)
+    monkeypatch.setattr(exit_layer, "locate", lambda *_: other)
+    with pytest.raises(ExitLayerError, match="weights .* in place of"):
+        exit_layer._check_weights(card, named)
 
 
 def test_new_weights_are_refused(

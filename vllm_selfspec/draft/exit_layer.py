@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import (
     Attention,
@@ -34,7 +34,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_selfspec.plan.axis_exit_layer import TrainedExitLayer
-from vllm_selfspec.plan.exit_card import read_exit_card, tensors_file
+from vllm_selfspec.plan.cost import CheckpointError
+from vllm_selfspec.plan.exit_card import ExitCard, read_exit_card, tensors_file
+from vllm_selfspec.plan.hub import DESCRIPTION, locate
 
 logger = init_logger("vllm.selfspec")  # below vLLM's logger, so it is shown
 PREFIX = "selfspec_exit"  # of the layer's name until it has its own
@@ -62,10 +64,12 @@ class ServedExitLayer:
         layer's K and V, too.
 
         Raises:
-            ExitLayerError: If it is missing or corrupt.
+            ExitLayerError: If it is missing or corrupt, or of a target with other
+                weights.
         """
         directory = Path(value.directory)
         card = read_exit_card(directory)
+        _check_weights(card, vllm_config.model_config)
         device = torch.device(vllm_config.device_config.device)
         tensors = load_file(tensors_file(directory), str(device))
         layer = _layer(target, vllm_config, tensors, device)
@@ -90,6 +94,16 @@ class ServedExitLayer:
 
         target.register_forward_hook(write, with_kwargs=True)
         return found
+
+
+def _check_weights(card: ExitCard, model_config: ModelConfig) -> None:
+    """Compares those of a target that was named as on the Hub: they are here by now,
+    where they were not when the name was read."""
+    try:
+        path = locate(model_config.model, DESCRIPTION, model_config.revision)
+    except CheckpointError:
+        return
+    card.check_weights(path)
 
 
 def _argument(name: str, at: int, args: tuple[Any, ...], kwargs: Any) -> Any:

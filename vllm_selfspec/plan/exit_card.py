@@ -73,21 +73,30 @@ class ExitCard(Keys):
 
         Args:
             target: The model that is to be drafted for.
-            path: Its checkpoint directory. Without safetensors in it the weights are
-                not compared.
+            path: Its checkpoint directory, for `check_weights`.
         """
         found = target.differences(self.architecture)
         if target.num_layers != self.num_layers:
             found = [f"{target.num_layers} layers in place of {self.num_layers}"]
-        if not found and any(path.glob("*.safetensors")):
+        self._raise_if(found)
+        self.check_weights(path)
+
+    def check_weights(self, path: Path) -> None:
+        """Raises `ExitLayerError` if the checkpoint in the directory `path` has other
+        weights than it was trained for. Without safetensors there is nothing to tell.
+        """
+        if any(path.glob("*.safetensors")):
             weights = weights_fingerprint(path)
-            if weights != self.weights:
-                found = [f"weights {weights} in place of {self.weights}"]
-        if found:
+            is_other = weights != self.weights
+            words = f"weights {weights} in place of {self.weights}"
+            self._raise_if([words] if is_other else [])
+
+    def _raise_if(self, differences: list[str]) -> None:
+        if differences:
             raise ExitLayerError(
                 "an exit layer drafts for the very model it was trained for, which "
-                f"was {shown(self.model)}, but this one has {', '.join(found)}: train "
-                "one by 'vllm-selfspec train-exit'"
+                f"was {shown(self.model)}, but this one has {', '.join(differences)}: "
+                "train one by 'vllm-selfspec train-exit'"
             )
 
 
