@@ -84,7 +84,9 @@ def _statements(node: ast.AST | None) -> Iterator[ast.stmt]:
 
 
 def _names(node: ast.stmt) -> list[str]:
-    """What a statement binds, imports apart."""
+    """What a statement binds, imports of names from modules apart."""
+    if isinstance(node, ast.Import):
+        return [alias.asname or alias.name for alias in node.names]
     if isinstance(node, ast.AnnAssign):
         return [ast.unparse(node.target)]
     if isinstance(node, ast.Assign):
