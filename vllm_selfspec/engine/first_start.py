@@ -6,6 +6,8 @@ where nobody has said how to draft; the next starts read it (`plan.calibrated`).
 
 import logging
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from vllm_selfspec import __version__
@@ -148,10 +150,16 @@ def _circumstances(
     )
 
 
+@cache
+def _located(model: str, revision: str | None) -> Path:
+    """Directory of what describes a model; the Hub is asked for it once."""
+    return locate(model, DESCRIPTION, revision)
+
+
 def _identity(model_config: Any) -> str | None:
     model = str(model_config.model)
     try:
-        return identity_of(model, locate(model, DESCRIPTION, model_config.revision))
+        return identity_of(model, _located(model, model_config.revision))
     except CheckpointError:
         return None
 
@@ -160,7 +168,6 @@ def step_of(model_config: Any) -> StepCost | None:
     """Bytes that a decode step reads; None where they cannot be found out."""
     model = str(model_config.model)
     try:
-        path = locate(model, DESCRIPTION, model_config.revision)
-        return read_weights(model, path).step
+        return read_weights(model, _located(model, model_config.revision)).step
     except CheckpointError:
         return None
